@@ -1,0 +1,71 @@
+"""What is in the data, said before the first step: rows, lengths, supervision, rows left out, duplicates."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.encode import Example
+from data.rows import Problem
+from data.split import masked, normal, repeated, shared
+from errors import listed
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Figures of one source after its split; plain values, so that they can be saved as JSON."""
+
+    rows: dict[str, int]  # train, validation, test
+    left_out: list[str]  # "train.jsonl:12: question is empty", "train.jsonl:40: 2310 tokens"
+    tokens: dict[str, int]  # of the training rows: total, mean, median, p99, longest
+    supervised: int  # tokens of the training rows
+    duplicates: dict[str, dict[str, int]]  # where -> exact, case and space, numbers masked
+
+
+def audit(
+    *,
+    train: list[Problem],
+    validation: list[Problem],
+    test: list[Problem],
+    examples: list[Example],
+    left_out: list[str],
+) -> Audit:
+    """`examples` are the encoded training rows; `left_out` says why any row is not among the rest."""
+    lengths = np.array([len(e.tokens) for e in examples] or [0])
+    forms = {"exact": str, "case and space": normal, "numbers masked": masked}
+    pairs = {"train and validation": (train, validation), "train and test": (train, test),
+             "validation and test": (validation, test)}  # fmt: skip
+    duplicates = {"within train": {k: repeated(train, form) for k, form in forms.items()}}
+    for name, (a, b) in pairs.items():
+        duplicates[name] = {k: shared(a, b, form) for k, form in forms.items()}
+    return Audit(
+        rows={"train": len(train), "validation": len(validation), "test": len(test)},
+        left_out=left_out,
+        tokens={
+            "total": int(lengths.sum()),
+            "mean": round(float(lengths.mean())),
+            "median": int(np.median(lengths)),
+            "p99": int(np.quantile(lengths, 0.99)),
+            "longest": int(lengths.max()),
+        },
+        supervised=sum(e.supervised for e in examples),
+        duplicates=duplicates,
+    )
+
+
+def audit_lines(a: Audit) -> list[str]:
+    """The audit for people, in 80 columns."""
+    rows = ", ".join(f"{count:,} {split}" for split, count in a.rows.items())
+    share = a.supervised / max(1, a.tokens["total"])
+    lines = [
+        f"rows        {rows}",
+        "lengths     " + ", ".join(f"{k} {v:,}" for k, v in a.tokens.items() if k != "total"),
+        f"tokens      {a.tokens['total']:,} an epoch, {a.supervised:,} supervised ({share:.0%})",
+        f"left out    {len(a.left_out)} rows" + (f": {listed(a.left_out, 2)}" if a.left_out else ""),
+    ]
+    for place, counts in a.duplicates.items():
+        if any(counts.values()):
+            found = ", ".join(f"{count} {form}" for form, count in counts.items())
+            lines.append(f"duplicates  {place}: {found}")
+    if not any(any(c.values()) for c in a.duplicates.values()):
+        lines.append("duplicates  none within train, nor across train, validation and test")
+    return lines

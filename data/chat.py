@@ -1,0 +1,111 @@
+"""ChatML by token ids: turns are framed by control tokens placed by hand, so text cannot forge them.
+
+    <|im_start|>system\n...<|im_end|>\n<|im_start|>user\n...<|im_end|>\n<|im_start|>assistant\n...<|im_end|>\n
+
+Only what the assistant says is supervised, through its `<|im_end|>`: a model that never learns to end
+its turn never stops. The default system prompt is the checkpoint's own, read off its chat template.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from data.rows import Message
+from errors import BadCheckpoint
+
+START, END = "<|im_start|>", "<|im_end|>"
+# The literal system prompt of a ChatML template; its newline is a character or still Jinja's escape.
+DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"]{1,2000}?)<\|im_end\|>")
+
+
+@dataclass
+class Encoded:
+    """Token ids, and for each whether it is supervised."""
+
+    tokens: list[int]
+    supervised: list[bool]
+
+
+class ChatFormat:
+    """A checkpoint's tokenizer and its default system prompt (None: no system turn is added)."""
+
+    def __init__(self, tokenizer: Tokenizer, default_system: str | None):
+        self.tokenizer, self.default_system = tokenizer, default_system
+        ids = [tokenizer.token_to_id(token) for token in (START, END)]
+        if None in ids:
+            raise BadCheckpoint(
+                f"the tokenizer has no {START} or {END}", "give a checkpoint that speaks ChatML"
+            )
+        self.start, self.end = ids
+        tokenizer.encode_special_tokens = True  # control tokens inside a text stay text
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ChatFormat":
+        """Read `tokenizer.json` and the chat template beside it."""
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise BadCheckpoint(
+                f"{path} cannot be read: {str(error)[:100]}", "give a checkpoint with a tokenizer.json"
+            ) from None
+        return cls(tokenizer, read_default_system(folder))
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens with a meaning; the embedding table has more rows than that."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, messages: tuple[Message, ...]) -> Encoded:
+        """A whole conversation; every assistant turn and its end token are supervised."""
+        out = Encoded([], [])
+        for role, content in self._with_system(messages):
+            if role == "assistant":
+                self._add(out, [self.start, *self._ids("assistant\n")], False)
+                self._add(out, [*self._ids(content), self.end], True)
+            else:
+                self._add(out, [self.start, *self._ids(f"{role}\n{content}"), self.end], False)
+            self._add(out, self._ids("\n"), False)
+        return out
+
+    def prompt(self, messages: tuple[Message, ...]) -> list[int]:
+        """What the model is given so that its next tokens are the next assistant turn."""
+        return [*self.encode(messages).tokens, self.start, *self._ids("assistant\n")]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of `tokens`, control tokens left out."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.default_system is None or messages[0].role == "system":
+            return messages
+        return (Message("system", self.default_system), *messages)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    @staticmethod
+    def _add(out: Encoded, ids: list[int], supervised: bool) -> None:
+        out.tokens += ids
+        out.supervised += [supervised] * len(ids)
+
+
+def read_default_system(folder: Path) -> str | None:
+    """The system prompt that the checkpoint's template inserts when a conversation has none."""
+    template = None
+    if (folder / "chat_template.jinja").exists():  # where transformers 5 keeps it
+        template = (folder / "chat_template.jinja").read_text()
+    elif (folder / "tokenizer_config.json").exists():
+        try:
+            template = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
+        except (ValueError, AttributeError) as error:
+            raise BadCheckpoint(
+                f"{folder / 'tokenizer_config.json'} cannot be read: {error}", "copy it again"
+            ) from None
+    found = DEFAULT_SYSTEM.search(template) if isinstance(template, str) else None
+    return found.group(1) if found else None

@@ -1,0 +1,24 @@
+"""The table of data sources that have a name; any other `--data` is a folder or a file."""
+
+from pathlib import Path
+
+from data import gsm8k
+from data.rows import Source, load_path
+from errors import BadData
+
+TASKS = {"gsm8k": gsm8k.load}
+
+
+def load_source(name: str, revision: str | None = None) -> Source:
+    """The problems of a task in `TASKS`, or of a folder or file in the forms of `rows.py`."""
+    if name in TASKS:
+        return TASKS[name](revision)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise BadData(
+            f"--data {name} is neither a task ({', '.join(TASKS)}) nor a file or folder",
+            "give a .jsonl or .parquet file, or a folder with train.jsonl and test.jsonl",
+        )
+    if revision is not None:
+        raise BadData(f"--data-revision makes no sense for the path {name}", "leave it out")
+    return load_path(path)

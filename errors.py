@@ -1,0 +1,60 @@
+"""The errors a user can cause: each says what is wrong and what to do about it, without a traceback.
+
+Anything else that goes wrong is a defect of ours and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """What went wrong (`cause`, with the place) and what helps (`remedy`); the scripts exit with `exit_code`."""
+
+    exit_code = 2
+
+    def __init__(self, cause: str, remedy: str):
+        super().__init__(f"{cause}\n{remedy}")
+        self.cause, self.remedy = cause, remedy
+
+
+class BadOption(UserError):
+    """A flag or a value that cannot be used."""
+
+
+class BadCheckpoint(UserError):
+    """A base model that is missing, broken, or not a Qwen2."""
+
+
+class BadAdapter(UserError):
+    """An adapter folder that is broken or does not fit its base."""
+
+
+class BadData(UserError):
+    """A data source that is missing, empty or malformed."""
+
+
+class HubError(UserError):
+    """Files the Hub did not give."""
+
+
+class BadRun(UserError):
+    """A run folder that cannot be continued or written."""
+
+
+def listed(problems: Iterable[str], most: int = 6) -> str:
+    """Everything that is wrong on one line: the first `most` in full, then how many more there are."""
+    problems = list(problems)
+    rest = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return "; ".join(problems[:most]) + rest
+
+
+def run_script(main: Callable[[], int | None]) -> int:
+    """Run a script's `main` and give its exit code; a user's error is printed in two lines."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error.cause}\n  {error.remedy}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr)
+        return 130

@@ -1,0 +1,165 @@
+"""PEFT's adapter folder, written and read: `adapter_config.json` and `adapter_model.safetensors`.
+
+Reading is strict. PEFT itself answers as the base model when a prefix is wrong, takes r = alpha = 8
+when they are missing, and drops tensors it does not expect, each in silence; here each is an error.
+Format: peft 0.21, `PeftModel.save_pretrained`.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from errors import BadAdapter, listed
+from lora.inject import LoRAConfig, inject, load_trained, trained_parameters
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+# What PEFT's other features would change about the forward pass, with the value that means "not used".
+# Fields that are absent are not used either.
+UNUSED = {
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "layers_pattern": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "use_dora": (False,),
+    "exclude_modules": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None,),
+    "lora_bias": (False,),
+    "alora_invocation_tokens": (None,),
+}
+
+
+def peft_key(name: str) -> str:
+    """PEFT's key of one of our trained parameters."""
+    return PREFIX + name + (".weight" if name.endswith(("lora_A", "lora_B")) else "")
+
+
+def save_adapter(
+    model: nn.Module, folder: Path, config: LoRAConfig, *, base: str, revision: str | None
+) -> None:
+    """Write the model's adapters into `folder` so that PEFT loads them onto `base`."""
+    parameters = trained_parameters(model)
+    tensors = {peft_key(n): p.detach().float().cpu().contiguous() for n, p in parameters.items()}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "bias": config.bias,
+        "target_modules": sorted({n.split(".")[-2] for n in parameters if n.endswith("lora_A")}),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": config.rslora,
+        "use_dora": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it 0600, which no server could read
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str | None, str | None]:
+    """(settings, base model, base revision) of an adapter folder; BadAdapter if we cannot honour them."""
+    path = folder / CONFIG
+    remedy = "give the folder that holds adapter_config.json, such as out/.../best"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadAdapter(f"{folder} is no adapter: it has no {CONFIG}", remedy) from None
+    except (OSError, ValueError) as error:
+        raise BadAdapter(f"{path} cannot be read: {error}", remedy) from None
+    problems = _config_problems(raw)
+    if problems:
+        raise BadAdapter(f"{path}: {listed(problems)}", "only plain LoRA adapters are supported")
+    targets = raw["target_modules"]
+    config = LoRAConfig(
+        r=raw["r"],
+        alpha=raw["lora_alpha"],
+        dropout=raw.get("lora_dropout", 0.0),
+        targets=(targets,) if isinstance(targets, str) else tuple(targets),
+        bias=raw.get("bias", "none"),
+        rslora=raw.get("use_rslora", False),
+    )
+    return config, raw.get("base_model_name_or_path"), raw.get("revision")
+
+
+def _config_problems(raw: object) -> list[str]:
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        return ["it is not a LoRA adapter's"]
+    problems = []
+    if not _is_int(raw.get("r")) or raw["r"] < 1:
+        problems.append(f"r is {raw.get('r')!r}")
+    if not isinstance(raw.get("lora_alpha"), int | float) or isinstance(raw["lora_alpha"], bool):
+        problems.append(f"lora_alpha is {raw.get('lora_alpha')!r}")
+    rate = raw.get("lora_dropout", 0.0)
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        problems.append(f"lora_dropout is {rate!r}")
+    targets = raw.get("target_modules")
+    names = isinstance(targets, list) and targets and all(_is_name(t) for t in targets)
+    if not names and targets != "all-linear":  # any other string is a regular expression: not run
+        problems.append(f"target_modules is {targets!r}, not a list of module names")
+    if raw.get("bias", "none") not in ("none", "all", "lora_only"):
+        problems.append(f"bias is {raw['bias']!r}")
+    problems += [f"{k} is {raw[k]!r}" for k, ok in UNUSED.items() if k in raw and raw[k] not in ok]
+    return problems
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.replace("_", "a").isalnum()
+
+
+def read_adapter(folder: Path, model: nn.Module) -> LoRAConfig:
+    """Inject the adapter in `folder` into `model`; BadAdapter lists every key and shape that does not fit."""
+    config, _, _ = read_adapter_config(folder)
+    inject(model, config)
+    tensors = _read_tensors(folder / WEIGHTS)
+    expected = {peft_key(name): (name, p) for name, p in trained_parameters(model).items()}
+    problems = [f"{key} is missing" for key in expected if key not in tensors]
+    problems += [f"{key} is not expected" for key in tensors if key not in expected]
+    for key in expected.keys() & tensors.keys():
+        have, want = tuple(tensors[key].shape), tuple(expected[key][1].shape)
+        if have != want:
+            problems.append(f"{key} is {have}, not {want}")
+        elif not tensors[key].isfinite().all():
+            problems.append(f"{key} holds NaN or infinity")
+    if problems:
+        raise BadAdapter(
+            f"{folder} does not fit its base: {listed(sorted(problems))}",
+            "give the base it was trained on with --model, or another adapter",
+        )
+    load_trained(model, {expected[key][0]: tensor for key, tensor in tensors.items()})
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    remedy = "the file is missing or damaged: copy or train the adapter again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise BadAdapter(f"{path} cannot be read: {error}", remedy) from None
+    if bad := [k for k, t in tensors.items() if not t.dtype.is_floating_point]:
+        raise BadAdapter(f"{path}: {listed(bad)} hold no floating-point numbers", remedy)
+    return {key: tensor.to(torch.float32) for key, tensor in tensors.items()}

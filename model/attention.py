@@ -1,0 +1,52 @@
+"""Causal attention over a flat micro-batch: each token sees the earlier tokens of its own example.
+
+On a GPU one variable-length kernel takes all the examples; elsewhere each example is one call, which
+costs no more, since attention is quadratic in an example and not in the micro-batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    varlen_attn = None
+
+
+class FlatAttention:
+    """`attend(layer, q, k, v)` for examples of the given lengths, none of which sees another."""
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.lengths = lengths
+        self.offsets = None
+        if device.type == "cuda" and varlen_attn is not None:
+            ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            self.offsets = F.pad(ends, (1, 0)).to(device, non_blocking=True)  # (examples + 1,)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(T, H, D), (T, G, D), (T, G, D) -> (T, H, D)."""
+        if self.offsets is not None and q.dtype in (torch.bfloat16, torch.float16):
+            return attend_varlen(q, k, v, self.offsets, max(self.lengths))
+        return attend_each(q, k, v, self.lengths)
+
+
+def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """One call an example: the plain form that every other one is held to."""
+    examples = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([attend_one(*example) for example in examples])  # (T, H, D)
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of one example, (L, H, D), (L, G, D), (L, G, D) -> (L, H, D)."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, L, D)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y[0].transpose(0, 1)
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """All examples in one call of the variable-length flash kernel (CUDA, half precision)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (T, H, D)
+    # window (-1, 0): all earlier tokens, no later one
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))

@@ -1,0 +1,1 @@
+"""What one run needs and leaves behind."""

@@ -1,0 +1,76 @@
+"""Ranks: how many processes train together, and the two sums that make them one.
+
+Every rank knows the whole schedule, so what each step is divided by is known everywhere without
+asking; only gradients and validation sums travel. One process is a world of one rank, on the same lines.
+Start several with `torchrun --nproc-per-node 2 train.py ...`.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all ranks."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum every gradient over all ranks, in one message; a rank that had no rows adds zeros."""
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.sum_(torch.cat([g.flatten() for g in grads]))
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
+
+    def agree(self, yes: bool, device: torch.device) -> bool:
+        """Whether any rank says yes: clocks differ, and all ranks must take the same turn."""
+        if self.size == 1:
+            return yes
+        return bool(self.sum_(torch.tensor(float(yes), device=device)).item())
+
+    def wait(self) -> None:
+        """Return once every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def local_rank() -> int:
+    """Which of this machine's devices is this process's own."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join(device: torch.device) -> World:
+    """The world that torchrun's environment describes; a world of one without it."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return World()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def leave(world: World) -> None:
+    """End the process group, once the last message has been sent."""
+    if world.size > 1:
+        dist.destroy_process_group()

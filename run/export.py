@@ -1,0 +1,104 @@
+"""Adapters as others take them: `best/` as a folder to use or push, and a merged checkpoint.
+
+    python -m run.export --adapter out/qwen2-0.5b-instruct-gsm8k/best --out merged
+"""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from errors import BadOption, run_script
+from lora.inject import LoRAConfig, merge, unwrapped_state
+from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_adapter
+from model.load import Checkpoint, find_checkpoint, load_model
+from run.device import DTYPES
+from run.options import option, parse
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+CARD = """---
+base_model: {base}
+library_name: peft
+tags: [lora]
+---
+# LoRA adapter for {base}
+
+Trained on {data}; best at step {step}, where the validation loss was {loss:.4f} nats a supervised token.
+{settings}
+
+Load it with PEFT: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "<this folder>")`.
+"""
+
+
+def publish_best(
+    model: nn.Module,
+    run: Path,
+    config: LoRAConfig,
+    *,
+    checkpoint: Checkpoint,
+    data: str,
+    step: int,
+    loss: float,
+) -> None:
+    """Make `run/best` the model's adapters as they are now.
+
+    At every instant `best/` is whole: it is renamed into place the first time, and afterwards only
+    its weights and card change, each by a rename.
+    """
+    best, beside = run / "best", run / "best.new"
+    shutil.rmtree(beside, ignore_errors=True)
+    save_adapter(model, beside, config, base=checkpoint.name, revision=checkpoint.commit)
+    for name in TOKENIZER_FILES:
+        if (checkpoint.folder / name).exists():
+            shutil.copyfile(checkpoint.folder / name, beside / name)
+    targets = ", ".join(config.targets)
+    settings = f"Rank {config.r}, alpha {config.alpha:g}, dropout {config.dropout:g}, on {targets}."
+    card = CARD.format(base=checkpoint.name, data=data, step=step, loss=loss, settings=settings)
+    (beside / "README.md").write_text(card)
+    if not best.exists():
+        os.rename(beside, best)
+        return
+    for name in (WEIGHTS, "README.md"):
+        os.replace(beside / name, best / name)
+    shutil.rmtree(beside)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    adapter: str = option("", "folder of the adapter, such as out/.../best")
+    out: str = option("merged", "folder to write, which must not exist")
+    model: str | None = option(None, "base model (default: the one the adapter names)")
+    dtype: str = option("bf16", "of the merged weights; fp32 loses nothing", choices=tuple(DTYPES))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Merge an adapter into its base and write a checkpoint that needs no adapter."""
+    config = parse(ExportConfig, argv, "Merge an adapter into its base.")
+    out = Path(config.out)
+    if out.exists():
+        raise BadOption(f"--out {out} exists already", "give a folder that does not exist")
+    _, base, revision = read_adapter_config(Path(config.adapter))
+    checkpoint = find_checkpoint(config.model or base or "", None if config.model else revision)
+    model = load_model(checkpoint.folder, dtype=DTYPES[config.dtype])
+    read_adapter(Path(config.adapter), model)
+    lost = merge(model)
+    beside = out.with_name(out.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(
+        checkpoint.folder, beside, ignore=lambda _, names: [n for n in names if "safetensors" in n]
+    )
+    dtype = DTYPES[config.dtype]
+    state = {k: t.to(dtype).contiguous() for k, t in unwrapped_state(model).items()}
+    save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
+    os.rename(beside, out)
+    print(f"merged into {out}: rounding to {config.dtype} lost {lost:.1%} of the adapter's change")
+    if lost > 0.01:
+        print("  --dtype fp32 loses next to nothing, at twice the size")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,415 @@
+"""Fine-tune Qwen2 on worked answers through low-rank adapters, with the whole loop in plain sight.
+
+    python train.py --epochs 3                     # Qwen2-0.5B-Instruct on GSM8K, both from the Hub
+    python train.py --model FOLDER --data FOLDER   # the same from local files
+    torchrun --nproc-per-node 2 train.py           # on two devices
+
+The one idea: a step's loss is the sum over all its supervised tokens divided by how many there are,
+whatever micro-batches and ranks they are spread over. `main` is the table of contents, `train` the loop.
+"""
+
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors
+import tokenizers
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data.audit import audit, audit_lines
+from data.batches import Schedule, flat_batch, in_batches
+from data.chat import ChatFormat
+from data.encode import Example, encode_problems
+from data.rows import Problem, Source
+from data.split import split_problems
+from data.tasks import load_source
+from errors import BadData, BadRun, run_script
+from lora.inject import BIASES, LoRAConfig, count, inject, seed_dropout, trained_parameters
+from model.load import Checkpoint, find_checkpoint, load_model, read_config
+from model.loss import linear_cross_entropy
+from model.qwen2 import Qwen2
+from run import distributed
+from run.checkpoint import (
+    Progress,
+    check_run,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+    write_json,
+)
+from run.device import DTYPES, describe, peak_memory_gb, pick_device, pick_precision, prepare_memory
+from run.distributed import World
+from run.export import publish_best
+from run.metrics import MetricsLog
+from run.options import option, parse, table, to_json
+
+SKIPS_IN_A_ROW = 5  # steps without a finite gradient, after which the run is given up
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: str = option("Qwen/Qwen2-0.5B-Instruct", "folder or Hub id of the base")
+    revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
+    data: str = option("gsm8k", "a task, a folder with train.jsonl, or a .jsonl or .parquet file")
+    data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
+    out: str | None = option(None, "run folder (default: out/<model>-<data>)")
+
+    r: int = option(8, "rank: more holds more, and costs little", least=1)
+    alpha: float = option(16.0, "scaling is alpha / r", above=0)
+    dropout: float = option(0.1, "share of an adapter's inputs dropped", least=0, below=1)
+    targets: tuple[str, ...] = option(("attention",), "attention, all-linear, or layer names")
+    bias: str = option("none", "biases to train as well", choices=BIASES)
+    rslora: bool = option(False, "scaling alpha / sqrt(r): for ranks above 32")
+
+    epochs: int = option(3, "times that each training row is taken", least=1)
+    batch_size: int = option(16, "sequences of a micro-batch on one rank", least=1)
+    grad_accum: int = option(1, "micro-batches of a step; less memory with a smaller batch", least=1)
+    learning_rate: float = option(2e-4, "peak of the schedule", least=0)
+    schedule: str = option(
+        "linear", "shape after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    warmup: float = option(0.03, "share of the steps that the rate rises over", least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's", least=0)
+    clip: float = option(1.0, "largest gradient norm", above=0)
+
+    validation_share: float = option(0.1, "share of the rows held out", above=0, below=1)
+    evals_per_epoch: int = option(4, "validations an epoch", least=1)
+    patience: int = option(5, "validations without a gain before stopping", least=1)
+    max_length: int = option(2048, "tokens; longer rows are left out", least=2)
+    limit: int | None = option(None, "use only this many rows", least=2)
+    max_steps: int | None = option(None, "stop after this many steps", least=1)
+    seed: int = option(0, "of order, dropout and the adapters' first values", least=0)
+
+    precision: str = option("auto", "of the base", choices=("auto", *DTYPES))
+    device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    save_every: float = option(60.0, "seconds between checkpoints", least=0)
+    show_example: bool = option(False, "print one example, what is supervised marked, and leave")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, check, train: each chapter prints what it chose."""
+    config = parse(TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.")
+    device = pick_device(config.device, distributed.local_rank())
+    precision, why = pick_precision(config.precision, device)
+    prepare_memory(device)
+    checkpoint = find_checkpoint(config.model, config.revision)
+    base = read_config(checkpoint.folder)
+    chat = ChatFormat.from_folder(checkpoint.folder)
+    source = load_source(config.data, config.data_revision)
+    if config.show_example:
+        return show_example(source.train[0], chat)
+
+    out = Path(config.out or default_out(config))
+    world = distributed.join(device)
+    identity = {
+        "base_commit": checkpoint.commit,
+        "base_sizes": asdict(base),
+        "data_commit": source.commit,
+        "precision": precision,
+        "ranks": world.size,
+    }
+    saved = {"options": to_json(config), "identity": identity}
+    resuming = check_run(out, saved)
+    if resuming and (done := read_progress(out)) and done.stopped:
+        return world.is_main and print_end(done, out)
+
+    if world.is_main:
+        print(table(to_json(config)))
+        print(f"base {checkpoint.name} at {checkpoint.commit or checkpoint.folder}")
+        print(f"data {source.name}" + (f" at {source.commit}" if source.commit else ""))
+        print(f"device {describe(device)}; precision {precision}: {why}")
+    train_set, validation_set, left_out = prepare_data(config, source, chat, world, out)
+    schedule = Schedule(
+        train_set, config.batch_size, config.grad_accum, config.epochs, config.seed,
+        rank=world.rank, ranks=world.size,
+    )  # fmt: skip
+
+    model = load_model(checkpoint.folder, dtype=DTYPES[precision], device=device)
+    lora = LoRAConfig(
+        config.r, config.alpha, config.dropout, config.targets, config.bias, config.rslora
+    )
+    inject(model, lora, seed=config.seed)
+    if world.is_main:
+        trainable, total = count(model)
+        print(f"trainable {trainable:,} of {total:,} ({trainable / total:.2%})")
+        print(
+            f"{config.batch_size} sequences x {config.grad_accum} micro-batches x {world.size} ranks"
+            f" = {schedule.examples_per_step} a step; {schedule.steps_per_epoch} steps an epoch,"
+            f" {last_step(config, schedule)} in all"
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", saved | {"versions": versions(), "left_out": left_out})
+    progress = train(
+        config, schedule, validation_set,
+        model=model, lora=lora, checkpoint=checkpoint, scaled=precision == "fp16",
+        device=device, world=world, out=out,
+    )  # fmt: skip
+    if world.is_main:
+        print_end(progress, out)
+    distributed.leave(world)
+
+
+def train(
+    config: TrainConfig,
+    schedule: Schedule,
+    validation_set: list[Example],
+    *,
+    model: Qwen2,
+    lora: LoRAConfig,
+    checkpoint: Checkpoint,
+    scaled: bool,
+    device: torch.device,
+    world: World,
+    out: Path,
+) -> Progress:
+    """The loop: forward, backward, accumulate, unscale, clip, step; validate, keep the best, stop, save."""
+    parameters = trained_parameters(model)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    progress = load_checkpoint(out, parameters=parameters, optimizer=optimizer, scaler=scaler)
+    log = MetricsLog(out / "metrics.jsonl", keep=progress.log_bytes) if world.is_main else None
+    last = last_step(config, schedule)
+    eval_at = validation_steps(schedule.steps_per_epoch, config.evals_per_epoch, last)
+    model.train()
+
+    bar = tqdm(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
+    resumed_at = saved_at = time.perf_counter()
+    seconds_before = progress.seconds
+    while progress.cursor < last and progress.stopped is None:
+        started = time.perf_counter()
+        step = schedule.step(progress.cursor)
+        totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, correct
+
+        # Forward and backward: each micro-batch adds its share of the step's one mean.
+        for examples in step.micro_batches:
+            batch = flat_batch(examples, device)
+            seed_dropout(
+                model, seed=config.seed, epoch=step.epoch, rows=batch.rows, positions=batch.positions
+            )
+            hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
+            nats, correct = linear_cross_entropy(
+                hidden, model.head_weight, batch.targets, batch.supervised
+            )
+            scaler.scale(nats / step.supervised).backward()
+            totals += torch.stack((nats.detach(), correct))
+
+        # Gradients: all ranks' together, unscaled, clipped.
+        world.sum_gradients(parameters.values())
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
+
+        # Step, unless a number overflowed: a skipped step moves neither weights, moments nor rate.
+        nats, correct = world.sum_(totals).tolist()
+        finite = math.isfinite(nats) and math.isfinite(grad_norm.item())
+        rate = learning_rate(config, progress.step, last)
+        if finite:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            scaler.step(optimizer)
+            progress.step += 1
+        scaler.update()
+        optimizer.zero_grad()
+        progress.cursor += 1
+        progress.skipped += not finite
+        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+
+        # Log: one line a step.
+        now = time.perf_counter()
+        progress.seconds = seconds_before + now - resumed_at
+        bar.update()
+        if world.is_main:
+            log.write(
+                step=progress.step,
+                epoch=progress.cursor / schedule.steps_per_epoch,
+                train_loss=nats / step.supervised,
+                train_token_accuracy=correct / step.supervised,
+                learning_rate=rate,
+                grad_norm=grad_norm.item(),
+                tokens_per_second=step.tokens / (now - started),
+                peak_memory_gb=peak_memory_gb(device),
+                **({} if finite else {"skipped_rows": step.rows}),
+            )
+            bar.set_postfix(loss=f"{nats / step.supervised:.3f}", tokens_s=f"{step.tokens / (now - started):,.0f}")
+        if progress.skipped_in_a_row == SKIPS_IN_A_ROW:
+            raise gave_up(progress, step.rows, out)
+
+        # Validate now and then and at the end, keep the best, and stop when it no longer gets better.
+        if progress.cursor in eval_at:
+            loss, accuracy = validate(
+                model, validation_set, config.batch_size, device=device, world=world
+            )
+            is_best = progress.record_validation(loss)
+            if progress.validations_since_best >= config.patience:
+                progress.stopped = f"no better validation loss in {config.patience} validations"
+            if progress.cursor == last:
+                progress.stopped = f"all {last} steps done"
+            if world.is_main:
+                if is_best:
+                    publish_best(
+                        model, out, lora,
+                        checkpoint=checkpoint, data=config.data, step=progress.step, loss=loss,
+                    )  # fmt: skip
+                log.write(
+                    step=progress.step,
+                    epoch=progress.cursor / schedule.steps_per_epoch,
+                    val_loss=loss,
+                    val_token_accuracy=accuracy,
+                )
+                bar.write(
+                    f"step {progress.step:>5}  val loss {loss:.4f}  token accuracy"
+                    f" (teacher-forced) {accuracy:.2%}{'  best' if is_best else ''}"
+                )
+
+        # Save: all that is needed to go on from here.
+        due = world.agree(time.perf_counter() - saved_at > config.save_every, device)
+        if due or progress.cursor == last or progress.stopped:
+            progress.seconds = seconds_before + time.perf_counter() - resumed_at
+            if world.is_main:
+                progress.log_bytes = log.bytes
+                save_checkpoint(
+                    out, progress, parameters=parameters, optimizer=optimizer, scaler=scaler
+                )
+            world.wait()
+            saved_at = time.perf_counter()
+    bar.close()
+    return progress
+
+
+@torch.no_grad()
+def validate(
+    model: Qwen2, examples: list[Example], batch_size: int, *, device: torch.device, world: World
+) -> tuple[float, float]:
+    """(nats a supervised token, teacher-forced token accuracy) over all of `examples`, dropout off."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    mine = in_batches(examples[world.rank :: world.size], batch_size)
+    for group in tqdm(mine, desc="validate", leave=False, disable=not world.is_main):
+        batch = flat_batch(group, device)
+        hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
+        totals += torch.stack(
+            linear_cross_entropy(hidden, model.head_weight, batch.targets, batch.supervised)
+        )
+    model.train(was_training)
+    supervised = sum(e.supervised for e in examples)
+    nats, correct = world.sum_(totals).tolist()
+    return nats / supervised, correct / supervised
+
+
+def learning_rate(config: TrainConfig, step: int, last: int) -> float:
+    """The rate of optimizer step `step`, from 0, of `last`: a function of the step alone."""
+    warmup = round(config.warmup * last)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, last - warmup)  # 0 at the peak, 1 just after the last step
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * shapes[config.schedule]
+
+
+def last_step(config: TrainConfig, schedule: Schedule) -> int:
+    """Steps of the whole run."""
+    return min(schedule.total_steps, config.max_steps or schedule.total_steps)
+
+
+def validation_steps(steps_per_epoch: int, evals_per_epoch: int, last: int) -> set[int]:
+    """After how many steps to validate: evenly within each epoch, at its end, and at the very end."""
+    evenly = {round((k + 1) * steps_per_epoch / evals_per_epoch) for k in range(evals_per_epoch)}
+    epochs = -(-last // steps_per_epoch)
+    steps = {epoch * steps_per_epoch + s for epoch in range(epochs) for s in evenly}
+    return {s for s in steps if 0 < s < last} | {last}
+
+
+def prepare_data(
+    config: TrainConfig, source: Source, chat: ChatFormat, world: World, out: Path
+) -> tuple[list[Example], list[Example], list[str]]:
+    """(training examples, validation examples, rows left out), audited aloud; the held-out rows are kept."""
+    problems = source.train[: config.limit]
+    rows = split_problems(problems, config.validation_share)
+    sets, left_out = [], list(source.bad)
+    for side in rows:
+        examples, too_long = encode_problems([problems[r] for r in side], side, chat, config.max_length)
+        sets.append(examples)
+        left_out += too_long
+    train_set, validation_set = sets
+    if not train_set or not validation_set:
+        raise BadData(
+            f"{source.name}: {len(train_set)} rows to train on and {len(validation_set)} to validate on"
+            f" ({len(left_out)} left out)",
+            "both need at least one: give more rows, or a larger --max-length",
+        )
+    kept = [{e.row for e in side} for side in sets]
+    train_problems, validation_problems = ([problems[r] for r in sorted(side)] for side in kept)
+    if world.is_main:
+        found = audit(
+            train=train_problems, validation=validation_problems, test=source.test,
+            examples=train_set, left_out=left_out,
+        )  # fmt: skip
+        print("\n".join(audit_lines(found)))
+        out.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(p.row()) for p in validation_problems]
+        (out / "validation.jsonl").write_text("\n".join(lines) + "\n")
+        write_json(out / "audit.json", asdict(found))
+    return train_set, validation_set, left_out
+
+
+def show_example(problem: Problem, chat: ChatFormat) -> None:
+    """Print one example as the model reads it: supervised tokens green, or in ⟦ ⟧ where colour is off."""
+    encoded = chat.encode(problem.messages)
+    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    text, marked = "", False
+    for token, supervised in zip(encoded.tokens + [None], encoded.supervised + [False]):
+        if supervised != marked:
+            text += before if supervised else after
+            marked = supervised
+        if token is not None:
+            text += chat.tokenizer.decode([token], skip_special_tokens=False)
+    print(text, end="")
+    print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised)} supervised (marked)")
+
+
+def default_out(config: TrainConfig) -> Path:
+    """out/<model>-<data>, in lower case."""
+    names = [Path(n).name.removesuffix(".jsonl").removesuffix(".parquet") for n in (config.model, config.data)]
+    return Path("out") / "-".join(names).lower()
+
+
+def gave_up(progress: Progress, rows: list[int], out: Path) -> BadRun:
+    return BadRun(
+        f"{SKIPS_IN_A_ROW} steps in a row had no finite gradient, up to step {progress.cursor},"
+        f" rows {rows[:4]}...; {out / 'best'} is the last good adapter",
+        "lower --learning-rate, or use --precision fp32",
+    )
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def print_end(progress: Progress, out: Path) -> None:
+    """What was reached, where it lies, and what to type next."""
+    print(f"done: {progress.stopped}, in {progress.seconds / 60:.1f} minutes")
+    if progress.skipped:
+        print(f"{progress.skipped} steps were skipped: see skipped_rows in {out / 'metrics.jsonl'}")
+    if progress.best_loss is None:
+        print("no validation loss was finite, so there is no best adapter")
+        return
+    print(f"best validation loss {progress.best_loss:.4f} nats a token, at step {progress.best_step}")
+    print(f"adapter in {out / 'best'}; what it is worth:")
+    print(f"  python evaluate.py --adapter {out / 'best'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
