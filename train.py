@@ -8,8 +8,10 @@ The one idea: a step's loss is the sum over all its supervised tokens divided by
 whatever micro-batches and ranks they are spread over. `main` is the table of contents, `train` the loop.
 """
 
+import itertools
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -22,7 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data.audit import audit, audit_lines
+from data.audit import Audit, audit, audit_lines
 from data.batches import Schedule, flat_batch, in_batches
 from data.chat import ChatFormat
 from data.encode import Example, encode_problems
@@ -124,9 +126,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"base {checkpoint.name} at {checkpoint.commit or checkpoint.folder}")
         print(f"data {source.name}" + (f" at {source.commit}" if source.commit else ""))
         print(f"device {describe(device)}; precision {precision}: {why}")
-    train_set, validation_set, left_out = prepare_data(config, source, chat, world, out)
+    data = prepare_data(config, source, chat)
+    if world.is_main:
+        print("\n".join(audit_lines(data.audit)))
     schedule = Schedule(
-        train_set, config.batch_size, config.grad_accum, config.epochs, config.seed,
+        data.train, config.batch_size, config.grad_accum, config.epochs, config.seed,
         rank=world.rank, ranks=world.size,
     )  # fmt: skip
 
@@ -137,16 +141,15 @@ def main(argv: list[str] | None = None) -> None:
     inject(model, lora, seed=config.seed)
     if world.is_main:
         trainable, total = count(model)
-        print(f"trainable {trainable:,} of {total:,} ({trainable / total:.2%})")
+        print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
         print(
             f"{config.batch_size} sequences x {config.grad_accum} micro-batches x {world.size} ranks"
             f" = {schedule.examples_per_step} a step; {schedule.steps_per_epoch} steps an epoch,"
             f" {last_step(config, schedule)} in all"
         )
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", saved | {"versions": versions(), "left_out": left_out})
+        write_run(out, saved | {"versions": versions()}, data)
     progress = train(
-        config, schedule, validation_set,
+        config, schedule, data.validation,
         model=model, lora=lora, checkpoint=checkpoint, scaled=precision == "fp16",
         device=device, world=world, out=out,
     )  # fmt: skip
@@ -327,51 +330,56 @@ def validation_steps(steps_per_epoch: int, evals_per_epoch: int, last: int) -> s
     return {s for s in steps if 0 < s < last} | {last}
 
 
-def prepare_data(
-    config: TrainConfig, source: Source, chat: ChatFormat, world: World, out: Path
-) -> tuple[list[Example], list[Example], list[str]]:
-    """(training examples, validation examples, rows left out), audited aloud; the held-out rows are kept."""
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is validated on, encoded; the held-out problems; the audit of it all."""
+
+    train: list[Example]
+    validation: list[Example]
+    held_out: list[Problem]
+    audit: Audit
+
+
+def prepare_data(config: TrainConfig, source: Source, chat: ChatFormat) -> Data:
+    """Split, encode and audit the rows of `source`; BadData if a side is left without any."""
     problems = source.train[: config.limit]
-    rows = split_problems(problems, config.validation_share)
-    sets, left_out = [], list(source.bad)
-    for side in rows:
-        examples, too_long = encode_problems([problems[r] for r in side], side, chat, config.max_length)
-        sets.append(examples)
+    sides, left_out = [], list(source.bad)
+    for rows in split_problems(problems, config.validation_share):
+        chosen = [problems[row] for row in rows]
+        examples, too_long = encode_problems(chosen, rows, chat, config.max_length)
+        sides.append(examples)
         left_out += too_long
-    train_set, validation_set = sets
-    if not train_set or not validation_set:
+    if not all(sides):
         raise BadData(
-            f"{source.name}: {len(train_set)} rows to train on and {len(validation_set)} to validate on"
+            f"{source.name}: {len(sides[0])} rows to train on and {len(sides[1])} to validate on"
             f" ({len(left_out)} left out)",
             "both need at least one: give more rows, or a larger --max-length",
         )
-    kept = [{e.row for e in side} for side in sets]
-    train_problems, validation_problems = ([problems[r] for r in sorted(side)] for side in kept)
-    if world.is_main:
-        found = audit(
-            train=train_problems, validation=validation_problems, test=source.test,
-            examples=train_set, left_out=left_out,
-        )  # fmt: skip
-        print("\n".join(audit_lines(found)))
-        out.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(p.row()) for p in validation_problems]
-        (out / "validation.jsonl").write_text("\n".join(lines) + "\n")
-        write_json(out / "audit.json", asdict(found))
-    return train_set, validation_set, left_out
+    learned, held_out = ([problems[e.row] for e in side] for side in sides)
+    found = audit(
+        train=learned, validation=held_out, test=source.test, examples=sides[0], left_out=left_out
+    )
+    return Data(*sides, held_out, found)
+
+
+def write_run(out: Path, config: dict, data: Data) -> None:
+    """What the run folder holds from the start; `config.json` first, by which a run is known."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", config)
+    write_json(out / "audit.json", asdict(data.audit))
+    rows = [json.dumps(problem.row()) for problem in data.held_out]
+    (out / "validation.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def show_example(problem: Problem, chat: ChatFormat) -> None:
-    """Print one example as the model reads it: supervised tokens green, or in ⟦ ⟧ where colour is off."""
+    """Print one example as the model reads it: supervised text green, or in [[ ]] where colour is off."""
     encoded = chat.encode(problem.messages)
-    before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    text, marked = "", False
-    for token, supervised in zip(encoded.tokens + [None], encoded.supervised + [False]):
-        if supervised != marked:
-            text += before if supervised else after
-            marked = supervised
-        if token is not None:
-            text += chat.tokenizer.decode([token], skip_special_tokens=False)
-    print(text, end="")
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+    pairs = zip(encoded.supervised, encoded.tokens)
+    for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        text = chat.tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+        print(before + text + after if supervised else text, end="")
     print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised)} supervised (marked)")
 
 

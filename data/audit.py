@@ -7,7 +7,6 @@ import numpy as np
 from data.encode import Example
 from data.rows import Problem
 from data.split import masked, normal, repeated, shared
-from errors import listed
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def audit_lines(a: Audit) -> list[str]:
         f"rows        {rows}",
         "lengths     " + ", ".join(f"{k} {v:,}" for k, v in a.tokens.items() if k != "total"),
         f"tokens      {a.tokens['total']:,} an epoch, {a.supervised:,} supervised ({share:.0%})",
-        f"left out    {len(a.left_out)} rows" + (f": {listed(a.left_out, 2)}" if a.left_out else ""),
+        f"left out    {len(a.left_out)} rows",
+        *(f"            {reason}" for reason in a.left_out[:3]),  # audit.json has them all
     ]
     for place, counts in a.duplicates.items():
         if any(counts.values()):

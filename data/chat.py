@@ -97,15 +97,13 @@ class ChatFormat:
 
 def read_default_system(folder: Path) -> str | None:
     """The system prompt that the checkpoint's template inserts when a conversation has none."""
-    template = None
-    if (folder / "chat_template.jinja").exists():  # where transformers 5 keeps it
-        template = (folder / "chat_template.jinja").read_text()
-    elif (folder / "tokenizer_config.json").exists():
-        try:
-            template = json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise BadCheckpoint(
-                f"{folder / 'tokenizer_config.json'} cannot be read: {error}", "copy it again"
-            ) from None
+    template, path = None, folder / "chat_template.jinja"  # where transformers 5 keeps it
+    try:
+        if path.exists():
+            template = path.read_text()
+        elif (path := folder / "tokenizer_config.json").exists():
+            template = json.loads(path.read_text()).get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error}", "copy it again") from None
     found = DEFAULT_SYSTEM.search(template) if isinstance(template, str) else None
     return found.group(1) if found else None

@@ -123,7 +123,7 @@ def _read_parquet(path: Path) -> Iterator[object]:
 
     try:
         yield from pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: a text that is not UTF-8
         raise BadData(
             f"{path} is no readable parquet file: {str(error).splitlines()[0][:80]}",
             "download or write it again",

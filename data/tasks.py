@@ -1,5 +1,6 @@
 """The table of data sources that have a name; any other `--data` is a folder or a file."""
 
+import os
 from pathlib import Path
 
 from data import gsm8k
@@ -13,8 +14,8 @@ def load_source(name: str, revision: str | None = None) -> Source:
     """The problems of a task in `TASKS`, or of a folder or file in the forms of `rows.py`."""
     if name in TASKS:
         return TASKS[name](revision)
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path):  # unlike pathlib's, False for names that no file can have
         raise BadData(
             f"--data {name} is neither a task ({', '.join(TASKS)}) nor a file or folder",
             "give a .jsonl or .parquet file, or a folder with train.jsonl and test.jsonl",

@@ -4,6 +4,8 @@ On a GPU one variable-length kernel takes all the examples; elsewhere each examp
 costs no more, since attention is quadratic in an example and not in the micro-batch.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,13 +22,13 @@ class FlatAttention:
     def __init__(self, lengths: list[int], device: torch.device):
         self.lengths = lengths
         self.offsets = None
-        if device.type == "cuda" and varlen_attn is not None:
+        if device.type == "cuda":
             ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
             self.offsets = F.pad(ends, (1, 0)).to(device, non_blocking=True)  # (examples + 1,)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, D), (T, G, D), (T, G, D) -> (T, H, D)."""
-        if self.offsets is not None and q.dtype in (torch.bfloat16, torch.float16):
+        if self.offsets is not None and varlen_works(q.device, q.dtype):
             return attend_varlen(q, k, v, self.offsets, max(self.lengths))
         return attend_each(q, k, v, self.lengths)
 
@@ -44,8 +46,38 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y[0].transpose(0, 1)
 
 
+@functools.cache
+def varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the variable-length kernel runs here and agrees with the plain form, tried out once.
+
+    It needs an Ampere GPU and half precision, and its interface is young; what was found is printed.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            generator = torch.Generator(device).manual_seed(0)
+            lengths, shape = [40, 3], (43, 4, 64)
+            offsets = torch.tensor([0, 40, 43], dtype=torch.int32, device=device)
+            inputs = [
+                torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
+                for _ in range(3)
+            ]
+            results = []
+            for y in (attend_varlen(*inputs, offsets, 40), attend_each(*inputs, lengths)):
+                results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
+        problem = None if error < 0.02 else f"differs from the plain form by {error:.2g}"
+    except (RuntimeError, TypeError, NotImplementedError) as failure:
+        problem = str(failure).splitlines()[0][:80]
+    print("attention: " + ("one variable-length call" if problem is None else f"one call an example ({problem})"))
+    return problem is None
+
+
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """All examples in one call of the variable-length flash kernel (CUDA, half precision)."""
+    if varlen_attn is None:
+        raise NotImplementedError("this PyTorch has no varlen_attn")
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (T, H, D)
     # window (-1, 0): all earlier tokens, no later one

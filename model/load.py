@@ -61,12 +61,17 @@ def read_config(folder: Path) -> Qwen2Config:
     values["num_key_value_heads"] = raw.get("num_key_value_heads", values["num_attention_heads"])
     problems = [f"{k} is {v!r}" for k, v in values.items() if type(v) is not int or not 0 < v < 2**24]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 1e6))
+    if not isinstance(rope, dict):
+        problems.append(f"rope_parameters is {rope!r}")
+        rope = {}
+    values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 1e4))
     values["rms_norm_eps"] = raw.get("rms_norm_eps", 1e-6)
     for key in ("rope_theta", "rms_norm_eps"):
         if type(values[key]) not in (int, float) or not 0 < values[key] < float("inf"):
             problems.append(f"{key} is {values[key]!r}")
     values["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
+    if type(values["tie_word_embeddings"]) is not bool:
+        problems.append(f"tie_word_embeddings is {values['tie_word_embeddings']!r}")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         problems.append(f"rope type {rope.get('rope_type', rope.get('type'))!r} is not supported")
     if raw.get("use_sliding_window"):
@@ -136,11 +141,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         names = set(shards.values())
     else:
         raise BadCheckpoint(f"{folder} holds no model.safetensors and no shard index", REMEDY)
-    outside = sorted(n for n in names if os.path.basename(n) != n or not n.endswith(".safetensors"))
-    missing = sorted(n for n in names if not (folder / n).is_file())
-    if outside or missing:
+    outside = {n for n in names if os.path.basename(n) != n or not n.endswith(".safetensors")}
+    missing = {n for n in names if not (folder / n).is_file()}
+    if bad := sorted(outside | missing):
         raise BadCheckpoint(
-            f"{index}: {listed([f'{n} is not a file of this folder' for n in outside or missing])}",
+            f"{index}: {listed([f'{n} is not a file of this folder' for n in bad])}",
             "download or copy the whole checkpoint again",
         )
     files = {}

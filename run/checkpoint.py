@@ -56,16 +56,16 @@ class Progress:
 
 def check_run(folder: Path, config: dict[str, Any]) -> bool:
     """Whether `folder` holds a run of this configuration to go on with; BadRun if it cannot be used."""
-    if folder.exists() and not folder.is_dir():
-        raise BadRun(f"--out {folder} is not a folder", "give another --out")
-    existing = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise BadRun(f"--out {folder}: {existing} is not a folder", "give another --out")
     if not os.access(existing, os.W_OK):
         raise BadRun(f"--out {folder} cannot be written", "give another --out")
     if not folder.exists() or not any(folder.iterdir()):
         return False
     try:
         old = json.loads((folder / "config.json").read_text())
-        old_values, values = (c["options"] | c["identity"] for c in (old, config))
+        old_values, values = ({**c["options"], **c["identity"]} for c in (old, config))
     except (OSError, ValueError, KeyError, TypeError):
         raise BadRun(
             f"--out {folder} holds other files, and no run that can go on", "give another --out"
@@ -155,4 +155,5 @@ def read_progress(run: Path) -> Progress | None:
 
 def _checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first; the name holds the step, so clocks do not matter."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".new")
+    found = (p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".new")
+    return sorted(found, key=lambda p: (len(p.name), p.name))  # as numbers, of any length

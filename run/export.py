@@ -3,6 +3,7 @@
     python -m run.export --adapter out/qwen2-0.5b-instruct-gsm8k/best --out merged
 """
 
+import json
 import os
 import shutil
 import sys
@@ -92,12 +93,20 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint.folder, beside, ignore=lambda _, names: [n for n in names if "safetensors" in n]
     )
     dtype = DTYPES[config.dtype]
+    _set_dtype(beside / "config.json", str(dtype).removeprefix("torch."))
     state = {k: t.to(dtype).contiguous() for k, t in unwrapped_state(model).items()}
     save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
     os.rename(beside, out)
     print(f"merged into {out}: rounding to {config.dtype} lost {lost:.1%} of the adapter's change")
     if lost > 0.01:
         print("  --dtype fp32 loses next to nothing, at twice the size")
+
+
+def _set_dtype(path: Path, dtype: str) -> None:
+    """Let `config.json` name the dtype of the weights, under whichever key it uses."""
+    config = json.loads(path.read_text())
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":

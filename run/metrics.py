@@ -12,7 +12,7 @@ class MetricsLog:
     def __init__(self, path: Path, keep: int = 0):
         self.path = path
         self.file = path.open("ab")
-        self.file.truncate(keep)
+        self.file.truncate(min(keep, self.bytes))  # a file that was lost is not filled with zeros
 
     def write(self, **values: Any) -> None:
         """Append one line; a number that is not finite is null, which JSON has a word for."""

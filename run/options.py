@@ -73,7 +73,7 @@ def value_problems(config: Any) -> list[str]:
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         name = "--" + field.name.replace("_", "-")
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name} {value} is not a finite number")
         elif limits["least"] is not None and value < limits["least"]:
             problems.append(f"{name} {value} is less than {limits['least']}")

@@ -1,0 +1,139 @@
+"""How sure one may be of a rate, and of the difference between two models on the same problems.
+
+Base and tuned answer the same problems, so only the problems on which they differ say anything
+about the tuning: those it fixed and those it broke. Every function is pure and defined for any
+size: with no problem at all an interval is everything possible, never NaN.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+from statistics import NormalDist
+
+import numpy as np
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval (low, high) of a rate, both in [0, 1]; (0, 1) when there was nothing to count.
+
+    Wilson (1927), "Probable inference, the law of succession, and statistical inference". Unlike
+    the textbook p ± z·se it keeps its coverage near 0 and 1 and for small n.
+    """
+    assert 0 <= successes <= n, f"{successes} successes out of {n}"
+    assert 0 < confidence < 1, f"confidence {confidence}"
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate, spread = successes / n, z * z / n
+    middle = (rate + spread / 2) / (1 + spread)
+    half = sqrt(rate * (1 - rate) * spread + spread * spread / 4) / (1 + spread)
+    high = 1.0 if successes == n else middle + half  # exact at the end; the low one is exactly 0
+    return middle - half, high
+
+
+def mcnemar_p(fixed: int, broke: int) -> float:
+    """Two-sided exact p of McNemar's test: did a fair coin choose which changes were fixes?
+
+    McNemar (1947); exact by the binomial distribution rather than by chi-squared, so it holds for
+    any number of changed problems. 1.0 when none changed.
+    """
+    changed = fixed + broke
+    tail = sum(comb(changed, k) for k in range(min(fixed, broke) + 1))
+    return min(1.0, 2 * tail / 2**changed)  # Python integers: exact until this one division
+
+
+def bootstrap_interval(
+    counts: Sequence[int], *, confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """The interval (low, high) of (fixed - broke) / n by resampling the problems with replacement.
+
+    counts: fixed, broke, both right, both wrong. Percentile bootstrap, Efron (1979). A resample of
+    n problems matters only through how many fall in each cell, and those four counts are
+    multinomial: one draw a resample in place of n. Reproducible from the seed under one numpy.
+    """
+    n = sum(counts)
+    if n == 0:
+        return -1.0, 1.0
+    cells = np.random.default_rng(seed).multinomial(n, np.array(counts) / n, size=resamples)
+    differences = (cells[:, 0] - cells[:, 1]) / n  # (resamples,)
+    low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Base against tuned on the same problems; points are hundredths of the problems."""
+
+    fixed: int  # base wrong, tuned right
+    broke: int  # base right, tuned wrong
+    both_right: int
+    both_wrong: int
+    p_value: float  # exact two-sided McNemar
+    low_points: float  # paired bootstrap
+    high_points: float
+    confidence: float
+
+    @property
+    def n(self) -> int:
+        return self.fixed + self.broke + self.both_right + self.both_wrong
+
+    @property
+    def difference_points(self) -> float:
+        """Tuned minus base in points; 0.0 with no problems, where the interval is -100 to +100."""
+        return 100 * (self.fixed - self.broke) / max(self.n, 1)
+
+
+def paired(
+    base: Sequence[bool],
+    tuned: Sequence[bool],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Paired:
+    """Compare right and wrong of two models; entry i of both lists is the same problem."""
+    assert len(base) == len(tuned), f"{len(base)} base outcomes, {len(tuned)} tuned outcomes"
+    pairs = [(bool(b), bool(t)) for b, t in zip(base, tuned, strict=True)]
+    cells = ((False, True), (True, False), (True, True), (False, False))
+    fixed, broke, both_right, both_wrong = counts = [pairs.count(cell) for cell in cells]
+    low, high = bootstrap_interval(counts, confidence=confidence, resamples=resamples, seed=seed)
+    return Paired(
+        fixed=fixed,
+        broke=broke,
+        both_right=both_right,
+        both_wrong=both_wrong,
+        p_value=mcnemar_p(fixed, broke),
+        low_points=100 * low,
+        high_points=100 * high,
+        confidence=confidence,
+    )
+
+
+def in_words(result: Paired) -> str:
+    """What the comparison is worth, in a sentence.
+
+    "better" or "worse" when the interval excludes 0 and McNemar's p is under 1 - confidence. The
+    interval alone is too sure of itself when few problems changed: one problem, fixed, resamples
+    to +100 points every time. Where only one of the two speaks, the sentence gives the p and the
+    count behind it.
+    """
+    if result.n == 0:
+        return "no problems in common: nothing to compare"
+    low, high = result.low_points, result.high_points
+    excludes_zero = low > 0 or high < 0
+    small_p = result.p_value < 1 - result.confidence
+    if excludes_zero and small_p:
+        verdict = "better" if low > 0 else "worse"
+    else:
+        verdict = "not distinguishable from no change at this size"
+        if excludes_zero or small_p:
+            changed = result.fixed + result.broke
+            verdict += f" ({changed} of {result.n} changed, exact p = {result.p_value:.2g})"
+    return (
+        f"{_signed(result.difference_points)} points, {100 * result.confidence:g} % between "
+        f"{_signed(low)} and {_signed(high)}: {verdict}"
+    )
+
+
+def _signed(points: float) -> str:
+    return f"{round(points, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
