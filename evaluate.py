@@ -2,9 +2,11 @@
 
     python evaluate.py --adapter out/qwen2-0.5b-instruct-gsm8k/best      # base against tuned
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --limit 100      # one model by itself
+    python evaluate.py --adapter out/.../best --ask "What is 3 + 4?"     # both answer, as you watch
+    python evaluate.py --compare A/result.json B/result.json             # two finished evaluations
 
 The base is the tuned model with its adapters switched off, which is the base bit for bit. Answers are
-generated, then scored; teacher-forced token accuracy is something else, and is not reported here.
+generated and scored; loss and teacher-forced token accuracy stand beside them under those names.
 Every answer is written down as it comes, so an evaluation that was stopped goes on where it was.
 """
 
@@ -12,30 +14,34 @@ import contextlib
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from data.batches import in_batches
 from data.chat import ChatFormat
-from data.rows import Problem, read_problems
+from data.encode import encode_problems
+from data.gsm8k import EXAMPLES
+from data.rows import Message, Problem, Source, read_problems
 from data.split import split_problems
 from data.tasks import load_source
 from errors import BadData, BadOption, run_script
-from evaluation.generative import Completion, Scored, choose_scorers, score
-from evaluation.statistics import in_words, paired, wilson_interval
+from evaluation.answers import Asking, Completion, answers
+from evaluation.generative import choose_scorers
+from evaluation.summary import Completions, difference, figures, table, transcripts
+from evaluation.teacher_forced import teacher_forced
 from lora.inject import disabled
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
-from model.generate import Sampling, generate
+from model.generate import Sampling, decode
 from model.load import Checkpoint, find_checkpoint, load_model, read_eos_ids
 from model.qwen2 import Qwen2
+from run import options
 from run.checkpoint import write_json
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
 from run.metrics import MetricsLog, read_metrics
-from run.options import option, parse, table, to_json
+from run.options import option, parse, to_json
 
 
 @dataclass(frozen=True)
@@ -49,60 +55,98 @@ class EvalConfig:
         "test", "validation: the rows held out in training", choices=("test", "validation", "train")
     )
     out: str | None = option(None, "folder for the results (default: the adapter's run folder)")
+    ask: str | None = option(None, "answer this question, and leave")
+    compare: tuple[str, ...] = option((), "two result.json: set them side by side, and leave")
 
     limit: int | None = option(None, "use only the first so many problems", least=1)
-    batch_size: int = option(16, "problems answered together; does not change an answer", least=1)
-    max_new_tokens: int = option(512, "longest answer; GSM8K's longest is 455", least=1)
+    shots: int = option(0, "solved problems before each, lm-evaluation-harness's way", least=0)
+    cot: bool = option(False, "ask for a chain of thought, zero-shot, as plain text")
+    samples: int = option(1, "answers to each problem; more give majority votes", least=1)
     temperature: float = option(0.0, "0 is greedy", least=0)
     top_k: int = option(0, "sample among the k likeliest tokens only; 0: all", least=0)
     top_p: float = option(1.0, "sample among the likeliest tokens of this mass", above=0)
-    seed: int = option(0, "of sampling", least=0)
+    seed: int = option(0, "of sampling and of the bootstrap", least=0)
+    max_new_tokens: int = option(512, "longest answer; GSM8K's longest is 455", least=1)
+    batch_size: int = option(16, "problems answered together; changes no answer in fp32", least=1)
 
     precision: str = option("auto", "of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
 
+    @property
+    def prompt(self) -> str:
+        return "few-shot" if self.shots else "chain-of-thought" if self.cot else "chat"
+
 
 def main(argv: list[str] | None = None) -> None:
-    """Find everything, answer with each contestant, score, compare."""
+    """Find everything, let each contestant answer, count, compare."""
     config = parse(EvalConfig, argv, "Measure a base and its adapter on the same problems.")
-    if config.adapter is None and config.model is None:
-        raise BadOption("neither --adapter nor --model is given", "give at least one of them")
+    check(config)
+    if config.compare:
+        return compare(*config.compare, seed=config.seed)
     device = pick_device(config.device)
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)
     checkpoint = base_checkpoint(config)
     chat = ChatFormat.from_folder(checkpoint.folder)
     eos_ids = read_eos_ids(checkpoint.folder)
-    problems, data = find_problems(config)
-
-    print(table({k: v for k, v in to_json(config).items() if v is not None}))
-    print(f"base {checkpoint.name} at {checkpoint.commit or checkpoint.folder}")
-    print(f"data {data}: {len(problems)} problems")
-    print(f"device {describe(device)}; precision {precision}: {why}")
+    problems, shots, data = ([], [], "") if config.ask else find_problems(config)
     settings = evaluation_settings(config, checkpoint, data, precision, problems)
     folder = results_folder(config, settings)
+
+    if not config.ask:
+        chosen = {k: v for k, v in to_json(config).items() if v not in (None, [])}
+        print(options.table(chosen))
+        print(f"data {data}: {len(problems)} problems; prompt {config.prompt}")
+    print(f"base {checkpoint.name} at {checkpoint.commit or checkpoint.folder}")
+    print(f"device {describe(device)}; precision {precision}: {why}")
     model = load_model(checkpoint.folder, dtype=DTYPES[precision], device=device)
     contestants: dict[str, Callable] = {"base": contextlib.nullcontext}
     if config.adapter:
         read_adapter(Path(config.adapter), model)
         model.eval()
         contestants = {"base": lambda: disabled(model), "tuned": contextlib.nullcontext}
+    if config.ask:
+        return ask(config, model, chat, contestants, eos_ids)
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)
-    results: dict[str, list[Scored]] = {}
+    asking = Asking(
+        config.prompt, tuple(shots), sampling(config), config.samples,
+        config.max_new_tokens, config.batch_size,
+    )  # fmt: skip
+    given: dict[str, Completions] = {}
+    result: dict[str, Any] = {"settings": settings, "problems": len(problems), "contestants": {}}
     for name, context in contestants.items():
         with context():
-            completions = answer_all(
-                config, model, chat, problems, eos_ids=eos_ids, log=folder / f"{name}.jsonl", name=name
+            given[name] = answer_all(
+                model, chat, problems, asking, eos_ids=eos_ids, log=folder / f"{name}.jsonl", name=name
             )
-        results[name] = [
-            score(completions[p.id], p.answer, choose_scorers([p.answer for p in problems]))
-            for p in problems
-        ]
-    print(report(results))
-    write_json(folder / "result.json", {"settings": settings, **summary(results)})
-    print(f"results in {folder}")
+            measured = measure(model, chat, problems, config.batch_size)
+        result["contestants"][name] = figures(problems, given[name]) | measured
+    if config.adapter:
+        right = {name: c["outcomes"] for name, c in result["contestants"].items()}
+        result |= difference(right["base"], right["tuned"], config.seed)
+        result["transcripts"] = transcripts(problems, given["base"], given["tuned"], right)
+    result["examples"] = [
+        {"question": p.question, "gold": p.answer} | {n: c[p.id][0].text for n, c in given.items()}
+        for p in EXAMPLES
+    ]
+    write_json(folder / "result.json", result)
+    print_result(result, folder)
+
+
+def check(config: EvalConfig) -> None:
+    """BadOption for options that contradict each other."""
+    if config.compare and len(config.compare) != 2:
+        raise BadOption("--compare takes two files", "--compare A/result.json,B/result.json")
+    if not config.compare and config.adapter is None and config.model is None:
+        raise BadOption("neither --adapter nor --model is given", "give at least one of them")
+    if config.samples > 1 and config.temperature == 0:
+        raise BadOption(
+            f"--samples {config.samples} at temperature 0 are all the same", "add --temperature 0.7"
+        )
+    if config.shots and config.cot:
+        raise BadOption("--shots and --cot are two different prompts", "give one of them")
 
 
 def base_checkpoint(config: EvalConfig) -> Checkpoint:
@@ -115,32 +159,39 @@ def base_checkpoint(config: EvalConfig) -> Checkpoint:
     return find_checkpoint(base, config.revision or revision)
 
 
-def find_problems(config: EvalConfig) -> tuple[list[Problem], str]:
-    """(problems of the split, what they are), by default from the data that the adapter's run used."""
+def find_problems(config: EvalConfig) -> tuple[list[Problem], list[Problem], str]:
+    """(problems, solved ones for few-shot prompts, what they are), by default from the run's own data."""
     run = training_options(config)
     data = config.data or run.get("data", "gsm8k")
     revision = config.data_revision or (None if config.data else run.get("data_commit"))
     held_out = Path(config.adapter or ".").parent / "validation.jsonl"
-    if config.split == "validation" and config.adapter and not config.data and held_out.exists():
+    is_own = config.adapter and not config.data and held_out.exists()
+    if config.split == "validation" and is_own and not config.shots:
         problems, _ = read_problems(held_out)
-        return problems[: config.limit], f"{data}, the rows held out by the adapter's run"
+        return problems[: config.limit], [], f"{data}, the rows held out by the adapter's run"
     source = load_source(data, revision)
-    if config.split == "test":
-        problems = source.test
-    else:
-        share = run.get("validation_share", 0.1)
-        train, validation = split_problems(source.train, share)
-        rows = validation if config.split == "validation" else train
-        problems = [source.train[row] for row in rows]
-    if not problems:
+    problems = split_of(source, config.split, run)
+    asked = {p.id for p in problems}
+    shots = [p for p in source.train if p.id not in asked][: config.shots]
+    if not problems or len(shots) < config.shots:
         raise BadData(
-            f"{data} has no {config.split} problems", "use --split validation, or give data that has them"
+            f"{data} has {len(problems)} {config.split} problems and {len(shots)} others to show",
+            "use another --split, fewer --shots, or other --data",
         )
     at = f" at {source.commit}" if source.commit else ""
-    return problems[: config.limit], f"{data}{at}, {config.split}"
+    return problems[: config.limit], shots, f"{data}{at}, {config.split}"
 
 
-def training_options(config: EvalConfig) -> dict:
+def split_of(source: Source, split: str, run: dict) -> list[Problem]:
+    """The problems of a split, as a run with these options divided them."""
+    if split == "test":
+        return source.test
+    learned = source.train[: run.get("limit")]
+    train, validation = split_problems(learned, run.get("validation_share", 0.1))
+    return [learned[row] for row in (validation if split == "validation" else train)]
+
+
+def training_options(config: EvalConfig) -> dict[str, Any]:
     """Options and identity of the run that the adapter lies in; empty where there is none."""
     path = Path(config.adapter or "").parent / "config.json"
     if not config.adapter or not path.exists():
@@ -151,13 +202,15 @@ def training_options(config: EvalConfig) -> dict:
 
 def evaluation_settings(
     config: EvalConfig, checkpoint: Checkpoint, data: str, precision: str, problems: list[Problem]
-) -> dict:
+) -> dict[str, Any]:
     """Everything that an answer depends on: the same settings are the same evaluation."""
     adapter = None
     if config.adapter:
         files = [Path(config.adapter) / name for name in (CONFIG, WEIGHTS)]
         adapter = hashlib.sha256(b"".join(f.read_bytes() for f in files if f.exists())).hexdigest()
-    names = ("split", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("split", "prompt", "shots", "samples", "temperature", "top_k", "top_p", "seed",
+             "max_new_tokens")  # fmt: skip
+    rows = json.dumps([p.row() for p in problems])
     return {
         "base": checkpoint.name,
         "base_commit": checkpoint.commit,
@@ -165,106 +218,125 @@ def evaluation_settings(
         "adapter_sha256": adapter,
         "data": data,
         "problems": len(problems),
-        "problems_sha256": hashlib.sha256(json.dumps([p.row() for p in problems]).encode()).hexdigest(),
+        "problems_sha256": hashlib.sha256(rows.encode()).hexdigest(),
         "precision": precision,
         **{name: getattr(config, name) for name in names},
     }
 
 
-def results_folder(config: EvalConfig, settings: dict) -> Path:
+def results_folder(config: EvalConfig, settings: dict[str, Any]) -> Path:
     """Where the answers of these settings lie: other settings lie elsewhere, so nothing is mixed up."""
-    named = Path(config.adapter).parent if config.adapter else Path("out") / Path(config.model).name.lower()
+    model = Path(config.model or "").name.lower()
+    home = Path(config.adapter).parent if config.adapter else Path("out") / model
     code = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(config.out or named) / "evaluation" / f"{config.split}-{code}"
+    return Path(config.out or home) / "evaluation" / f"{config.split}-{code}"
+
+
+def sampling(config: EvalConfig) -> Sampling:
+    return Sampling(config.temperature, config.top_k, config.top_p, config.seed)
 
 
 def answer_all(
-    config: EvalConfig,
     model: Qwen2,
     chat: ChatFormat,
     problems: list[Problem],
+    asking: Asking,
     *,
     eos_ids: tuple[int, ...],
     log: Path,
     name: str,
-) -> dict[str, Completion]:
-    """A completion for each problem, by id; those that `log` holds already are not generated again."""
-    done = read_completions(log)
+) -> Completions:
+    """All samples of each problem and example, by id; those that `log` holds are not generated again."""
+    headline = next(iter(choose_scorers([p.answer for p in problems]).values()))
+    gold = {p.id: p.answer for p in problems}
+    kept = [Completion(**row) for row in read_metrics(log)] if log.exists() else []
+    done = {(c.id, c.sample): c for c in kept}
     out = MetricsLog(log, keep=log.read_bytes().rfind(b"\n") + 1 if log.exists() else 0)
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
-    prompts = {row: chat.prompt(p.messages[:-1]) for row, p in enumerate(problems) if p.id not in done}
-    rows = sorted(prompts, key=lambda row: len(prompts[row]))  # like lengths end at like times
-    bar = tqdm(total=len(problems), initial=len(done), desc=name, unit="problem")
-    for group in in_batches(rows, config.batch_size):
-        started = time.perf_counter()
-        decoded = generate(
-            model,
-            [prompts[row] for row in group],
-            max_new_tokens=config.max_new_tokens,
-            eos_ids=eos_ids,
-            vocabulary=chat.vocabulary,
-            sampling=sampling,
-            rows=group,
-        )
-        seconds = (time.perf_counter() - started) / len(group)
-        for row, answer in zip(group, decoded):
-            text = chat.decode(answer.tokens)
-            completion = Completion(problems[row].id, text, len(answer.tokens), answer.cut_off, seconds)
-            out.write(**asdict(completion))
-            done[completion.id] = completion
-        bar.update(len(group))
+    asked = [*problems, *EXAMPLES]
+    bar = tqdm(total=len(asked) * asking.samples, initial=len(done), desc=name, unit="answer")
+    right = sum(headline(c.text, gold[c.id]) for c in kept if c.id in gold)
+    count = sum(c.id in gold for c in kept)
+    for c in answers(model, chat, asked, asking, eos_ids=eos_ids, done=set(done)):
+        out.write(**asdict(c))
+        done[c.id, c.sample] = c
+        if c.id in gold:
+            right, count = right + headline(c.text, gold[c.id]), count + 1
+        bar.update()
+        bar.set_postfix_str(f"{right} of {count} right")
     bar.close()
-    return done
+    return {p.id: [done[p.id, sample] for sample in range(asking.samples)] for p in asked}
 
 
-def read_completions(log: Path) -> dict[str, Completion]:
-    """The completions that an earlier, interrupted call wrote."""
-    return {row["id"]: Completion(**row) for row in read_metrics(log)} if log.exists() else {}
+def measure(
+    model: Qwen2, chat: ChatFormat, problems: list[Problem], batch_size: int
+) -> dict[str, float]:
+    """Loss and token accuracy of the gold answers, teacher-forced."""
+    examples, _ = encode_problems(problems, list(range(len(problems))), chat, max_length=2**20)
+    nats, correct = teacher_forced(model, examples, batch_size).tolist()
+    supervised = sum(e.supervised for e in examples)
+    return {"loss": nats / supervised, "token_accuracy": correct / supervised}
 
 
-def summary(results: dict[str, list[Scored]]) -> dict:
-    """Counts and rates as JSON values."""
-    figures = {}
-    for name, scored in results.items():
-        n = len(scored)
-        figures[name] = {
-            "problems": n,
-            "right": {scorer: sum(s.right[scorer] for s in scored) for scorer in scored[0].right},
-            "had_format": sum(s.had_format for s in scored),
-            "cut_off": sum(s.completion.cut_off for s in scored),
-            "empty": sum(not s.completion.text.strip() for s in scored),
-            "tokens": sum(s.completion.tokens for s in scored),
-            "seconds": sum(s.completion.seconds for s in scored),
-        }
-    if len(results) == 2:
-        headline = next(iter(figures["base"]["right"]))
-        pair = paired(*([s.right[headline] for s in results[name]] for name in ("base", "tuned")))
-        return {"figures": figures, "difference": asdict(pair), "in_words": in_words(pair)}
-    return {"figures": figures}
+def ask(
+    config: EvalConfig,
+    model: Qwen2,
+    chat: ChatFormat,
+    contestants: dict[str, Callable],
+    eos_ids: tuple[int, ...],
+) -> None:
+    """Print each contestant's answer to one question as it is generated."""
+    prompt = chat.prompt((Message("user", config.ask),))
+    for name, context in contestants.items():
+        print(f"\n{name}: ", end="", flush=True)
+        tokens, shown = [], ""
+        with context():
+            steps = decode(
+                model, [prompt], max_new_tokens=config.max_new_tokens, eos_ids=eos_ids,
+                vocabulary=chat.vocabulary, sampling=sampling(config),
+            )  # fmt: skip
+            for ((_, token, ended),) in steps:
+                tokens += [] if token in eos_ids else [token]
+                text = chat.decode(tokens)
+                if not text.endswith("\ufffd") or ended:  # half of a character may be still to come
+                    print(text[len(shown) :], end="", flush=True)
+                    shown = text
+        print()
 
 
-def report(results: dict[str, list[Scored]]) -> str:
-    """Base and tuned side by side, in 80 columns."""
-    found = summary(results)
-    figures = found["figures"]
-    n = next(iter(figures.values()))["problems"]
-    rows = [("", *figures)]
-    for scorer in next(iter(figures.values()))["right"]:
-        counts = [f["right"][scorer] for f in figures.values()]
-        rows.append((f"answer accuracy, {scorer}", *(_rate(c, n) for c in counts)))
-    for key in ("had_format", "cut_off", "empty"):
-        rows.append((key.replace("_", " "), *(f"{f[key]} of {n}" for f in figures.values())))
-    rows.append(("tokens an answer", *(f"{f['tokens'] / n:.0f}" for f in figures.values())))
-    rows.append(("tokens a second", *(f"{f['tokens'] / max(f['seconds'], 1e-9):.0f}" for f in figures.values())))
-    lines = [f"{row[0]:<34}" + "".join(f"{cell:>23}" for cell in row[1:]) for row in rows]
-    if "in_words" in found:
-        lines.append(f"tuned against base: {found['in_words']}")
-    return "\n".join(lines)
+def print_result(result: dict[str, Any], folder: Path) -> None:
+    """The table, the verdict, the two examples, and where it all lies."""
+    print(table(result))
+    if "in_words" in result:
+        found = result["difference"]
+        print(f"tuned against base: fixed {found['fixed']}, broke {found['broke']}, exact p"
+              f" {found['p_value']:.2g}\n{result['in_words']}")  # fmt: skip
+    for example in result["examples"]:
+        print(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
+        for name in result["contestants"]:
+            print(f"  {name}: {' '.join(example[name].split())[:300]}")
+    print(f"\nresults in {folder}")
 
 
-def _rate(right: int, n: int) -> str:
-    low, high = wilson_interval(right, n)
-    return f"{right / n:.1%} ({low:.1%}-{high:.1%})"
+def compare(one: str, other: str, *, seed: int) -> None:
+    """Set the last contestants (tuned, or the one model) of two finished evaluations side by side."""
+    results = []
+    for path in (one, other):
+        try:
+            results.append(json.loads(Path(path).read_text()))
+            results[-1]["settings"]["problems_sha256"], results[-1]["contestants"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadData(
+                f"{path} is no result of an evaluation ({error})", "give a result.json that it wrote"
+            ) from None
+    a, b = results
+    if a["settings"]["problems_sha256"] != b["settings"]["problems_sha256"]:
+        raise BadData("the two results are of different problems", "compare the same split and --limit")
+    differing = [k for k in a["settings"] if a["settings"][k] != b["settings"].get(k)]
+    for key in differing:
+        print(f"{key}: {a['settings'][key]} against {b['settings'].get(key)}")
+    found = {name: list(r["contestants"].values())[-1] for name, r in zip(("A", "B"), results)}
+    print(table({"problems": a["problems"], "contestants": found}))
+    print("B against A: " + difference(found["A"]["outcomes"], found["B"]["outcomes"], seed)["in_words"])
 
 
 if __name__ == "__main__":

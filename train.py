@@ -25,15 +25,18 @@ from torch import nn
 from tqdm import tqdm
 
 from data.audit import Audit, audit, audit_lines
-from data.batches import Schedule, flat_batch, in_batches
+from data.batches import Schedule, flat_batch
 from data.chat import ChatFormat
 from data.encode import Example, encode_problems
 from data.rows import Problem, Source
 from data.split import split_problems
 from data.tasks import load_source
 from errors import BadData, BadRun, run_script
+from evaluation.answers import Asking, answers
+from evaluation.generative import choose_scorers
+from evaluation.teacher_forced import teacher_forced
 from lora.inject import BIASES, LoRAConfig, count, inject, seed_dropout, trained_parameters
-from model.load import Checkpoint, find_checkpoint, load_model, read_config
+from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from run import distributed
@@ -83,6 +86,12 @@ class TrainConfig:
     validation_share: float = option(0.1, "share of the rows held out", above=0, below=1)
     evals_per_epoch: int = option(4, "validations an epoch", least=1)
     patience: int = option(5, "validations without a gain before stopping", least=1)
+    stop_on: str = option(
+        "loss", "what validation is to improve: the best adapter follows it",
+        choices=("loss", "exact-match"),
+    )  # fmt: skip
+    exact_match_problems: int = option(64, "held-out problems answered for exact-match", least=1)
+    max_new_tokens: int = option(512, "longest answer in that", least=1)
     max_length: int = option(2048, "tokens; longer rows are left out", least=2)
     limit: int | None = option(None, "use only this many rows", least=2)
     max_steps: int | None = option(None, "stop after this many steps", least=1)
@@ -92,6 +101,18 @@ class TrainConfig:
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     save_every: float = option(60.0, "seconds between checkpoints", least=0)
     show_example: bool = option(False, "print one example, what is supervised marked, and leave")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is validated on, encoded; the held-out problems; the audit of it all."""
+
+    train: list[Example]
+    validation: list[Example]
+    held_out: list[Problem]
+    audit: Audit
+    chat: ChatFormat
+    eos_ids: tuple[int, ...]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"base {checkpoint.name} at {checkpoint.commit or checkpoint.folder}")
         print(f"data {source.name}" + (f" at {source.commit}" if source.commit else ""))
         print(f"device {describe(device)}; precision {precision}: {why}")
-    data = prepare_data(config, source, chat)
+    data = prepare_data(config, source, chat, read_eos_ids(checkpoint.folder))
     if world.is_main:
         print("\n".join(audit_lines(data.audit)))
     schedule = Schedule(
@@ -149,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         write_run(out, saved | {"versions": versions()}, data)
     progress = train(
-        config, schedule, data.validation,
+        config, schedule, data,
         model=model, lora=lora, checkpoint=checkpoint, scaled=precision == "fp16",
         device=device, world=world, out=out,
     )  # fmt: skip
@@ -161,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(
     config: TrainConfig,
     schedule: Schedule,
-    validation_set: list[Example],
+    data: Data,
     *,
     model: Qwen2,
     lora: LoRAConfig,
@@ -246,30 +267,25 @@ def train(
 
         # Validate now and then and at the end, keep the best, and stop when it no longer gets better.
         if progress.cursor in eval_at:
-            loss, accuracy = validate(
-                model, validation_set, config.batch_size, device=device, world=world
-            )
-            is_best = progress.record_validation(loss)
+            found = validate(config, model, data, device=device, world=world)
+            is_best = progress.record_validation(found["val_loss"], found.get("val_exact_match"))
             if progress.validations_since_best >= config.patience:
-                progress.stopped = f"no better validation loss in {config.patience} validations"
+                progress.stopped = f"no better {config.stop_on} in {config.patience} validations"
             if progress.cursor == last:
                 progress.stopped = f"all {last} steps done"
             if world.is_main:
                 if is_best:
                     publish_best(
                         model, out, lora,
-                        checkpoint=checkpoint, data=config.data, step=progress.step, loss=loss,
+                        checkpoint=checkpoint, data=config.data, step=progress.step,
+                        loss=found["val_loss"],
                     )  # fmt: skip
                 log.write(
                     step=progress.step,
                     epoch=progress.cursor / schedule.steps_per_epoch,
-                    val_loss=loss,
-                    val_token_accuracy=accuracy,
+                    **found,
                 )
-                bar.write(
-                    f"step {progress.step:>5}  val loss {loss:.4f}  token accuracy"
-                    f" (teacher-forced) {accuracy:.2%}{'  best' if is_best else ''}"
-                )
+                bar.write(validation_line(progress.step, found, is_best))
 
         # Save: all that is needed to go on from here.
         due = world.agree(time.perf_counter() - saved_at > config.save_every, device)
@@ -286,25 +302,47 @@ def train(
     return progress
 
 
-@torch.no_grad()
 def validate(
-    model: Qwen2, examples: list[Example], batch_size: int, *, device: torch.device, world: World
-) -> tuple[float, float]:
-    """(nats a supervised token, teacher-forced token accuracy) over all of `examples`, dropout off."""
-    was_training = model.training
-    model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    mine = in_batches(examples[world.rank :: world.size], batch_size)
-    for group in tqdm(mine, desc="validate", leave=False, disable=not world.is_main):
-        batch = flat_batch(group, device)
-        hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
-        totals += torch.stack(
-            linear_cross_entropy(hidden, model.head_weight, batch.targets, batch.supervised)
-        )
-    model.train(was_training)
-    supervised = sum(e.supervised for e in examples)
+    config: TrainConfig, model: Qwen2, data: Data, *, device: torch.device, world: World
+) -> dict[str, float]:
+    """Loss and teacher-forced token accuracy over every validation row; answers too, if asked for.
+
+    The keys are those of a validation's line in `metrics.jsonl`. Sums travel between ranks, not means.
+    """
+    mine = data.validation[world.rank :: world.size]
+    totals = teacher_forced(model, mine, config.batch_size, quiet=not world.is_main)
     nats, correct = world.sum_(totals).tolist()
-    return nats / supervised, correct / supervised
+    supervised = sum(e.supervised for e in data.validation)
+    found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
+    if config.stop_on == "exact-match":
+        problems = data.held_out[: config.exact_match_problems]
+        right = exact_matches(config, model, data, problems[world.rank :: world.size])
+        right = world.sum_(torch.tensor(float(right), device=device)).item()
+        found["val_exact_match"] = right / len(problems)
+    return found
+
+
+def exact_matches(
+    config: TrainConfig, model: Qwen2, data: Data, problems: list[Problem]
+) -> int:
+    """How many of `problems` the model answers right by itself, greedily."""
+    is_right = next(iter(choose_scorers([p.answer for p in data.held_out]).values()))
+    gold = {p.id: p.answer for p in problems}
+    asking = Asking(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    model.eval()
+    given = answers(model, data.chat, problems, asking, eos_ids=data.eos_ids)
+    right = sum(is_right(c.text, gold[c.id]) for c in tqdm(given, "answer", leave=False))
+    model.train()
+    return right
+
+
+def validation_line(step: int, found: dict[str, float], is_best: bool) -> str:
+    """A validation for people, in 80 columns."""
+    line = f"step {step:>5}  val loss {found['val_loss']:.4f}"
+    line += f"  token accuracy (teacher-forced) {found['val_token_accuracy']:.1%}"
+    if "val_exact_match" in found:
+        line += f"  answers right {found['val_exact_match']:.1%}"
+    return line + ("  best" if is_best else "")
 
 
 def learning_rate(config: TrainConfig, step: int, last: int) -> float:
@@ -330,17 +368,9 @@ def validation_steps(steps_per_epoch: int, evals_per_epoch: int, last: int) -> s
     return {s for s in steps if 0 < s < last} | {last}
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a run learns from and is validated on, encoded; the held-out problems; the audit of it all."""
-
-    train: list[Example]
-    validation: list[Example]
-    held_out: list[Problem]
-    audit: Audit
-
-
-def prepare_data(config: TrainConfig, source: Source, chat: ChatFormat) -> Data:
+def prepare_data(
+    config: TrainConfig, source: Source, chat: ChatFormat, eos_ids: tuple[int, ...]
+) -> Data:
     """Split, encode and audit the rows of `source`; BadData if a side is left without any."""
     problems = source.train[: config.limit]
     sides, left_out = [], list(source.bad)
@@ -359,7 +389,7 @@ def prepare_data(config: TrainConfig, source: Source, chat: ChatFormat) -> Data:
     found = audit(
         train=learned, validation=held_out, test=source.test, examples=sides[0], left_out=left_out
     )
-    return Data(*sides, held_out, found)
+    return Data(*sides, held_out, found, chat, eos_ids)
 
 
 def write_run(out: Path, config: dict, data: Data) -> None:
@@ -385,8 +415,8 @@ def show_example(problem: Problem, chat: ChatFormat) -> None:
 
 def default_out(config: TrainConfig) -> Path:
     """out/<model>-<data>, in lower case."""
-    names = [Path(n).name.removesuffix(".jsonl").removesuffix(".parquet") for n in (config.model, config.data)]
-    return Path("out") / "-".join(names).lower()
+    names = [Path(config.model).name, Path(config.data).name]
+    return Path("out") / "-".join(n.removesuffix(".jsonl").removesuffix(".parquet") for n in names).lower()
 
 
 def gave_up(progress: Progress, rows: list[int], out: Path) -> BadRun:
@@ -414,7 +444,10 @@ def print_end(progress: Progress, out: Path) -> None:
     if progress.best_loss is None:
         print("no validation loss was finite, so there is no best adapter")
         return
-    print(f"best validation loss {progress.best_loss:.4f} nats a token, at step {progress.best_step}")
+    reached = f"validation loss {progress.best_loss:.4f} nats a token"
+    if progress.best_exact_match is not None:
+        reached += f", {progress.best_exact_match:.1%} of the held-out sample answered right"
+    print(f"best: {reached}, at step {progress.best_step}")
     print(f"adapter in {out / 'best'}; what it is worth:")
     print(f"  python evaluate.py --adapter {out / 'best'}")
 

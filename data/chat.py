@@ -77,6 +77,10 @@ class ChatFormat:
         """What the model is given so that its next tokens are the next assistant turn."""
         return [*self.encode(messages).tokens, self.start, *self._ids("assistant\n")]
 
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text without any turns."""
+        return self._ids(text)
+
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens`, control tokens left out."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

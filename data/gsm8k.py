@@ -8,11 +8,27 @@ r"""GSM8K: grade-school word problems with worked solutions. Source: arXiv:2110.
 7,473 rows to learn and 1,319 to be tested on; every answer ends in `#### ` and a whole number.
 """
 
-from data.rows import Source, read_problems
+from data.rows import Message, Problem, Source, read_problems
 from errors import BadData
 from hub import fetch
 
 REPO = "openai/gsm8k"
+
+# Two problems that an earlier tuning of this model was reported to fail at: several steps, and units.
+EXAMPLES = [
+    Problem(f"example:{i}", (Message("user", question), Message("assistant", f"#### {answer}")))
+    for i, (question, answer) in enumerate(
+        (
+            ("If a car travels 60 miles per hour, how far does it go in 1.5 hours?", 90),
+            (
+                "Ben's potato gun launches a potato 6 football fields. If a football field is"
+                " 200 yards, how far does it go?",
+                1200,
+            ),
+        ),
+        start=1,
+    )
+]
 
 
 def load(revision: str | None = None) -> Source:

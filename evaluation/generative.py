@@ -16,7 +16,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 from errors import BadData
@@ -109,36 +108,8 @@ def exact_text(completion: str, gold_answer: str) -> bool:
     return completion.strip() == gold_answer.strip()
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One generated answer to the problem `id`, its length in tokens, and its share of the time."""
-
-    id: str
-    text: str
-    tokens: int
-    cut_off: bool  # stopped by the token limit
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A completion with what every scorer says of it; the first scorer is the headline."""
-
-    completion: Completion
-    right: dict[str, bool]
-    had_format: bool
-
-
 def choose_scorers(gold_answers: Sequence[str]) -> dict[str, Callable[[str, str], bool]]:
-    """`SCORERS` where every gold answer has a `#### N`; else equality of the text."""
-    if all(had_format(gold) for gold in gold_answers):
+    """`SCORERS` where every gold answer has a `#### N` that all can read; else equality of the text."""
+    if all(had_format(gold) and marked_number(gold) is not None for gold in gold_answers):
         return SCORERS
     return {"exact-text": exact_text}
-
-
-def score(
-    completion: Completion, gold_answer: str, scorers: dict[str, Callable[[str, str], bool]]
-) -> Scored:
-    """One set of completions, all scorers side by side."""
-    right = {name: scorer(completion.text, gold_answer) for name, scorer in scorers.items()}
-    return Scored(completion, right, had_format(completion.text))

@@ -62,25 +62,21 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class Paired:
-    """Base against tuned on the same problems; points are hundredths of the problems."""
+    """Base against tuned on the same problems; points are hundredths of the problems.
 
+    With no problems the difference is 0.0 and its interval all that is possible, -100 to +100.
+    """
+
+    n: int
     fixed: int  # base wrong, tuned right
     broke: int  # base right, tuned wrong
     both_right: int
     both_wrong: int
+    difference_points: float  # tuned minus base
     p_value: float  # exact two-sided McNemar
     low_points: float  # paired bootstrap
     high_points: float
     confidence: float
-
-    @property
-    def n(self) -> int:
-        return self.fixed + self.broke + self.both_right + self.both_wrong
-
-    @property
-    def difference_points(self) -> float:
-        """Tuned minus base in points; 0.0 with no problems, where the interval is -100 to +100."""
-        return 100 * (self.fixed - self.broke) / max(self.n, 1)
 
 
 def paired(
@@ -98,10 +94,12 @@ def paired(
     fixed, broke, both_right, both_wrong = counts = [pairs.count(cell) for cell in cells]
     low, high = bootstrap_interval(counts, confidence=confidence, resamples=resamples, seed=seed)
     return Paired(
+        n=len(pairs),
         fixed=fixed,
         broke=broke,
         both_right=both_right,
         both_wrong=both_wrong,
+        difference_points=100 * (fixed - broke) / max(len(pairs), 1),
         p_value=mcnemar_p(fixed, broke),
         low_points=100 * low,
         high_points=100 * high,

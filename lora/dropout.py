@@ -31,7 +31,6 @@ class KeyedDropout(nn.Module):
 
     def mask(self, channels: int) -> Tensor:
         """(T, C) bool, True where a channel is kept."""
-        assert self.keys is not None, "call lora.seed_dropout(model, ...) before a training forward"
         h = self.keys[:, None] ^ self.channel_keys  # (T, C/2) int32
         h = _mix32_(h)
         return h.view(torch.int16)[:, :channels] >= self.dropped - 2 ** (BITS - 1)  # (T, C)
@@ -39,6 +38,7 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.dropped == 0:
             return x
+        assert self.keys is not None, "call lora.seed_dropout(model, ...) before a training forward"
         assert len(self.keys) == len(x), f"{len(self.keys)} dropout keys for {len(x)} tokens"
         return x * self.mask(x.shape[-1]) * self.scale
 

@@ -54,7 +54,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:
             index=index,
             seed=seed,
         )
-        setattr(model.get_submodule(parent), last, layer)
+        setattr(model.get_submodule(parent), last, layer.train(model.training))
     freeze(model, config.bias)
 
 
@@ -88,7 +88,7 @@ def freeze(model: nn.Module, bias: str = "none") -> None:
         has_bias = isinstance(module, nn.Linear) and module.bias is not None
         if has_bias and (bias == "all" or bias == "lora_only" and id(module) in adapted):
             module.register_buffer("untrained_bias", module.bias.detach(), persistent=False)
-            module.bias = nn.Parameter(module.bias.detach().float())
+            module.bias = nn.Parameter(module.bias.detach().to(torch.float32, copy=True))
 
 
 def adapters(model: nn.Module) -> Iterator[LoRALinear]:
@@ -124,6 +124,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     biased = [m for m in model.modules() if getattr(m, "untrained_bias", None) is not None]
     trained = [m.bias.data for m in biased]
     merged = [layer for layer in layers if layer.merged]
+    enabled = [layer for layer in layers if layer.enabled]
     for layer in merged:
         layer.unmerge()
     for layer in layers:
@@ -133,7 +134,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in enabled:
             layer.enabled = True
         for layer in merged:
             layer.merge()

@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(init_A(r, base_layer.in_features, seed, index).to(weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=weight.device))
         self.enabled = True
-        self.unmerged_weight: nn.Parameter | None = None  # the base's own, while merged
+        self.unmerged_weight: Tensor | None = None  # the base's own, while merged
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
@@ -67,14 +67,13 @@ class LoRALinear(nn.Module):
         """Add the delta to the base's weight, in fp32, rounded once; `unmerge` gives the old weight back."""
         assert not self.merged, "merged already"
         weight = self.base_layer.weight
-        self.unmerged_weight = weight
-        merged = (weight.detach().float() + self.delta()).to(weight.dtype)
-        self.base_layer.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        self.unmerged_weight = weight.data  # a plain tensor: as a parameter it would be saved and counted
+        weight.data = (weight.data.float() + self.delta()).to(weight.dtype)
 
     def unmerge(self) -> None:
         """Put back the very weight that `merge` set aside."""
         assert self.merged, "not merged"
-        self.base_layer.weight, self.unmerged_weight = self.unmerged_weight, None
+        self.base_layer.weight.data, self.unmerged_weight = self.unmerged_weight, None
 
 
 def init_A(r: int, in_features: int, seed: int, index: int) -> Tensor:

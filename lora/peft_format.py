@@ -6,6 +6,7 @@ Format: peft 0.21, `PeftModel.save_pretrained`.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from errors import BadAdapter, listed
+from errors import BadAdapter, BadOption, listed
 from lora.inject import LoRAConfig, inject, load_trained, trained_parameters
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -35,6 +36,12 @@ UNUSED = {
     "trainable_token_indices": (None,),
     "lora_bias": (False,),
     "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # others change the base
 }
 
 
@@ -107,8 +114,9 @@ def _config_problems(raw: object) -> list[str]:
     problems = []
     if not _is_int(raw.get("r")) or raw["r"] < 1:
         problems.append(f"r is {raw.get('r')!r}")
-    if not isinstance(raw.get("lora_alpha"), int | float) or isinstance(raw["lora_alpha"], bool):
-        problems.append(f"lora_alpha is {raw.get('lora_alpha')!r}")
+    alpha = raw.get("lora_alpha")
+    if not (_is_int(alpha) or isinstance(alpha, float) and math.isfinite(alpha)):
+        problems.append(f"lora_alpha is {alpha!r}")
     rate = raw.get("lora_dropout", 0.0)
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
         problems.append(f"lora_dropout is {rate!r}")
@@ -118,6 +126,8 @@ def _config_problems(raw: object) -> list[str]:
         problems.append(f"target_modules is {targets!r}, not a list of module names")
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
         problems.append(f"bias is {raw['bias']!r}")
+    if not isinstance(raw.get("use_rslora", False), bool):
+        problems.append(f"use_rslora is {raw['use_rslora']!r}")
     problems += [f"{k} is {raw[k]!r}" for k, ok in UNUSED.items() if k in raw and raw[k] not in ok]
     return problems
 
@@ -133,7 +143,13 @@ def _is_name(value: object) -> bool:
 def read_adapter(folder: Path, model: nn.Module) -> LoRAConfig:
     """Inject the adapter in `folder` into `model`; BadAdapter lists every key and shape that does not fit."""
     config, _, _ = read_adapter_config(folder)
-    inject(model, config)
+    try:
+        inject(model, config)
+    except BadOption as error:
+        raise BadAdapter(
+            f"{folder / CONFIG}: target_modules: {error.cause.removeprefix('--targets: ')}",
+            "give the base it was trained on with --model, or another adapter",
+        ) from None
     tensors = _read_tensors(folder / WEIGHTS)
     expected = {peft_key(name): (name, p) for name, p in trained_parameters(model).items()}
     problems = [f"{key} is missing" for key in expected if key not in tensors]

@@ -7,7 +7,7 @@ sampling uses the row's own random numbers.
 Legend: B rows in the batch, S cache slots, T tokens, H query heads, G key/value heads, D head size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from model.attention import FlatAttention
 from model.qwen2 import Qwen2
+
+Stopped = Callable[[list[int]], bool]  # whether an answer ends with these tokens, the last just picked
 
 COMPACT_EVERY = 16  # steps between removals of finished rows: copying the cache costs about one step
 
@@ -48,12 +50,13 @@ def generate(
     vocabulary: int,
     sampling: Sampling = Sampling(),
     rows: list[int] | None = None,
+    stopped: Stopped | None = None,
 ) -> list[Decoded]:
     """Answers to `prompts` (token ids), decoded together.
 
     `vocabulary` is the tokenizer's size: the table's rows beyond it mean nothing and are never picked.
     `rows` names each prompt in the random numbers (default: its place), so that a prompt draws the
-    same numbers in any batch.
+    same numbers in any batch. `stopped` is asked after each token whether a row's answer ends there too.
     """
     answers = [Decoded([], cut_off=True) for _ in prompts]
     steps = decode(
@@ -64,12 +67,12 @@ def generate(
         vocabulary=vocabulary,
         sampling=sampling,
         rows=rows,
+        stopped=stopped,
     )
     for emitted in steps:
-        for row, token in emitted:
-            if token in eos_ids:
-                answers[row].cut_off = False
-            else:
+        for row, token, ended in emitted:
+            answers[row].cut_off = not ended
+            if token not in eos_ids:
                 answers[row].tokens.append(token)
     return answers
 
@@ -84,8 +87,9 @@ def decode(
     vocabulary: int,
     sampling: Sampling = Sampling(),
     rows: list[int] | None = None,
-) -> Iterator[list[tuple[int, int]]]:
-    """`generate`, step by step: yields the (row, token) pairs of each step, end tokens included."""
+    stopped: Stopped | None = None,
+) -> Iterator[list[tuple[int, int, bool]]]:
+    """`generate`, step by step: yields (row, token, whether the row has ended) of each unfinished row."""
     if not prompts or max_new_tokens < 1:
         return
     assert all(prompts), "an empty prompt has no last token to go on from"
@@ -99,11 +103,17 @@ def decode(
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (T,)
     hidden = model(tokens, positions, lengths, cache=cache)  # (T, C)
     hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]  # (B, C)
-    live = list(range(len(prompts)))  # which prompt each row of the batch is; None once it has ended
+    live: list[int | None] = list(range(len(prompts)))  # which prompt each row of the batch is, or None
+    texts: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
         picked = pick(hidden @ head.t(), sampling, noise[:, step])  # (B,)
-        emitted = [(row, t) for row, t in zip(live, picked.tolist()) if row is not None]
-        live = [None if t in eos_ids else row for row, t in zip(live, picked.tolist())]
+        emitted = []
+        for place, (row, token) in enumerate(zip(live, picked.tolist())):
+            if row is not None:
+                texts[row].append(token)
+                ended = token in eos_ids or stopped is not None and stopped(texts[row])
+                emitted.append((row, token, ended))
+                live[place] = None if ended else row
         yield emitted
         left = [i for i, row in enumerate(live) if row is not None]
         if not left or step == max_new_tokens - 1:

@@ -39,16 +39,26 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
     best_loss: float | None = None  # nats a supervised validation token
+    best_exact_match: float | None = None  # of the sample, where answers are counted
     best_step: int = 0
     validations_since_best: int = 0
     seconds: float = 0.0  # at work, over all sittings
     log_bytes: int = 0
     stopped: str | None = None  # why the run is over
 
-    def record_validation(self, loss: float) -> bool:
-        """Take note of a validation loss; True if it is the best so far, which NaN never is."""
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
-            self.best_loss, self.best_step, self.validations_since_best = loss, self.step, 0
+    def record_validation(self, loss: float, exact_match: float | None = None) -> bool:
+        """Take note of a validation; True if it is the best so far.
+
+        The best has the lowest loss, or where answers are counted the highest exact match, and of
+        equal ones the lower loss. A figure that is not finite is never the best.
+        """
+        figures = [-loss] if exact_match is None else [exact_match, -loss]
+        best = [None if self.best_loss is None else -self.best_loss]
+        if exact_match is not None:
+            best.insert(0, self.best_exact_match)
+        if all(map(math.isfinite, figures)) and (None in best or figures > best):
+            self.best_loss, self.best_exact_match = loss, exact_match
+            self.best_step, self.validations_since_best = self.step, 0
             return True
         self.validations_since_best += 1
         return False

@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     _set_dtype(beside / "config.json", str(dtype).removeprefix("torch."))
     state = {k: t.to(dtype).contiguous() for k, t in unwrapped_state(model).items()}
     save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
+    (beside / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
     os.rename(beside, out)
     print(f"merged into {out}: rounding to {config.dtype} lost {lost:.1%} of the adapter's change")
     if lost > 0.01:

@@ -1,0 +1,82 @@
+"""Answers to problems, generated in batches and handed over as they come."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data.batches import in_batches
+from data.chat import ChatFormat
+from data.rows import Problem
+from evaluation.prompts import STOPS, before_stop, prompt_tokens
+from model.generate import Sampling, generate
+from model.qwen2 import Qwen2
+
+STOP_WINDOW = 12  # tokens: what the longest stop may be spread over
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How problems are asked and their answers picked."""
+
+    prompt: str = "chat"  # one of evaluation.prompts.STOPS
+    shots: tuple[Problem, ...] = ()  # solved before the question, if the prompt is few-shot
+    sampling: Sampling = Sampling()
+    samples: int = 1  # answers to each problem
+    max_new_tokens: int = 512
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated answer to the problem `id`, its length in tokens, and its share of the time."""
+
+    id: str
+    sample: int
+    text: str
+    tokens: int
+    cut_off: bool  # stopped by the token limit
+    seconds: float
+
+
+def answers(
+    model: Qwen2,
+    chat: ChatFormat,
+    problems: list[Problem],
+    asking: Asking,
+    *,
+    eos_ids: tuple[int, ...],
+    done: set[tuple[str, int]] = frozenset(),
+) -> Iterator[Completion]:
+    """A completion for each problem and sample that is not `done`, shortest prompts first.
+
+    A sampled answer depends on the problem's place in `problems` and the sample, not on its batch.
+    """
+    asked = [
+        (prompt_tokens(problem, chat, asking.prompt, list(asking.shots)), row, sample)
+        for row, problem in enumerate(problems)
+        for sample in range(asking.samples)
+        if (problem.id, sample) not in done
+    ]
+    asked.sort(key=lambda item: len(item[0]))  # like lengths end at like times
+
+    def stopped(tokens: list[int]) -> bool:
+        tail = chat.decode(tokens[-STOP_WINDOW:])
+        return any(stop in tail for stop in STOPS[asking.prompt])
+
+    for group in in_batches(asked, asking.batch_size):
+        started = time.perf_counter()
+        decoded = generate(
+            model,
+            [tokens for tokens, _, _ in group],
+            max_new_tokens=asking.max_new_tokens,
+            eos_ids=eos_ids,
+            vocabulary=chat.vocabulary,
+            sampling=asking.sampling,
+            rows=[row * asking.samples + sample for _, row, sample in group],
+            stopped=stopped if STOPS[asking.prompt] else None,
+        )
+        seconds = (time.perf_counter() - started) / len(group)
+        for (_, row, sample), answer in zip(group, decoded):
+            text = before_stop(chat.decode(answer.tokens), asking.prompt)
+            length = len(answer.tokens)
+            yield Completion(problems[row].id, sample, text, length, answer.cut_off, seconds)
