@@ -117,6 +117,8 @@ def in_words(result: Paired) -> str:
     """
     if result.n == 0:
         return "no problems in common: nothing to compare"
+    if result.fixed + result.broke == 0:  # nothing to resample: the interval would be 0 wide
+        return f"+0.0 points: none of {result.n} answers changed between right and wrong"
     low, high = result.low_points, result.high_points
     excludes_zero = low > 0 or high < 0
     small_p = result.p_value < 1 - result.confidence

@@ -107,7 +107,7 @@ def breakdown(problems: list[Problem], right: list[bool]) -> dict[str, dict[str,
     for p, ok in zip(problems, right, strict=True):
         likeness = {
             "reasoning steps": [str(reasoning_steps(p.answer))],
-            "operations": sorted(operations(p.answer)),
+            "operations": sorted(operations(p.answer)) or ["none written"],
             "question holds": sorted(topics(p.question)) or ["none of these"],
         }
         for table, keys in likeness.items():

@@ -40,7 +40,7 @@ class KeyedDropout(nn.Module):
             return x
         assert self.keys is not None, "call lora.seed_dropout(model, ...) before a training forward"
         assert len(self.keys) == len(x), f"{len(self.keys)} dropout keys for {len(x)} tokens"
-        return x * self.mask(x.shape[-1]) * self.scale
+        return (x * self.mask(x.shape[-1])).mul_(self.scale)
 
 
 def token_keys(seed: int, epoch: int, rows: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,379 @@
+"""Laws of reading numbers and scoring with them; the truth is a table or a plain loop."""
+
+import json
+import random
+import re
+from fractions import Fraction
+from itertools import combinations, pairwise
+from math import comb
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errors import BadData
+from evaluation.generative import (
+    SCORERS,
+    flexible_extract,
+    gold_number,
+    had_format,
+    maj_at_k,
+    majority_vote,
+    numeric_equal,
+    openai_match,
+    pass_at_k,
+    strict_match,
+)
+from evaluation.numbers import LONGEST, MAX_DIGITS, final_number, last_number, numbers_in
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# text → its numbers; bars between cases; \n is a line end, \t a tab, N is MAX_DIGITS ones
+NUMBERS = r"""
+18 → 18 | 18.0 → 18 | 18. → 18 | 18.00 → 18 | 007 → 7 | 0 → 0 | -0 → 0 | 00 → 0 | 18, → 18
+18; → 18 | (18) → 18 | [18] → 18 | "18" → 18 | *18* → 18 | **18** → 18 | `18` → 18 | 18! → 18
+18? → 18 | $18 → 18 | $ 18 → 18 | $18. → 18 | $18.50 → 37/2 | $18$ → 18 | 18$ → 18 | €5 → 5 | 5€ → 5
+£5 → 5 | ¥500 → 500 | 50¢ → 50 | $  18 → 18 | US$5 → 5 | \$18 → 18 | \(18\) → 18 | \boxed{18} → 18
+$$18$$ → 18 | 1,234 → 1234 | 12,345 → 12345 | 123,456 → 123456 | 1,234,567 → 1234567
+1,234,567.89 → 123456789/100 | 1,234. → 1234 | 1,234, → 1234 | $1,234.50 → 2469/2 | -1,234 → -1234
+1,23 → 1 23 | 1,2,3 → 1 2 3 | 1,2345 → 1 2345 | 1234,567 → 1234 567 | 1,234,56 → 1 234 56
+0,123 → 0 123 | 1, 234 → 1 234 | ,5 → 5 | 1,000,000,000,000 → 1000000000000 | 12,34,567 → 12 34 567
+1.234,56 → 617/500 56 | 1,,234 → 1 234 | 100,200 → 100200 | 1.5,2.5 → 3/2 5/2 | 5,6.7 → 5 67/10
+1'234 → 1 234 | 1_234 → 1 234 | 1 234 → 1 234 | .5 → 1/2 | 0.5 → 1/2 | -.5 → -1/2 | $.50 → 1/2
+0.10 → 1/10 | 3.14159 → 314159/100000 | 5. 6 → 5 6 | x.5 → 5 | 5.x → 5 | ... → | . → | ...5 → 5
+5...6 → 5 6 | 5..6 → 5 6 | 1.2.3 → 1 2 3 | v1.2 → 6/5 | 10.0.0.1 → 10 0 0 1 | 1.2.3.4/5 → 1 2 3 4/5
+12.05.2024 → 12 5 2024 | 3.5.x → 7/2 | 5.6, → 28/5 | -3 → -3 | −3 → -3 | - 3 → 3 | +3 → 3 | -$5 → -5
+$-5 → -5 | $ -5 → -5 | −$5 → -5 | - $5 → 5 | -$ 5 → -5 | -$ -5 → -5 | –3 → 3 | —3 → 3 | --3 → 3
+(-3) → -3 | =-3 → -3 | = -3 → -3 | *-3 → -3 | "-3" → -3 | :-3 → -3 | -3.5 → -7/2 | 10-3 → 10 3
+10 -3 → 10 -3
+10 - 3 → 10 3 | 10−3 → 10 3 | 3-4 → 3 4 | x-3 → 3 | COVID-19 → 19 | é-3 → 3 | )-3 → 3 | (2)-3 → 2 3
+]-3 → 3 | }-3 → 3 | 5%-3 → 5 3 | 5$-3 → 5 3 | 5.-3 → 5 3 | 5--3 → 5 3 | _-3 → 3 | 5*-3 → 5 -3
+5/-3 → 5 -3 | 5 - -3 → 5 -3 | 5+-3 → 5 -3 | 10-3-2 → 10 3 2 | 1-2/3 → 1 2/3 | -5%-5% → -5 5
+1/2 → 1/2 | 10/4 → 5/2 | 4/2 → 2 | -1/2 → -1/2 | $1/2 → 1/2 | 1/2% → 1/2 | 1/2. → 1/2 | 1/2, → 1/2
+0/5 → 0 | 1/0 → 1 0 | 1/00 → 1 0 | 0/0 → 0 0 | 1/05 → 1/5 | 1/10 → 1/10 | 1 / 2 → 1 2 | 1/ 2 → 1 2
+1 /2 → 1 2 | /2 → 2 | 1/ → 1 | 1//2 → 1 2 | 1/2/3 → 1 2 3 | 12/25/2024 → 12 25 2024 | 1.5/2 → 3/2 2
+1/2.5 → 1 5/2 | 1/x → 1 | 1,000/4 → 250 | 1/1,000 → 1/1000 | 1/2,3 → 1/2 3 | $3/$4 → 3 4
+5/hour → 5 | (1/2) → 1/2 | 2*1/2 → 2 1/2 | 1 1/2 → 3/2 | -1 1/2 → -3/2 | $1 1/2 → 3/2 | 2 3/4 → 11/4
+10 1/3 → 31/3 | 1,000 1/2 → 2001/2 | 0 1/2 → 1/2 | 2 4/2 → 2 2 | 2 2/2 → 2 1 | -2 3/2 → -2 3/2
+1  1/2 → 1 1/2 | 1\n1/2 → 1 1/2 | 1-1/2 → 1 1/2 | 1 1/0 → 1 1 0 | 1.5 1/2 → 3/2 1/2
+1 1/2/3 → 1 1 2 3 | 1 2 1/2 → 1 5/2 | 1/2 1/3 → 1/2 1/3 | 1 -1/2 → 1 -1/2 | 1½ → 1 | ½ → | 5% → 5
+18%. → 18 | 5 % → 5 | 5.5% → 11/2 | -5% → -5 | 5%% → 5 | %5 → 5 | 5 %6 → 5 6 | 100%, → 100 | % →
+$ → | 5$6 → 5 6 | 5$ 6 → 5 6 | 5 $6 → 5 6 | $5$6$ → 5 6 | $5-$3 → 5 3 | $5 - $3 → 5 3
+$5 -$3 → 5 -3 | $-$5 → 5 | 3:30 → 3 30 | 12:05:09 → 12 5 9 | 2024-01-31 → 2024 1 31 | 5:1 → 5 1
+9am → 9 | 10am-3pm → 10 3 | 5' → 5 | 1e5 → 1 5 | 1E-5 → 1 5 | 2^10 → 2 10 | x2 → 2 | H2O → 2
+5kg → 5 | 2x3 → 2 3 | 5th → 5 | 0x1F → 0 1 | #5 → 5 | 48/2=24 → 24 24 | <<48/2=24>>24 → 24 24 24
+16-3-4=9 → 16 3 4 9 | 5*4=20 → 5 4 20 | 5x=10 → 5 10 | 7×8 → 7 8 | N → N | N1 → | N.N1 → N
+N1,234 → 234 | 5.N1 → 5 | 5/N1 → 5 | N1/5 → 5 | $N1 → | 5 N1 → 5 | N1 6 → 6 | -N → -N | ١٢ → | 一 →
+１８ →
+5٣ → 5 | two → | two 2 → 2 | 5\n6 → 5 6 | a\tb 7 → 7 | 💰5 → 5 | nan → | inf → | - → | , →
+"""
+
+# completion → the number it answers with (nothing: it has none)
+FINALS = r"""
+#### 18 → 18 | #### $18 → 18 | ####18 → 18 | ####  18 → 18 | ##### 18 → 18 | ### 18 → 18
+#### -3 → -3 | #### −3 → -3 | #### 1,234 → 1234 | #### 18.00 → 18 | #### 1/2 → 1/2
+#### 1 1/2 → 3/2 | #### 5% → 5 | #### **18** → 18 | #### \$18 → 18 | #### = 18 → 18 | #### $ 18 → 18
+#### -$5 → -5 | #### .5 → 1/2 | 5 #### 18 6 → 18 | #### 18\n#### 7 → 18
+#### 18\n\nQuestion: 5 + 5?\nAnswer: 10\n#### 10 → 18 | #### none\n#### 7\n9 → 7 | #### \n7 8 → 8
+####\n5 → 5 | #### Step 1\n2 → 2 | 1 #### Answer: 2 or 3 → 3 | #### #### 18 5 → 18 | #### # 18 5 → 5
+#### 0\n7 → 0 | #### N1 #### 5 6 → 5 | #### N1\n5 6 → 6 | 5 #### → 5 | 5 → 5 | 5 6 → 6
+5 and then 10-3 → 3 | so 18. → 18 | It is $1,234.50! → 2469/2 | 5... → 5 | #### 1/0 → 1 | #### →
+ → | none → | N1 → | 5 N1 → 5 | 2 4/2 → 2 | 3 1/2 → 7/2 | half of 3 is 1 1/2. → 3/2
+"""
+
+
+def cases(table: str) -> list[tuple[str, list[Fraction]]]:
+    """The (text, values) of a table."""
+    table = table.replace("N", "1" * MAX_DIGITS)
+    pairs = [case.split("→") for line in table.strip().splitlines() for case in line.split(" | ")]
+    return [
+        (
+            text.strip().replace(r"\n", "\n").replace(r"\t", "\t"),
+            [Fraction(v) for v in values.split()],
+        )
+        for text, values in pairs
+    ]
+
+
+def test_each_text_of_the_table_holds_exactly_the_numbers_written_beside_it():
+    wrong = {}
+    for text, values in cases(NUMBERS):
+        found = [number.value for number in numbers_in(text)]
+        if found != values:
+            wrong[text] = found
+    assert not wrong
+    assert len(cases(NUMBERS)) >= 200
+
+
+def test_each_completion_of_the_table_answers_with_the_number_written_beside_it():
+    wrong = {}
+    for text, values in cases(FINALS):
+        if final_number(text) != (values[0] if values else None):
+            wrong[text] = final_number(text)
+    assert not wrong
+
+
+def test_a_found_number_says_where_it_stands_and_whether_it_carries_a_unit():
+    text = "She paid -$1,250.50, 5 % of 3 1/2 €, or -18 in 2 4/2$; 5$6."
+    found = [(text[n.start : n.end], n.has_unit) for n in numbers_in(text)]
+    assert found == [
+        ("-$1,250.50", True),
+        ("5 %", True),
+        ("3 1/2", False),
+        ("-18", False),
+        ("2", False),
+        ("4/2$", True),
+        ("5", False),
+        ("$6", True),
+    ]
+
+
+# What numbers are written with, and what may stand beside them, in few enough pieces to meet often.
+awkward = st.lists(
+    st.sampled_from([*"0123$€%-−,./# \nxé₂٣", "1/2", "####", "1" * 99, ",234", " 3/4"]), max_size=40
+).map("".join)
+
+
+@given(st.one_of(st.text(), awkward))
+def test_any_text_is_read_without_an_exception(text):
+    assert all(isinstance(number.value, Fraction) for number in numbers_in(text))
+    assert not any(scorer(text, "#### 99999999999") for scorer in SCORERS.values())
+    assert had_format(text) in (True, False)
+
+
+@given(awkward)
+def test_each_run_of_digits_that_is_not_too_long_is_in_exactly_one_number(text):
+    numbers = numbers_in(text)
+    for run in re.finditer("[0-9]+", text):
+        around = [n for n in numbers if n.start <= run.start() and run.end() <= n.end]
+        assert len(around) == (len(run[0]) <= MAX_DIGITS)
+    assert all(left.end <= right.start for left, right in pairwise(numbers))
+
+
+@given(awkward, awkward)
+def test_lines_are_read_apart_so_k_copies_hold_k_times_the_numbers(text, other):
+    values = [[n.value for n in numbers_in(part)] for part in (text, other)]
+    joined = "\n".join([text, other] * 3)
+    assert [n.value for n in numbers_in(joined)] == (values[0] + values[1]) * 3
+
+
+@given(awkward, st.integers(1, 400))
+def test_the_last_number_is_the_last_of_all_however_long_the_text(text, copies):
+    numbers = numbers_in(text * copies)
+    assert last_number(text * copies) == (numbers[-1].value if numbers else None)
+
+
+def test_the_longest_number_there_can_be_is_found_whole_at_the_end_of_a_text():
+    integer = "111" + ",111" * 32
+    longest = f"-$ -{integer} {integer}/{integer.replace('1', '9')} %"
+    (number,) = numbers_in(longest)
+    assert len(longest) < LONGEST / 2 and (number.start, number.end) == (0, len(longest))
+    assert last_number("5 " * LONGEST + longest + " x" * LONGEST) == number.value
+
+
+@given(
+    st.integers(-(10**12), 10**12), st.sampled_from(["", ".", ".0", ".00", "%", " apples", "\n"])
+)
+def test_a_number_reads_back_in_each_way_of_writing_it(number, after):
+    for text in (f"{number}", f"{number:,}", f"${number}", f"$ {number:,}", f"−{-number}"):
+        if "−-" not in text:
+            assert final_number(f"It is {text}{after}") == number
+            assert final_number(f"1\n#### {text}{after}\n2") == number
+
+
+@given(st.integers(0, 999), st.integers(1, 999), st.integers(1, 9))
+def test_fractions_mixed_numbers_and_decimals_are_exact(top, bottom, whole):
+    assert last_number(f"{top}/{bottom}") == Fraction(top, bottom)
+    assert last_number(f"{whole}.{top:03}") == whole + Fraction(top, 1000)
+    mixed = whole + Fraction(top, bottom) if top < bottom else Fraction(top, bottom)
+    assert last_number(f"-{whole} {top}/{bottom}") == (-mixed if top < bottom else mixed)
+
+
+def gold_answers() -> list[str]:
+    """The answers of GSM8K's train and test sets."""
+    files = [SHARED / "gsm8k" / f"{split}.jsonl" for split in ("train", "test")]
+    if not all(file.is_file() for file in files):
+        pytest.skip("GSM8K is not beside the repository")
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
+    return [json.loads(line)["answer"] for line in lines]
+
+
+def test_every_gold_answer_reads_back_with_every_scorer():
+    answers = gold_answers()
+    assert len(answers) == 8792
+    for answer in answers:
+        number = int(answer.split("\n#### ")[1].replace(",", ""))
+        assert gold_number(answer) == final_number(answer) == last_number(answer) == number
+        assert had_format(answer) and all(scorer(answer, answer) for scorer in SCORERS.values())
+        off_by_one = f"#### {number + 1}"
+        assert not any(scorer(off_by_one, answer) for scorer in SCORERS.values())
+
+
+def test_a_gold_answer_without_its_number_is_refused_and_never_equals_an_empty_completion():
+    with pytest.raises(BadData, match="no number after '####'.*so it is 18"):
+        numeric_equal("", "so it is 18")
+
+
+# completion, then which of numeric-equal, strict-match, flexible-extract, openai say it is 18
+AGAINST_18 = {
+    "#### 18": "nsfo",
+    "#### 18.": "nsf",  # the harness drops a final point, OpenAI does not
+    "#### 18..": "n",
+    "#### 18.00": "n",
+    "#### $18": "nf",
+    "####18": "nf",
+    "#### 18\n\nQuestion: 2 + 3?\nAnswer: 5\n#### 5": "nso",  # a run-on after the answer
+    "#### 36/2": "n",
+    "#### 18 apples": "nsfo",
+    "#### 1,8": "sfo",  # commas are nothing to text
+    "#### 18,": "nsfo",
+    "#### 20\n#### 18": "f",
+    "She makes $18.": "nf",
+    "She makes $18 ...": "n",  # flexible-extract takes the dots
+    "20-2=18": "nf",
+    "36-18": "n",  # flexible-extract takes -18
+    "1/18": "f",
+    "-18": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("completion", AGAINST_18)
+def test_the_scorers_differ_as_they_are_defined_to(completion):
+    right = [name for name, scorer in SCORERS.items() if scorer(completion, "6 * 3\n#### 18")]
+    assert "".join(name[0] for name in right) == AGAINST_18[completion]
+    assert SCORERS["numeric-equal"] is numeric_equal and SCORERS["openai"] is openai_match
+
+
+def test_the_format_is_what_strict_match_and_openai_can_read_right_or_wrong():
+    assert all(had_format(text) for text in ("6\n#### 18", "#### -3 or so", "#### 0\n#### x"))
+    assert not any(had_format(text) for text in ("", "18", "####18", "#### $18", "#### **18**"))
+
+
+STRICT, FLEXIBLE = r"#### (\-?[0-9\.\,]+)", r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
+IGNORED = [",", r"\$", r"(?s).*#### ", r"\.$"]
+
+
+def generated(count: int) -> list[tuple[str, str]]:
+    """Completions, likely and unlikely ones, each with a gold answer that often fits."""
+    rng = random.Random(0)
+    joints = [
+        " ",
+        "\n",
+        "",
+        ", ",
+        ". ",
+        " = ",
+        "-",
+        "/",
+        "...",
+        " is $",
+        "$",
+        "%",
+        "<<3*6=",
+        ">>",
+        "\n\n",
+    ]
+    markers = [
+        "#### ",
+        "#### ",
+        "####",
+        "#### $",
+        "\n#### -",
+        "##### ",
+        "#### .",
+        "#### ,",
+        "#### −",
+    ]
+
+    def pair() -> tuple[str, str]:
+        n = rng.choice([0, 3, 18, 18, 1234, 1234567, -5])
+        forms = [
+            f"{n}",
+            f"{n:,}",
+            f"{n}.",
+            f"{n}.0",
+            f"${n}",
+            f"{n},",
+            f"{n + 1}",
+            f"{n}$",
+            "x",
+            "",
+        ]
+        parts = rng.choices([*joints, *markers, *forms, *forms], k=rng.randrange(9))
+        end = rng.choice(["\n#### ", rng.choice(markers)]) + rng.choice(forms) + rng.choice(joints)
+        return rng.choice(["".join(parts), "6 * 3 is "]) + rng.choice(
+            [end, end, ""]
+        ), f"3 * 6 = <<3*6=18>>18\n#### {n:,}"
+
+    return [pair() for _ in range(count)]
+
+
+def by_definition(completion: str, gold: str, pattern: str, which: int) -> bool:
+    """The harness's rule in its own terms: every match, one of them, then each thing to ignore."""
+    found = ["".join(match) for match in re.findall(pattern, completion)]
+    answer = found[which] if found else "[invalid]"
+    for ignored in IGNORED:
+        answer, gold = re.sub(ignored, "", answer), re.sub(ignored, "", gold)
+    return answer.lower() == gold.lower()
+
+
+@given(st.one_of(st.text(), awkward), st.sampled_from(["#### 18", "#### 1,230", "#### -3."]))
+def test_any_text_is_scored_as_the_harness_defines_it(text, gold):
+    for completion in (text, text + gold, gold + text):
+        assert strict_match(completion, gold) == by_definition(completion, gold, STRICT, 0)
+        assert flexible_extract(completion, gold) == by_definition(completion, gold, FLEXIBLE, -1)
+
+
+def test_a_thousand_completions_are_scored_as_by_lm_evaluation_harness_itself():
+    extraction = pytest.importorskip("lm_eval.filters.extraction")
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    filters = {
+        strict_match: extraction.RegexFilter(STRICT, group_select=0),
+        flexible_extract: extraction.RegexFilter(FLEXIBLE, group_select=-1),
+    }
+    right = {scorer: 0 for scorer in filters}
+    for completion, gold in generated(1000):
+        for scorer, regex in filters.items():
+            (answers,) = regex.apply([[completion]], [{}])
+            score = metrics.exact_match_hf_evaluate(
+                answers, [gold], regexes_to_ignore=IGNORED, ignore_case=True
+            )
+            assert scorer(completion, gold) == bool(score["exact_match"]), (completion, gold)
+            right[scorer] += bool(score["exact_match"])
+    assert all(100 < count < 900 for count in right.values()), right
+
+
+votes = st.lists(st.one_of(st.none(), st.integers(-2, 2).map(Fraction)), max_size=12)
+
+
+@given(votes)
+def test_the_majority_is_the_most_frequent_vote_and_of_those_the_first(answers):
+    cast = [answer for answer in answers if answer is not None]
+    winner = majority_vote(answers)
+    assert (winner is None) == (not cast)
+    for rank, answer in enumerate(cast):
+        counts = cast.count(answer), cast.count(winner)
+        assert counts[0] < counts[1] or counts[0] == counts[1] and cast.index(winner) <= rank
+
+
+def test_votes_are_over_values_not_spellings_and_silence_has_none():
+    answers = [final_number(text) for text in ("20", "", "18.0", "", "", "#### $18")]
+    assert majority_vote(answers) == 18
+    assert [maj_at_k(answers, Fraction(18), k) for k in (1, 3, 6)] == [False, False, True]
+    assert not maj_at_k([None], Fraction(0), 1)
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
+    for right in range(n + 1):
+        for k in range(1, n + 1):
+            subsets = list(combinations([i < right for i in range(n)], k))
+            assert pass_at_k(n, right, k) == Fraction(sum(map(any, subsets)), comb(n, k))
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(5, 6, 1), (5, -1, 1), (5, 2, 0), (5, 2, 6)])
+def test_pass_at_k_refuses_what_cannot_be(n, c, k):
+    with pytest.raises(AssertionError):
+        pass_at_k(n, c, k)
