@@ -272,7 +272,7 @@ def measure(
 ) -> dict[str, float]:
     """Loss and token accuracy of the gold answers, teacher-forced."""
     examples, _ = encode_problems(problems, list(range(len(problems))), chat, max_length=2**20)
-    nats, correct = teacher_forced(model, examples, batch_size).tolist()
+    nats, correct = teacher_forced(model, examples, batch_size)
     supervised = sum(e.supervised for e in examples)
     return {"loss": nats / supervised, "token_accuracy": correct / supervised}
 

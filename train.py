@@ -210,7 +210,7 @@ def train(
     while progress.cursor < last and progress.stopped is None:
         started = time.perf_counter()
         step = schedule.step(progress.cursor)
-        totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, correct
+        sums = torch.zeros(2, device=device)  # nats, correct tokens
 
         # Forward and backward: each micro-batch adds its share of the step's one mean.
         for examples in step.micro_batches:
@@ -223,7 +223,7 @@ def train(
                 hidden, model.head_weight, batch.targets, batch.supervised
             )
             scaler.scale(nats / step.supervised).backward()
-            totals += torch.stack((nats.detach(), correct))
+            sums += torch.stack((nats.detach(), correct))
 
         # Gradients: all ranks' together, unscaled, clipped.
         world.sum_gradients(parameters.values())
@@ -231,7 +231,7 @@ def train(
         grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
 
         # Step, unless a number overflowed: a skipped step moves neither weights, moments nor rate.
-        nats, correct = world.sum_(totals).tolist()
+        nats, correct = world.sum(*sums.tolist())
         finite = math.isfinite(nats) and math.isfinite(grad_norm.item())
         rate = learning_rate(config, progress.step, last)
         if finite:
@@ -267,7 +267,7 @@ def train(
 
         # Validate now and then and at the end, keep the best, and stop when it no longer gets better.
         if progress.cursor in eval_at:
-            found = validate(config, model, data, device=device, world=world)
+            found = validate(config, model, data, world)
             is_best = progress.record_validation(found["val_loss"], found.get("val_exact_match"))
             if progress.validations_since_best >= config.patience:
                 progress.stopped = f"no better {config.stop_on} in {config.patience} validations"
@@ -288,7 +288,7 @@ def train(
                 bar.write(validation_line(progress.step, found, is_best))
 
         # Save: all that is needed to go on from here.
-        due = world.agree(time.perf_counter() - saved_at > config.save_every, device)
+        due = world.any(time.perf_counter() - saved_at > config.save_every)
         if due or progress.cursor == last or progress.stopped:
             progress.seconds = seconds_before + time.perf_counter() - resumed_at
             if world.is_main:
@@ -302,22 +302,20 @@ def train(
     return progress
 
 
-def validate(
-    config: TrainConfig, model: Qwen2, data: Data, *, device: torch.device, world: World
-) -> dict[str, float]:
+def validate(config: TrainConfig, model: Qwen2, data: Data, world: World) -> dict[str, float]:
     """Loss and teacher-forced token accuracy over every validation row; answers too, if asked for.
 
     The keys are those of a validation's line in `metrics.jsonl`. Sums travel between ranks, not means.
     """
     mine = data.validation[world.rank :: world.size]
-    totals = teacher_forced(model, mine, config.batch_size, quiet=not world.is_main)
-    nats, correct = world.sum_(totals).tolist()
+    sums = teacher_forced(model, mine, config.batch_size, quiet=not world.is_main)
+    nats, correct = world.sum(*sums)
     supervised = sum(e.supervised for e in data.validation)
     found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
     if config.stop_on == "exact-match":
         problems = data.held_out[: config.exact_match_problems]
-        right = exact_matches(config, model, data, problems[world.rank :: world.size])
-        right = world.sum_(torch.tensor(float(right), device=device)).item()
+        mine = problems[world.rank :: world.size]
+        (right,) = world.sum(exact_matches(config, model, data, mine))
         found["val_exact_match"] = right / len(problems)
     return found
 

@@ -16,20 +16,21 @@ from model.qwen2 import Qwen2
 @torch.no_grad()
 def teacher_forced(
     model: Qwen2, examples: list[Example], batch_size: int, *, quiet: bool = False
-) -> torch.Tensor:
-    """(2,) fp64 on the model's device: the sums of nats and of correct tokens over `examples`.
+) -> tuple[float, float]:
+    """(nats, correct tokens), summed over the supervised tokens of `examples`, dropout off.
 
-    Dropout is off. Sums, not means: they can be added over ranks, and do not depend on the batch size.
+    Sums, not means: they can be added over ranks, and do not depend on the batch size.
     """
     was_training = model.training
     model.eval()
-    device = model.head_weight.device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = [torch.zeros(2)]
     for group in tqdm(in_batches(examples, batch_size), desc="validate", leave=False, disable=quiet):
-        batch = flat_batch(group, device)
+        batch = flat_batch(group, model.head_weight.device)
         hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
-        totals += torch.stack(
-            linear_cross_entropy(hidden, model.head_weight, batch.targets, batch.supervised)
+        nats, correct = linear_cross_entropy(
+            hidden, model.head_weight, batch.targets, batch.supervised
         )
+        sums.append(torch.stack((nats, correct)).cpu())
     model.train(was_training)
-    return totals
+    nats, correct = torch.stack(sums).double().sum(0).tolist()
+    return nats, correct

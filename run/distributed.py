@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,24 @@ class World:
 
     rank: int = 0
     size: int = 1
+    device: torch.device = torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
         """Whether this rank prints and writes."""
         return self.rank == 0
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum `tensor` over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+    def sum(self, *values: float) -> list[float]:
+        """The sum of each value over all ranks, in fp64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, yes: bool) -> bool:
+        """Whether any rank says yes: clocks differ, and all ranks must take the same turn."""
+        return self.sum(float(yes)) != [0.0]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum every gradient over all ranks, in one message; a rank that had no rows adds zeros."""
@@ -38,15 +45,10 @@ class World:
             return
         parameters = list(parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.sum_(torch.cat([g.flatten() for g in grads]))
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = grad.view_as(p)
-
-    def agree(self, yes: bool, device: torch.device) -> bool:
-        """Whether any rank says yes: clocks differ, and all ranks must take the same turn."""
-        if self.size == 1:
-            return yes
-        return bool(self.sum_(torch.tensor(float(yes), device=device)).item())
 
     def wait(self) -> None:
         """Return once every rank has come here."""
@@ -63,11 +65,11 @@ def join(device: torch.device) -> World:
     """The world that torchrun's environment describes; a world of one without it."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        return World()
+        return World(device=device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size())
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 def leave(world: World) -> None:
