@@ -41,6 +41,12 @@ class BadRun(UserError):
     """A run folder that cannot be continued or written."""
 
 
+class TrainingFailed(UserError):
+    """A run whose numbers went wrong."""
+
+    exit_code = 1
+
+
 def listed(problems: Iterable[str], most: int = 6) -> str:
     """Everything that is wrong on one line: the first `most` in full, then how many more there are."""
     problems = list(problems)

@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data.chat import ChatFormat
 from data.encode import encode_problems
 from data.gsm8k import EXAMPLES
@@ -37,11 +35,13 @@ from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
 from model.generate import Sampling, decode
 from model.load import Checkpoint, find_checkpoint, load_model, read_eos_ids
 from model.qwen2 import Qwen2
+from progress_bar import progress_bar
 from run import options
 from run.checkpoint import write_json
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
 from run.metrics import MetricsLog, read_metrics
 from run.options import option, parse, to_json
+from run.report import write_report
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, context in contestants.items():
         with context():
             given[name] = answer_all(
-                model, chat, problems, asking, eos_ids=eos_ids, log=folder / f"{name}.jsonl", name=name
+                model,
+                chat,
+                problems,
+                asking,
+                eos_ids=eos_ids,
+                log=folder / f"{name}.jsonl",
+                name=name,
             )
             measured = measure(model, chat, problems, config.batch_size)
         result["contestants"][name] = figures(problems, given[name]) | measured
@@ -133,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     write_json(folder / "result.json", result)
     print_result(result, folder)
+    refresh_report(config, folder.parent.parent)
 
 
 def check(config: EvalConfig) -> None:
@@ -253,7 +260,8 @@ def answer_all(
     done = {(c.id, c.sample): c for c in kept}
     out = MetricsLog(log, keep=log.read_bytes().rfind(b"\n") + 1 if log.exists() else 0)
     asked = [*problems, *EXAMPLES]
-    bar = tqdm(total=len(asked) * asking.samples, initial=len(done), desc=name, unit="answer")
+    total = len(asked) * asking.samples
+    bar = progress_bar(total=total, initial=len(done), desc=name, unit="answer")
     right = sum(headline(c.text, gold[c.id]) for c in kept if c.id in gold)
     count = sum(c.id in gold for c in kept)
     for c in answers(model, chat, asked, asking, eos_ids=eos_ids, done=set(done)):
@@ -262,7 +270,7 @@ def answer_all(
         if c.id in gold:
             right, count = right + headline(c.text, gold[c.id]), count + 1
         bar.update()
-        bar.set_postfix_str(f"{right} of {count} right")
+        bar.set_postfix_str(f"{right} of {count} right", refresh=False)
     bar.close()
     return {p.id: [done[p.id, sample] for sample in range(asking.samples)] for p in asked}
 
@@ -317,6 +325,13 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     print(f"\nresults in {folder}")
 
 
+def refresh_report(config: EvalConfig, home: Path) -> None:
+    """Make the run's report anew, now that there is more to say; a lone model has no run."""
+    if (home / "config.json").exists():
+        price = training_options(config).get("price_per_hour")
+        print(f"report in {write_report(home, price)}")
+
+
 def compare(one: str, other: str, *, seed: int) -> None:
     """Set the last contestants (tuned, or the one model) of two finished evaluations side by side."""
     results = []
@@ -326,17 +341,23 @@ def compare(one: str, other: str, *, seed: int) -> None:
             results[-1]["settings"]["problems_sha256"], results[-1]["contestants"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadData(
-                f"{path} is no result of an evaluation ({error})", "give a result.json that it wrote"
+                f"{path} is no result of an evaluation ({error})",
+                "give a result.json that it wrote",
             ) from None
     a, b = results
     if a["settings"]["problems_sha256"] != b["settings"]["problems_sha256"]:
-        raise BadData("the two results are of different problems", "compare the same split and --limit")
+        raise BadData(
+            "the two results are of different problems", "compare the same split and --limit"
+        )
     differing = [k for k in a["settings"] if a["settings"][k] != b["settings"].get(k)]
     for key in differing:
         print(f"{key}: {a['settings'][key]} against {b['settings'].get(key)}")
     found = {name: list(r["contestants"].values())[-1] for name, r in zip(("A", "B"), results)}
     print(table({"problems": a["problems"], "contestants": found}))
-    print("B against A: " + difference(found["A"]["outcomes"], found["B"]["outcomes"], seed)["in_words"])
+    print(
+        "B against A: "
+        + difference(found["A"]["outcomes"], found["B"]["outcomes"], seed)["in_words"]
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ def fetch(
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
+    return (
+        f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        if str(error)
+        else type(error).__name__
+    )
 
 
 def _refused(what: str, error: Exception, status: int | None) -> HubError:
@@ -48,7 +52,9 @@ def _refused(what: str, error: Exception, status: int | None) -> HubError:
             "accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN",
         )
     if "Revision" in kind:
-        return HubError(f"{what} does not exist", "leave the revision out, or give a branch, tag or commit")
+        return HubError(
+            f"{what} does not exist", "leave the revision out, or give a branch, tag or commit"
+        )
     if status in (401, 404):
         return HubError(
             f"{what} was not found on the Hub, or is private",

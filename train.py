@@ -22,7 +22,6 @@ import safetensors
 import tokenizers
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from data.audit import Audit, audit, audit_lines
 from data.batches import Schedule, flat_batch
@@ -31,7 +30,7 @@ from data.encode import Example, encode_problems
 from data.rows import Problem, Source
 from data.split import split_problems
 from data.tasks import load_source
-from errors import BadData, BadRun, run_script
+from errors import BadData, TrainingFailed, run_script
 from evaluation.answers import Asking, answers
 from evaluation.generative import choose_scorers
 from evaluation.teacher_forced import teacher_forced
@@ -39,6 +38,7 @@ from lora.inject import BIASES, LoRAConfig, count, inject, seed_dropout, trained
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
+from progress_bar import progress_bar
 from run import distributed
 from run.checkpoint import (
     Progress,
@@ -53,6 +53,7 @@ from run.distributed import World
 from run.export import publish_best
 from run.metrics import MetricsLog
 from run.options import option, parse, table, to_json
+from run.report import write_report
 
 SKIPS_IN_A_ROW = 5  # steps without a finite gradient, after which the run is given up
 
@@ -74,7 +75,9 @@ class TrainConfig:
 
     epochs: int = option(3, "times that each training row is taken", least=1)
     batch_size: int = option(16, "sequences of a micro-batch on one rank", least=1)
-    grad_accum: int = option(1, "micro-batches of a step; less memory with a smaller batch", least=1)
+    grad_accum: int = option(
+        1, "micro-batches of a step; less memory with a smaller batch", least=1
+    )
     learning_rate: float = option(2e-4, "peak of the schedule", least=0)
     schedule: str = option(
         "linear", "shape after the warm-up", choices=("constant", "linear", "cosine")
@@ -99,6 +102,9 @@ class TrainConfig:
 
     precision: str = option("auto", "of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    price_per_hour: float | None = option(
+        None, "of the machine, in dollars, for the report", least=0
+    )
     save_every: float = option(60.0, "seconds between checkpoints", least=0)
     show_example: bool = option(False, "print one example, what is supervised marked, and leave")
 
@@ -168,13 +174,15 @@ def main(argv: list[str] | None = None) -> None:
             f" = {schedule.examples_per_step} a step; {schedule.steps_per_epoch} steps an epoch,"
             f" {last_step(config, schedule)} in all"
         )
-        write_run(out, saved | {"versions": versions()}, data)
+        facts = {"base": checkpoint.name, "device": describe(device), "versions": versions()}
+        write_run(out, saved | facts, data)
     progress = train(
         config, schedule, data,
         model=model, lora=lora, checkpoint=checkpoint, scaled=precision == "fp16",
         device=device, world=world, out=out,
     )  # fmt: skip
     if world.is_main:
+        print(f"report in {write_report(out, config.price_per_hour)}")
         print_end(progress, out)
     distributed.leave(world)
 
@@ -204,7 +212,7 @@ def train(
     eval_at = validation_steps(schedule.steps_per_epoch, config.evals_per_epoch, last)
     model.train()
 
-    bar = tqdm(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
+    bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     resumed_at = saved_at = time.perf_counter()
     seconds_before = progress.seconds
     while progress.cursor < last and progress.stopped is None:
@@ -216,7 +224,11 @@ def train(
         for examples in step.micro_batches:
             batch = flat_batch(examples, device)
             seed_dropout(
-                model, seed=config.seed, epoch=step.epoch, rows=batch.rows, positions=batch.positions
+                model,
+                seed=config.seed,
+                epoch=step.epoch,
+                rows=batch.rows,
+                positions=batch.positions,
             )
             hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
             nats, correct = linear_cross_entropy(
@@ -248,21 +260,22 @@ def train(
         # Log: one line a step.
         now = time.perf_counter()
         progress.seconds = seconds_before + now - resumed_at
+        train_loss, speed = nats / step.supervised, step.tokens / (now - started)
         bar.update()
+        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         if world.is_main:
             log.write(
                 step=progress.step,
                 epoch=progress.cursor / schedule.steps_per_epoch,
-                train_loss=nats / step.supervised,
+                train_loss=train_loss,
                 train_token_accuracy=correct / step.supervised,
                 learning_rate=rate,
                 grad_norm=grad_norm.item(),
-                tokens_per_second=step.tokens / (now - started),
+                tokens_per_second=speed,
                 peak_memory_gb=peak_memory_gb(device),
                 **({} if finite else {"skipped_rows": step.rows}),
             )
-            bar.set_postfix(loss=f"{nats / step.supervised:.3f}", tokens_s=f"{step.tokens / (now - started):,.0f}")
-        if progress.skipped_in_a_row == SKIPS_IN_A_ROW:
+        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and scaler.get_scale() <= 1:
             raise gave_up(progress, step.rows, out)
 
         # Validate now and then and at the end, keep the best, and stop when it no longer gets better.
@@ -320,16 +333,16 @@ def validate(config: TrainConfig, model: Qwen2, data: Data, world: World) -> dic
     return found
 
 
-def exact_matches(
-    config: TrainConfig, model: Qwen2, data: Data, problems: list[Problem]
-) -> int:
+def exact_matches(config: TrainConfig, model: Qwen2, data: Data, problems: list[Problem]) -> int:
     """How many of `problems` the model answers right by itself, greedily."""
     is_right = next(iter(choose_scorers([p.answer for p in data.held_out]).values()))
     gold = {p.id: p.answer for p in problems}
     asking = Asking(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     model.eval()
     given = answers(model, data.chat, problems, asking, eos_ids=data.eos_ids)
-    right = sum(is_right(c.text, gold[c.id]) for c in tqdm(given, "answer", leave=False))
+    right = sum(
+        is_right(c.text, gold[c.id]) for c in progress_bar(given, desc="answer", leave=False)
+    )
     model.train()
     return right
 
@@ -414,12 +427,15 @@ def show_example(problem: Problem, chat: ChatFormat) -> None:
 def default_out(config: TrainConfig) -> Path:
     """out/<model>-<data>, in lower case."""
     names = [Path(config.model).name, Path(config.data).name]
-    return Path("out") / "-".join(n.removesuffix(".jsonl").removesuffix(".parquet") for n in names).lower()
+    return (
+        Path("out")
+        / "-".join(n.removesuffix(".jsonl").removesuffix(".parquet") for n in names).lower()
+    )
 
 
-def gave_up(progress: Progress, rows: list[int], out: Path) -> BadRun:
-    return BadRun(
-        f"{SKIPS_IN_A_ROW} steps in a row had no finite gradient, up to step {progress.cursor},"
+def gave_up(progress: Progress, rows: list[int], out: Path) -> TrainingFailed:
+    return TrainingFailed(
+        f"{progress.skipped_in_a_row} steps in a row had no finite gradient, up to step {progress.cursor},"
         f" rows {rows[:4]}...; {out / 'best'} is the last good adapter",
         "lower --learning-rate, or use --precision fp32",
     )

@@ -52,7 +52,8 @@ class ChatFormat:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BadCheckpoint(
-                f"{path} cannot be read: {str(error)[:100]}", "give a checkpoint with a tokenizer.json"
+                f"{path} cannot be read: {str(error)[:100]}",
+                "give a checkpoint with a tokenizer.json",
             ) from None
         return cls(tokenizer, read_default_system(folder))
 

@@ -7,7 +7,7 @@ stop in the middle, and an answer that was cut away altogether has nothing to su
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
+from progress_bar import progress_bar
 
 from data.chat import ChatFormat
 from data.rows import Problem
@@ -28,14 +28,13 @@ class Example:
         return int((self.targets != IGNORE).sum())
 
 
-
-
 def encode_problems(
     problems: list[Problem], rows: list[int], chat: ChatFormat, max_length: int
 ) -> tuple[list[Example], list[str]]:
     """(examples, why the others were left out) for `problems` with their row numbers."""
     examples, left_out = [], []
-    for problem, row in zip(tqdm(problems, desc="encode", unit="row", leave=False), rows, strict=True):
+    counted = progress_bar(problems, desc="encode", unit="row", leave=False)
+    for problem, row in zip(counted, rows, strict=True):
         encoded = chat.encode(problem.messages)
         if len(encoded.tokens) > max_length:
             left_out.append(f"{problem.id}: {len(encoded.tokens)} tokens")

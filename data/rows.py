@@ -102,7 +102,9 @@ def _read_rows(path: Path) -> Iterator[object]:
     try:
         yield from readers[path.suffix](path)
     except OSError as error:
-        raise BadData(f"{path} cannot be read: {error.strerror or error}", "check the path") from None
+        raise BadData(
+            f"{path} cannot be read: {error.strerror or error}", "check the path"
+        ) from None
 
 
 def _read_jsonl(path: Path) -> Iterator[object]:
@@ -151,7 +153,9 @@ def _parse_messages(turns: object) -> tuple[Message, ...]:
         raise ValueError(f"role {unknown[0]!r} is not one of {', '.join(ROLES)}")
     talk = roles[1:] if roles[:1] == ["system"] else roles
     if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
-        raise ValueError("the turns are not user and assistant in alternation, ending with assistant")
+        raise ValueError(
+            "the turns are not user and assistant in alternation, ending with assistant"
+        )
     return messages
 
 

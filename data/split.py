@@ -22,9 +22,7 @@ def masked(text: str) -> str:
     return NUMBER.sub("0", normal(text))
 
 
-def split_problems(
-    problems: list[Problem], validation_share: float
-) -> tuple[list[int], list[int]]:
+def split_problems(problems: list[Problem], validation_share: float) -> tuple[list[int], list[int]]:
     """(rows to train on, rows to validate on); at least one of each, if there are two questions."""
     place = [_place(p.question) for p in problems]
     validation = {row for row, x in enumerate(place) if x < validation_share}

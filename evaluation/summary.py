@@ -116,7 +116,9 @@ def breakdown(problems: list[Problem], right: list[bool]) -> dict[str, dict[str,
                 cell[0] += ok
                 cell[1] += 1
     numeric = lambda key: (len(key), key)  # noqa: E731  "9" before "10"
-    return {name: {k: table[k] for k in sorted(table, key=numeric)} for name, table in tables.items()}
+    return {
+        name: {k: table[k] for k in sorted(table, key=numeric)} for name, table in tables.items()
+    }
 
 
 def difference(base: list[bool], tuned: list[bool], seed: int) -> dict[str, Any]:
@@ -153,10 +155,14 @@ def table(result: dict[str, Any]) -> str:
     for key in ("had_format", "cut_off", "empty"):
         rows.append((key.replace("_", " "), *(f"{c[key]} of {n}" for c in columns)))
     rows.append(("tokens an answer", *(f"{c['tokens'] / c['completions']:.0f}" for c in columns)))
-    rows.append(("tokens a second", *(f"{c['tokens'] / max(c['seconds'], 1e-9):.0f}" for c in columns)))
+    rows.append(
+        ("tokens a second", *(f"{c['tokens'] / max(c['seconds'], 1e-9):.0f}" for c in columns))
+    )
     if columns[0].get("loss") is not None:
         rows.append(("loss, nats a token", *(f"{c['loss']:.4f}" for c in columns)))
-        rows.append(("token accuracy (teacher-forced)", *(f"{c['token_accuracy']:.1%}" for c in columns)))
+        rows.append(
+            ("token accuracy (teacher-forced)", *(f"{c['token_accuracy']:.1%}" for c in columns))
+        )
     for kind in columns[0]["mistakes"]:
         rows.append((f"answers: {kind}", *(str(c["mistakes"][kind]) for c in columns)))
     return "\n".join(f"{row[0]:<33}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows)

@@ -5,7 +5,7 @@ right when all before it are given; whether the model reaches an answer by itsel
 """
 
 import torch
-from tqdm import tqdm
+from progress_bar import progress_bar
 
 from data.batches import flat_batch, in_batches
 from data.encode import Example
@@ -24,7 +24,8 @@ def teacher_forced(
     was_training = model.training
     model.eval()
     sums = [torch.zeros(2)]
-    for group in tqdm(in_batches(examples, batch_size), desc="validate", leave=False, disable=quiet):
+    groups = in_batches(examples, batch_size)
+    for group in progress_bar(groups, desc="validate", leave=False, disable=quiet):
         batch = flat_batch(group, model.head_weight.device)
         hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
         nats, correct = linear_cross_entropy(

@@ -1,10 +1,10 @@
 """Where adapters go, and the verbs one uses on a model that has them.
 
-    inject(model, LoRAConfig(r=8, alpha=16))     wrap the target layers, freeze all the rest
-    seed_dropout(model, ...)                     before each training forward
-    with disabled(model): ...                    the base, bit for bit
-    merge(model); unmerge(model)                 fold the adapters into the weights, and back
-    count(model)                                 trainable and base parameters
+inject(model, LoRAConfig(r=8, alpha=16))     wrap the target layers, freeze all the rest
+seed_dropout(model, ...)                     before each training forward
+with disabled(model): ...                    the base, bit for bit
+merge(model); unmerge(model)                 fold the adapters into the weights, and back
+count(model)                                 trainable and base parameters
 """
 
 from collections.abc import Iterator

@@ -67,7 +67,9 @@ class LoRALinear(nn.Module):
         """Add the delta to the base's weight, in fp32, rounded once; `unmerge` gives the old weight back."""
         assert not self.merged, "merged already"
         weight = self.base_layer.weight
-        self.unmerged_weight = weight.data  # a plain tensor: as a parameter it would be saved and counted
+        self.unmerged_weight = (
+            weight.data
+        )  # a plain tensor: as a parameter it would be saved and counted
         weight.data = (weight.data.float() + self.delta()).to(weight.dtype)
 
     def unmerge(self) -> None:

@@ -70,7 +70,10 @@ def varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
         problem = None if error < 0.02 else f"differs from the plain form by {error:.2g}"
     except (RuntimeError, TypeError, NotImplementedError) as failure:
         problem = str(failure).splitlines()[0][:80]
-    print("attention: " + ("one variable-length call" if problem is None else f"one call an example ({problem})"))
+    print(
+        "attention: "
+        + ("one variable-length call" if problem is None else f"one call an example ({problem})")
+    )
     return problem is None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm import tqdm
+from progress_bar import progress_bar
 
 from errors import BadCheckpoint, listed
 from hub import fetch
@@ -56,10 +56,18 @@ def read_config(folder: Path) -> Qwen2Config:
         raise BadCheckpoint(
             f"{folder} is a {raw.get('model_type', 'model of unknown type')}, not a qwen2", REMEDY
         )
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    sizes = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    )
     values = {key: raw.get(key) for key in sizes}
     values["num_key_value_heads"] = raw.get("num_key_value_heads", values["num_attention_heads"])
-    problems = [f"{k} is {v!r}" for k, v in values.items() if type(v) is not int or not 0 < v < 2**24]
+    problems = [
+        f"{k} is {v!r}" for k, v in values.items() if type(v) is not int or not 0 < v < 2**24
+    ]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         problems.append(f"rope_parameters is {rope!r}")
@@ -89,7 +97,11 @@ def _head_problems(values: dict, raw: dict) -> list[str]:
     heads, groups, hidden = (
         values[k] for k in ("num_attention_heads", "num_key_value_heads", "hidden_size")
     )
-    if hidden % heads or (hidden // heads) % 2 or raw.get("head_dim", hidden // heads) != hidden // heads:
+    if (
+        hidden % heads
+        or (hidden // heads) % 2
+        or raw.get("head_dim", hidden // heads) != hidden // heads
+    ):
         return [f"hidden_size {hidden} does not divide into {heads} heads of even size"]
     if heads % groups:
         return [f"{heads} query heads do not divide among {groups} key/value heads"]
@@ -118,7 +130,8 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
     by_file: dict[Path, list[str]] = {}
     for name in expected:
         by_file.setdefault(files[name], []).append(name)
-    with tqdm(total=len(expected), desc="load weights", unit="tensor", leave=False) as bar:
+    bar = progress_bar(total=len(expected), desc="load weights", unit="tensor", leave=False)
+    with bar:
         for path, names in by_file.items():
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in names:
@@ -163,9 +176,13 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 def _check_files(folder: Path, files: dict[str, Path], model: Qwen2) -> None:
     """Names, shapes and dtypes against the network's; BadCheckpoint lists everything that differs."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    allowed = {"lm_head.weight"} if model.config.tie_word_embeddings else set()  # some exporters write it
+    allowed = (
+        {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    )  # some exporters write it
     problems = [f"{name} is missing" for name in expected if name not in files]
-    problems += [f"{name} is not expected" for name in files if name not in expected.keys() | allowed]
+    problems += [
+        f"{name} is not expected" for name in files if name not in expected.keys() | allowed
+    ]
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for name in (n for n in file.keys() if n in expected):
@@ -185,7 +202,9 @@ def _read_json(path: Path, if_missing: str) -> dict:
     except FileNotFoundError:
         raise BadCheckpoint(if_missing, REMEDY) from None
     except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error}", "download or copy it again") from None
+        raise BadCheckpoint(
+            f"{path} cannot be read: {error}", "download or copy it again"
+        ) from None
     if not isinstance(raw, dict):
         raise BadCheckpoint(f"{path} is not a JSON object", "download or copy it again")
     return raw

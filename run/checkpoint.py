@@ -27,7 +27,13 @@ from torch import nn
 from errors import BadRun, listed
 
 KEEP = 2  # checkpoints: the newest, and one to fall back on
-FREE = {"out", "patience", "evals_per_epoch", "save_every"}  # options a run may go on without
+FREE = {
+    "out",
+    "patience",
+    "evals_per_epoch",
+    "save_every",
+    "price_per_hour",
+}  # options a run may go on without
 
 
 @dataclass
@@ -64,13 +70,18 @@ class Progress:
         return False
 
 
-def check_run(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether `folder` holds a run of this configuration to go on with; BadRun if it cannot be used."""
+def check_place(folder: Path) -> None:
+    """BadRun if `folder` is no folder or cannot be made or written."""
     existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     if not existing.is_dir():
         raise BadRun(f"--out {folder}: {existing} is not a folder", "give another --out")
     if not os.access(existing, os.W_OK):
         raise BadRun(f"--out {folder} cannot be written", "give another --out")
+
+
+def check_run(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether `folder` holds a run of this configuration to go on with; BadRun if it cannot be used."""
+    check_place(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return False
     try:
@@ -122,7 +133,9 @@ def save_checkpoint(
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"{key}/{name}"] = value
     save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, beside / "state.safetensors")
-    write_json(beside / "progress.json", {"progress": asdict(progress), "scaler": scaler.state_dict()})
+    write_json(
+        beside / "progress.json", {"progress": asdict(progress), "scaler": scaler.state_dict()}
+    )
     shutil.rmtree(final, ignore_errors=True)
     os.rename(beside, final)
     for old in _checkpoints(run)[:-KEEP]:
@@ -160,7 +173,11 @@ def load_checkpoint(
 def read_progress(run: Path) -> Progress | None:
     """How far the run in a folder has come, without its weights."""
     found = _checkpoints(run)
-    return Progress(**json.loads((found[-1] / "progress.json").read_text())["progress"]) if found else None
+    return (
+        Progress(**json.loads((found[-1] / "progress.json").read_text())["progress"])
+        if found
+        else None
+    )
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -15,7 +15,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
@@ -38,7 +42,11 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
         return "fp16", "this GPU has no bf16 units"
     if device.type == "cpu":
         feature = cpu_bf16_feature()
-        return ("bf16", f"this CPU has {feature}") if feature else ("fp32", "this CPU has no bf16 units")
+        return (
+            ("bf16", f"this CPU has {feature}")
+            if feature
+            else ("fp32", "this CPU has no bf16 units")
+        )
     return "fp32", "the precision that is known to work on " + device.type
 
 
@@ -47,7 +55,9 @@ def cpu_bf16_feature() -> str | None:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return None
-    flags = {word for line in info.read_text().splitlines() for word in line.partition(":")[2].split()}
+    flags = {
+        word for line in info.read_text().splitlines() for word in line.partition(":")[2].split()
+    }
     return next((name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags), None)
 
 

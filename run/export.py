@@ -1,6 +1,6 @@
 """Adapters as others take them: `best/` as a folder to use or push, and a merged checkpoint.
 
-    python -m run.export --adapter out/qwen2-0.5b-instruct-gsm8k/best --out merged
+python -m run.export --adapter out/qwen2-0.5b-instruct-gsm8k/best --out merged
 """
 
 import json
@@ -17,6 +17,7 @@ from errors import BadOption, run_script
 from lora.inject import LoRAConfig, merge, unwrapped_state
 from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_adapter
 from model.load import Checkpoint, find_checkpoint, load_model
+from run.checkpoint import check_place
 from run.device import DTYPES
 from run.options import option, parse
 
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(config.out)
     if out.exists():
         raise BadOption(f"--out {out} exists already", "give a folder that does not exist")
+    check_place(out)
     _, base, revision = read_adapter_config(Path(config.adapter))
     checkpoint = find_checkpoint(config.model or base or "", None if config.model else revision)
     model = load_model(checkpoint.folder, dtype=DTYPES[config.dtype])

@@ -16,7 +16,10 @@ class MetricsLog:
 
     def write(self, **values: Any) -> None:
         """Append one line; a number that is not finite is null, which JSON has a word for."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
         self.file.write(json.dumps(clean).encode() + b"\n")
         self.file.flush()
 

@@ -43,7 +43,9 @@ def parse(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
     )  # fmt: skip
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        parser.add_argument("--" + field.name.replace("_", "-"), **_argument(field, types[field.name]))
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), **_argument(field, types[field.name])
+        )
     config = cls(**vars(parser.parse_args(argv)))
     if problems := value_problems(config):
         raise BadOption(listed(problems), f"python {parser.prog} --help lists the options")
@@ -58,11 +60,17 @@ def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
         return shown | {"type": lambda text: tuple(text.split(",")), "metavar": "A,B,..."}
     if typing.get_args(kind):  # X | None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    return shown | {"type": kind, "choices": field.metadata["choices"], "metavar": _metavar(field, kind)}
+    return shown | {
+        "type": kind,
+        "choices": field.metadata["choices"],
+        "metavar": _metavar(field, kind),
+    }
 
 
 def _metavar(field: dataclasses.Field, kind: type) -> str:
-    return "|".join(field.metadata["choices"]) if field.metadata["choices"] else kind.__name__.upper()
+    return (
+        "|".join(field.metadata["choices"]) if field.metadata["choices"] else kind.__name__.upper()
+    )
 
 
 def value_problems(config: Any) -> list[str]:

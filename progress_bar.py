@@ -1,0 +1,14 @@
+"""Progress bars: on a terminal they move; in a log file they leave a line every half minute."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(items: Iterable | None = None, **options: Any) -> tqdm:
+    """tqdm, quieter where nobody watches: short work then leaves no line at all."""
+    if not sys.stderr.isatty():
+        options = {"mininterval": 30, "delay": 5, "ascii": True, "ncols": 78, **options}
+    return tqdm(items, **options)
