@@ -1,4 +1,4 @@
-"""The errors a user can cause: each says what is wrong and what to do about it, without a traceback.
+"""The errors a user can cause: each says what is wrong and what helps, without a traceback.
 
 Anything else that goes wrong is a defect of ours and keeps its traceback.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """What went wrong (`cause`, with the place) and what helps (`remedy`); the scripts exit with `exit_code`."""
+    """What went wrong (`cause`), what helps (`remedy`), and how the scripts exit (`exit_code`)."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class TrainingFailed(UserError):
 
 
 def listed(problems: Iterable[str], most: int = 6) -> str:
-    """Everything that is wrong on one line: the first `most` in full, then how many more there are."""
+    """Everything that is wrong, on one line: the first `most` in full, then a count of the rest."""
     problems = list(problems)
     rest = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + rest

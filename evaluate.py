@@ -5,9 +5,10 @@
     python evaluate.py --adapter out/.../best --ask "What is 3 + 4?"     # both answer, as you watch
     python evaluate.py --compare A/result.json B/result.json             # two finished evaluations
 
-The base is the tuned model with its adapters switched off, which is the base bit for bit. Answers are
-generated and scored; loss and teacher-forced token accuracy stand beside them under those names.
-Every answer is written down as it comes, so an evaluation that was stopped goes on where it was.
+The base is the tuned model with its adapters switched off, which is the base bit for bit. Answers
+are generated and scored; loss and teacher-forced token accuracy stand beside them under those
+names. Every answer is written down as it comes, so an evaluation that was stopped goes on where it
+was.
 """
 
 import contextlib
@@ -167,7 +168,7 @@ def base_checkpoint(config: EvalConfig) -> Checkpoint:
 
 
 def find_problems(config: EvalConfig) -> tuple[list[Problem], list[Problem], str]:
-    """(problems, solved ones for few-shot prompts, what they are), by default from the run's own data."""
+    """(problems, solved ones to show, what they are), by default from the run's own data."""
     run = training_options(config)
     data = config.data or run.get("data", "gsm8k")
     revision = config.data_revision or (None if config.data else run.get("data_commit"))
@@ -232,7 +233,7 @@ def evaluation_settings(
 
 
 def results_folder(config: EvalConfig, settings: dict[str, Any]) -> Path:
-    """Where the answers of these settings lie: other settings lie elsewhere, so nothing is mixed up."""
+    """Where the answers of these settings lie; those of other settings lie elsewhere."""
     model = Path(config.model or "").name.lower()
     home = Path(config.adapter).parent if config.adapter else Path("out") / model
     code = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -253,7 +254,7 @@ def answer_all(
     log: Path,
     name: str,
 ) -> Completions:
-    """All samples of each problem and example, by id; those that `log` holds are not generated again."""
+    """All samples of each problem and example, by id; what `log` holds is not generated again."""
     headline = next(iter(choose_scorers([p.answer for p in problems]).values()))
     gold = {p.id: p.answer for p in problems}
     kept = [Completion(**row) for row in read_metrics(log)] if log.exists() else []
@@ -333,7 +334,7 @@ def refresh_report(config: EvalConfig, home: Path) -> None:
 
 
 def compare(one: str, other: str, *, seed: int) -> None:
-    """Set the last contestants (tuned, or the one model) of two finished evaluations side by side."""
+    """Set two finished evaluations side by side, each by its tuned model or its only one."""
     results = []
     for path in (one, other):
         try:

@@ -1,7 +1,7 @@
 """Fetching files from the Hugging Face Hub, with errors a person can act on.
 
-`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` mean what they mean everywhere. Imported by
-every room; imports the Hub's client only when something is fetched, since a local run needs none.
+`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` mean what they mean everywhere. Imported
+by every room; the Hub's client is imported only to fetch something, since a local run needs none.
 """
 
 from pathlib import Path

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 train.py           # on two devices
 
 The one idea: a step's loss is the sum over all its supervised tokens divided by how many there are,
-whatever micro-batches and ranks they are spread over. `main` is the table of contents, `train` the loop.
+whatever micro-batches and ranks they are spread over. `main` is the contents, `train` the loop.
 """
 
 import itertools
@@ -111,7 +111,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is validated on, encoded; the held-out problems; the audit of it all."""
+    """What a run learns from and is validated on, and what it takes to answer the latter."""
 
     train: list[Example]
     validation: list[Example]
@@ -170,9 +170,9 @@ def main(argv: list[str] | None = None) -> None:
         trainable, total = count(model)
         print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
         print(
-            f"{config.batch_size} sequences x {config.grad_accum} micro-batches x {world.size} ranks"
-            f" = {schedule.examples_per_step} a step; {schedule.steps_per_epoch} steps an epoch,"
-            f" {last_step(config, schedule)} in all"
+            f"{config.batch_size} sequences x {config.grad_accum} micro-batches x {world.size}"
+            f" ranks = {schedule.examples_per_step} a step;"
+            f" {schedule.steps_per_epoch} steps an epoch, {last_step(config, schedule)} in all"
         )
         facts = {"base": checkpoint.name, "device": describe(device), "versions": versions()}
         write_run(out, saved | facts, data)
@@ -200,7 +200,7 @@ def train(
     world: World,
     out: Path,
 ) -> Progress:
-    """The loop: forward, backward, accumulate, unscale, clip, step; validate, keep the best, stop, save."""
+    """The loop: forward, backward, accumulate, unscale, clip, step; validate, stop, save."""
     parameters = trained_parameters(model)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -278,7 +278,7 @@ def train(
         if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and scaler.get_scale() <= 1:
             raise gave_up(progress, step.rows, out)
 
-        # Validate now and then and at the end, keep the best, and stop when it no longer gets better.
+        # Validate now and then and at the end, keep the best, stop when it gets no better.
         if progress.cursor in eval_at:
             found = validate(config, model, data, world)
             is_best = progress.record_validation(found["val_loss"], found.get("val_exact_match"))
@@ -318,7 +318,7 @@ def train(
 def validate(config: TrainConfig, model: Qwen2, data: Data, world: World) -> dict[str, float]:
     """Loss and teacher-forced token accuracy over every validation row; answers too, if asked for.
 
-    The keys are those of a validation's line in `metrics.jsonl`. Sums travel between ranks, not means.
+    The keys are those in `metrics.jsonl`. Sums travel between ranks, not means.
     """
     mine = data.validation[world.rank :: world.size]
     sums = teacher_forced(model, mine, config.batch_size, quiet=not world.is_main)
@@ -413,7 +413,7 @@ def write_run(out: Path, config: dict, data: Data) -> None:
 
 
 def show_example(problem: Problem, chat: ChatFormat) -> None:
-    """Print one example as the model reads it: supervised text green, or in [[ ]] where colour is off."""
+    """Print one example as the model reads it: supervised text green, or in [[ ]]."""
     encoded = chat.encode(problem.messages)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
@@ -435,8 +435,8 @@ def default_out(config: TrainConfig) -> Path:
 
 def gave_up(progress: Progress, rows: list[int], out: Path) -> TrainingFailed:
     return TrainingFailed(
-        f"{progress.skipped_in_a_row} steps in a row had no finite gradient, up to step {progress.cursor},"
-        f" rows {rows[:4]}...; {out / 'best'} is the last good adapter",
+        f"{progress.skipped_in_a_row} steps in a row had no finite gradient, up to step"
+        f" {progress.cursor}, rows {rows[:4]}...; {out / 'best'} is the last good adapter",
         "lower --learning-rate, or use --precision fp32",
     )
 

@@ -1,1 +1,1 @@
-"""From rows of text to flat micro-batches of token ids. Knows nothing of the model or the adapters."""
+"""From rows of text to flat micro-batches of token ids. Knows nothing of model or adapters."""

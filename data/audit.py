@@ -1,4 +1,4 @@
-"""What is in the data, said before the first step: rows, lengths, supervision, rows left out, duplicates."""
+"""What is in the data, said before the first step: rows, lengths, supervision, duplicates."""
 
 from dataclasses import dataclass
 

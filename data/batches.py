@@ -1,7 +1,7 @@
 """Flat micro-batches, and which rows each step takes: a pure function of (seed, epoch, step).
 
 A micro-batch is its examples end to end, without padding. A step is `grad_accum` micro-batches on
-each rank; the last step of an epoch takes what is left, so every row is taken exactly once an epoch.
+each rank; an epoch's last step takes what is left, so every row is taken exactly once an epoch.
 
 Legend: T tokens of a micro-batch, N supervised ones.
 """

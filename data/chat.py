@@ -1,9 +1,10 @@
-"""ChatML by token ids: turns are framed by control tokens placed by hand, so text cannot forge them.
+"""ChatML by token ids: control tokens are placed by hand, so no text can forge a turn.
 
     <|im_start|>system\n...<|im_end|>\n<|im_start|>user\n...<|im_end|>\n<|im_start|>assistant\n...<|im_end|>\n
 
-Only what the assistant says is supervised, through its `<|im_end|>`: a model that never learns to end
-its turn never stops. The default system prompt is the checkpoint's own, read off its chat template.
+Only what the assistant says is supervised, through its `<|im_end|>`: a model that never learns to
+end its turn never stops. The default system prompt is the checkpoint's own, read off its chat
+template.
 """
 
 import json
@@ -17,7 +18,7 @@ from data.rows import Message
 from errors import BadCheckpoint
 
 START, END = "<|im_start|>", "<|im_end|>"
-# The literal system prompt of a ChatML template; its newline is a character or still Jinja's escape.
+# The literal system prompt of a template; its newline is a character, or still Jinja's escape.
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"]{1,2000}?)<\|im_end\|>")
 
 

@@ -7,10 +7,10 @@ stop in the middle, and an answer that was cut away altogether has nothing to su
 from dataclasses import dataclass
 
 import numpy as np
-from progress_bar import progress_bar
 
 from data.chat import ChatFormat
 from data.rows import Problem
+from progress_bar import progress_bar
 
 IGNORE = -100  # a target that is not supervised
 

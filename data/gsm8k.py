@@ -1,11 +1,12 @@
-r"""GSM8K: grade-school word problems with worked solutions. Source: arXiv:2110.14168, openai/gsm8k (MIT).
+r"""GSM8K: grade-school word problems with worked solutions.
 
-    {"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips
-                  in May. How many clips did Natalia sell altogether in April and May?",
-     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72 clips
-                altogether in April and May.\n#### 72"}
+    {"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many
+                  clips in May. How many clips did Natalia sell altogether in April and May?",
+     "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72
+                clips altogether in April and May.\n#### 72"}
 
 7,473 rows to learn and 1,319 to be tested on; every answer ends in `#### ` and a whole number.
+Source: arXiv:2110.14168; openai/gsm8k on the Hub (MIT).
 """
 
 from data.rows import Message, Problem, Source, read_problems
@@ -14,7 +15,7 @@ from hub import fetch
 
 REPO = "openai/gsm8k"
 
-# Two problems that an earlier tuning of this model was reported to fail at: several steps, and units.
+# Reported as failures of an earlier tuning of this model: several steps, and units.
 EXAMPLES = [
     Problem(f"example:{i}", (Message("user", question), Message("assistant", f"#### {answer}")))
     for i, (question, answer) in enumerate(

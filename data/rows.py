@@ -1,7 +1,8 @@
 """Rows of JSONL and parquet files become problems: a conversation whose last turn is the answer.
 
-A row is either {"question": ..., "answer": ...} or {"messages": [{"role": ..., "content": ...}, ...]}.
-Bad rows are never guessed at: each is left out with its reason, and more than 1 % of them is an error.
+A row is either {"question": ..., "answer": ...} or {"messages": [{"role": ..., "content": ...},
+...]}. Bad rows are never guessed at: each is left out with its reason, and more than 1 % of them is
+an error.
 """
 
 import json

@@ -109,7 +109,7 @@ def exact_text(completion: str, gold_answer: str) -> bool:
 
 
 def choose_scorers(gold_answers: Sequence[str]) -> dict[str, Callable[[str, str], bool]]:
-    """`SCORERS` where every gold answer has a `#### N` that all can read; else equality of the text."""
+    """`SCORERS` where every gold answer has a `#### N` that all can read; else equal text."""
     if all(had_format(gold) and marked_number(gold) is not None for gold in gold_answers):
         return SCORERS
     return {"exact-text": exact_text}

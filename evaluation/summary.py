@@ -1,7 +1,7 @@
 """From completions to figures: counts, votes, kinds of mistakes, and base against tuned in a table.
 
-Pure functions of what was generated. Rates are counts of problems; where there are several samples a
-problem, the scorers judge the first, and votes and pass@k all of them.
+Pure functions of what was generated. Rates are counts of problems; where there are several samples
+a problem, the scorers judge the first, and votes and pass@k all of them.
 """
 
 from collections import Counter

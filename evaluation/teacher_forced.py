@@ -5,12 +5,12 @@ right when all before it are given; whether the model reaches an answer by itsel
 """
 
 import torch
-from progress_bar import progress_bar
 
 from data.batches import flat_batch, in_batches
 from data.encode import Example
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
+from progress_bar import progress_bar
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ A mask drawn from a running generator depends on everything drawn before it. Thi
 it does not: a row is dropped alike in any micro-batch, on any rank, and after any interruption. It
 is also 10 times as fast as `F.dropout` on a CPU, where drawing is serial (`docs/log.md`).
 
-`lora.seed_dropout(model, ...)` gives every adapter the keys of its tokens before a training forward.
+`lora.inject.seed_dropout` gives every adapter the keys of its tokens before a training forward.
 Legend: T tokens, C channels.
 """
 
@@ -15,7 +15,8 @@ BITS = 16  # of each hashed word, two channels' worth: rates are exact to 1/6553
 
 
 class KeyedDropout(nn.Module):
-    """Inverted dropout of `x (T, C)` with rate `p`; `layer` sets one adapter's masks apart from another's.
+    """Inverted dropout of `x (T, C)` with rate `p`; `layer` sets one adapter's masks apart from
+    another's.
 
     In training mode it needs `self.keys (T,)`, from `token_keys`; in eval mode it is the identity.
     """
@@ -49,7 +50,7 @@ def token_keys(seed: int, epoch: int, rows: Tensor, positions: Tensor) -> Tensor
 
 
 def _mix64(x: Tensor) -> Tensor:
-    """A bijection of int64 whose every output bit depends on every input bit (constants: splitmix64)."""
+    """A bijection of int64 that spreads every input bit over all output bits (splitmix64's)."""
     x = x.to(torch.int64) + -0x61C8864680B583EB
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
@@ -57,7 +58,7 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def _mix32_(x: Tensor) -> Tensor:
-    """Mix int32 in place, a bijection like `_mix64` (constants: lowbias32; shifts are made unsigned)."""
+    """The same for int32, in place (lowbias32's constants; the shifts are made unsigned)."""
     x.mul_(0x7FEB352D)
     x.bitwise_xor_((x >> 15).bitwise_and_((1 << 17) - 1))
     x.mul_(-0x7B935975)

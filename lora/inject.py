@@ -27,7 +27,7 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What an adapter is, but for its weights. `targets` are last parts of module names, or a group."""
+    """What an adapter is, but for its weights; `targets` are last parts of names, or a group."""
 
     r: int = 8
     alpha: float = 16
@@ -74,9 +74,9 @@ def target_names(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
 
 
 def freeze(model: nn.Module, bias: str = "none") -> None:
-    """Leave trainable only the adapters and, as PEFT means it, no biases, all, or the adapted layers'.
+    """Leave trainable only the adapters and, as PEFT means it, biases: none, all, or lora_only.
 
-    A trained bias becomes fp32, like everything that is trained; its first value is kept for `disabled`.
+    A trained bias becomes fp32, like all that is trained; its first value is kept for `disabled`.
     """
     assert bias in BIASES, f"bias {bias!r} is not one of {BIASES}"
     model.requires_grad_(False)
@@ -165,7 +165,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unwrapped_state(model: nn.Module) -> dict[str, Tensor]:
-    """The base's tensors under the names they had before `inject`, as they are now (merged or not)."""
+    """The base's tensors under the names they had before `inject`, merged or not as they are."""
     state = {}
     for name, tensor in model.state_dict().items():
         if not name.endswith(("lora_A", "lora_B")):
@@ -175,7 +175,7 @@ def unwrapped_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_trained(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy `tensors`, named as in `trained_parameters`, into the model; the names must be the same."""
+    """Copy `tensors` into the model; their names must be those of `trained_parameters`."""
     parameters = trained_parameters(model)
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     for name, parameter in parameters.items():

@@ -5,7 +5,8 @@
 A is random and B is zero, so a fresh adapter changes nothing, and the first gradient reaches B.
 Both are fp32 whatever the base is: an update of 2e-4 is lost in the 8 bits of a bf16 weight.
 
-Legend: r rank, in and out the base's sizes. Source: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
+Legend: r rank, in and out the base's sizes.
+Source: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
 """
 
 import math
@@ -23,7 +24,7 @@ class LoRALinear(nn.Module):
         base_layer: the layer to adapt, of any floating dtype, on any device.
         r: rank; alpha: numerator of the scaling alpha/r, or alpha/sqrt(r) with `rslora`.
         dropout: rate on the adapter's input, never on the base's.
-        index: sets this adapter's random numbers apart from the others'; `seed`: from all other runs'.
+        index: sets this adapter's random numbers apart from the others'; seed: this run's.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class LoRALinear(nn.Module):
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
     def merge(self) -> None:
-        """Add the delta to the base's weight, in fp32, rounded once; `unmerge` gives the old weight back."""
+        """Add the delta to the base's weight in fp32, rounded once; `unmerge` takes it back."""
         assert not self.merged, "merged already"
         weight = self.base_layer.weight
         self.unmerged_weight = (

@@ -20,8 +20,8 @@ from lora.inject import LoRAConfig, inject, load_trained, trained_parameters
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 
-# What PEFT's other features would change about the forward pass, with the value that means "not used".
-# Fields that are absent are not used either.
+# What PEFT's other features would change about the forward pass, with the value that means "not
+# used". Fields that are absent are not used either.
 UNUSED = {
     "fan_in_fan_out": (False,),
     "modules_to_save": (None, []),
@@ -84,7 +84,9 @@ def save_adapter(
 
 
 def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str | None, str | None]:
-    """(settings, base model, base revision) of an adapter folder; BadAdapter if we cannot honour them."""
+    """(settings, base model, base revision) of an adapter folder; BadAdapter if we cannot honour
+    them.
+    """
     path = folder / CONFIG
     remedy = "give the folder that holds adapter_config.json, such as out/.../best"
     try:
@@ -141,7 +143,9 @@ def _is_name(value: object) -> bool:
 
 
 def read_adapter(folder: Path, model: nn.Module) -> LoRAConfig:
-    """Inject the adapter in `folder` into `model`; BadAdapter lists every key and shape that does not fit."""
+    """Inject the adapter in `folder` into `model`; BadAdapter lists every key and shape that does
+    not fit.
+    """
     config, _, _ = read_adapter_config(folder)
     try:
         inject(model, config)

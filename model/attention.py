@@ -1,7 +1,7 @@
 """Causal attention over a flat micro-batch: each token sees the earlier tokens of its own example.
 
-On a GPU one variable-length kernel takes all the examples; elsewhere each example is one call, which
-costs no more, since attention is quadratic in an example and not in the micro-batch.
+On a GPU one variable-length kernel takes all the examples; elsewhere each example is one call,
+which costs no more, since attention is quadratic in an example and not in the micro-batch.
 """
 
 import functools
@@ -50,7 +50,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the variable-length kernel runs here and agrees with the plain form, tried out once.
 
-    It needs an Ampere GPU and half precision, and its interface is young; what was found is printed.
+    It needs an Ampere GPU and half precision, and its interface is young. Prints what it found.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return False

@@ -58,9 +58,10 @@ def generate(
 ) -> list[Decoded]:
     """Answers to `prompts` (token ids), decoded together.
 
-    `vocabulary` is the tokenizer's size: the table's rows beyond it mean nothing and are never picked.
-    `rows` names each prompt in the random numbers (default: its place), so that a prompt draws the
-    same numbers in any batch. `stopped` is asked after each token whether a row's answer ends there too.
+    `vocabulary` is the tokenizer's size: the table's rows beyond it mean nothing and are never
+    picked. `rows` names each prompt in the random numbers (default: its place), so that a prompt
+    draws the same numbers in any batch. `stopped` is asked after each token whether a row's answer
+    ends there too.
     """
     answers = [Decoded([], cut_off=True) for _ in prompts]
     steps = decode(
@@ -93,7 +94,7 @@ def decode(
     rows: list[int] | None = None,
     stopped: Stopped | None = None,
 ) -> Iterator[list[tuple[int, int, bool]]]:
-    """`generate`, step by step: yields (row, token, whether the row has ended) of each unfinished row."""
+    """`generate`, step by step: yields (row, token, has it ended) of each unfinished row."""
     if not prompts or max_new_tokens < 1:
         return
     assert all(prompts), "an empty prompt has no last token to go on from"
@@ -132,7 +133,7 @@ def decode(
 
 
 def pick(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """Next tokens (B,) from `logits (B, V)`; `noise (B,)` in [0, 1) decides where it is left to chance."""
+    """Next tokens (B,) from `logits (B, V)`; `noise (B,)` in [0, 1) takes the part of chance."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     p = torch.softmax(logits.float() / sampling.temperature, dim=-1)  # (B, V)
@@ -189,7 +190,7 @@ class KVCache:
         batch = torch.arange(len(k), device=k.device)
         keys[batch, :, self.ends - 1] = k
         values[batch, :, self.ends - 1] = v
-        # The query heads of a group stand where queries usually do: its keys are read once, not copied.
+        # A group's query heads stand where queries usually do: its keys are read once, not copied.
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, H/G, D)
         y = F.scaled_dot_product_attention(
             grouped, keys[:, :, : self.longest], values[:, :, : self.longest], attn_mask=self.mask

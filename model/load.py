@@ -1,7 +1,7 @@
 """From a folder or a Hub id to a frozen Qwen2 whose weights are mapped from its files.
 
 The network is built on the meta device and the files' tensors are put into it, so there is never a
-second copy. Files are checked against the network first, and everything that is wrong is listed at once.
+second copy. Files are checked against it first, and everything wrong is listed at once.
 Formats: transformers' `config.json` (4.x and 5.x), safetensors, its shard index.
 """
 
@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from progress_bar import progress_bar
 
 from errors import BadCheckpoint, listed
 from hub import fetch
 from model.qwen2 import Qwen2, Qwen2Config
+from progress_bar import progress_bar
 
 PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja", "*.safetensors", "*.safetensors.index.json"]  # fmt: skip
@@ -50,7 +50,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 
 
 def read_config(folder: Path) -> Qwen2Config:
-    """The sizes in `config.json`, in either of transformers' spellings; BadCheckpoint if not a Qwen2."""
+    """The sizes in `config.json`, in either spelling; BadCheckpoint if it is no Qwen2's."""
     raw = _read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
     if raw.get("model_type") != "qwen2":
         raise BadCheckpoint(
@@ -120,7 +120,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
 
 
 def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Qwen2:
-    """The checkpoint in `folder`, frozen, in eval mode; a tensor is copied only to change dtype or device."""
+    """The checkpoint in `folder`, frozen, in eval mode; copied only to change dtype or device."""
     config = read_config(folder)
     with torch.device("meta"):
         model = Qwen2(config)

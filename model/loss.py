@@ -1,8 +1,8 @@
-"""Linear cross-entropy: the (tokens, vocabulary) matrix is the largest thing in training, so it is never built whole.
+"""Linear cross-entropy that never builds the (tokens, vocabulary) matrix, the largest of all.
 
-The head is frozen, and the loss is a plain sum over rows. So each chunk of rows can be taken all the
-way while its logits are at hand: logits, loss, and already the gradient of its hidden states. The
-backward pass only multiplies that gradient by the one number it is given.
+The head is frozen, and the loss is a plain sum over rows. So each chunk of rows can be taken all
+the way while its logits are at hand: logits, loss, and already the gradient of its hidden states.
+The backward pass only multiplies that gradient by the one number it is given.
 
 Legend: T tokens, N supervised rows, C hidden size, V vocabulary.
 """

@@ -41,10 +41,10 @@ class Qwen2Config:
 
 
 class Qwen2(nn.Module):
-    """The causal language model up to its last hidden states; the head is applied by whoever needs it.
+    """The causal language model up to its last hidden states.
 
-    Applying the head is the most expensive product of all, and training needs it at the supervised
-    tokens only, decoding at the last token only: see `loss.py` and `generate.py`.
+    The head is applied by whoever needs it: it is the most expensive product of all, and training
+    needs it at the supervised tokens only, decoding at the last one: `loss.py`, `generate.py`.
     """
 
     def __init__(self, config: Qwen2Config):

@@ -7,8 +7,8 @@
         best/               the adapter with the lowest validation loss, in PEFT's format
         checkpoints/step-000421/    adapter, optimizer state, progress: all that is needed to go on
 
-A checkpoint is a folder written beside its place and renamed, so a name that can be seen is complete.
-Order and dropout are functions of (seed, epoch, row), so there is no generator's state to keep.
+A checkpoint is written beside its place and renamed, so a name that can be seen is complete.
+Order and dropout are functions of (seed, epoch, row): there is no generator's state to keep.
 """
 
 import json
@@ -80,7 +80,7 @@ def check_place(folder: Path) -> None:
 
 
 def check_run(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether `folder` holds a run of this configuration to go on with; BadRun if it cannot be used."""
+    """Whether `folder` holds a run of `config` to go on with; BadRun if it cannot be used."""
     check_place(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return False
@@ -105,7 +105,7 @@ def check_run(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename: whoever reads `path` finds the old text or the new one, never a part."""
+    """Write beside and rename: whoever reads `path` finds all of the old text or of the new."""
     beside = path.with_name(path.name + ".new")
     with beside.open("w") as file:
         json.dump(value, file, indent=2)

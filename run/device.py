@@ -1,4 +1,4 @@
-"""Which device and precision a run uses, and why: chosen from facts that do not change between runs."""
+"""Which device and precision a run uses, chosen from facts that do not change between runs."""
 
 import os
 import platform
@@ -51,7 +51,7 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def cpu_bf16_feature() -> str | None:
-    """The name of the CPU's bf16 instructions, as Linux lists them; None where there are none or unknown."""
+    """The CPU's bf16 instructions, as Linux names them; None where there are none, or unknown."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return None

@@ -1,7 +1,7 @@
 """Ranks: how many processes train together, and the two sums that make them one.
 
 Every rank knows the whole schedule, so what each step is divided by is known everywhere without
-asking; only gradients and validation sums travel. One process is a world of one rank, on the same lines.
+asking; only gradients and sums travel. One process is a world of one rank, on the same lines.
 Start several with `torchrun --nproc-per-node 2 train.py ...`.
 """
 

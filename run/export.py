@@ -29,10 +29,14 @@ tags: [lora]
 ---
 # LoRA adapter for {base}
 
-Trained on {data}; best at step {step}, where the validation loss was {loss:.4f} nats a supervised token.
+Trained on {data}; best at step {step}, where the validation loss was {loss:.4f} nats a supervised
+token.
 {settings}
 
-Load it with PEFT: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "<this folder>")`.
+Load it with PEFT:
+
+    model = AutoModelForCausalLM.from_pretrained("{base}")
+    model = PeftModel.from_pretrained(model, "<this folder>")
 """
 
 

@@ -1,4 +1,4 @@
-"""The metrics log: one JSON object a line, appended as the run goes, cut back to a checkpoint on resuming."""
+"""The metrics log: a JSON object a line, appended as the run goes, cut back on resuming."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run. `keep` bytes of an existing file are kept: what a checkpoint knew of."""
+    """A log to append to; `keep` bytes of an existing file stay: what a checkpoint knew of."""
 
     def __init__(self, path: Path, keep: int = 0):
         self.path = path

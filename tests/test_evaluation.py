@@ -156,7 +156,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was(trained, tmp_path, monkeypatc
         evaluated(trained, tmp_path / "part", "--batch-size", "2")
     (log,) = (tmp_path / "part").glob("evaluation/*/base.jsonl")
     log.write_bytes(log.read_bytes() + b'{"id": "torn')
-    monkeypatch.setattr(evaluate, "answers", lambda *a, **k: calls.append(k["done"]) or real(*a, **k))
+    monkeypatch.setattr(
+        evaluate, "answers", lambda *a, **k: calls.append(k["done"]) or real(*a, **k)
+    )
     again = evaluated(trained, tmp_path / "part", "--batch-size", "2")
     assert len(calls[0]) == 5 and not calls[1]
     assert completions_of(tmp_path / "part") == completions_of(tmp_path / "whole")
@@ -191,7 +193,9 @@ def test_the_validation_split_is_the_rows_that_training_held_out(trained, tmp_pa
 def test_both_answer_a_question_as_one_watches(trained, capsys):
     evaluate.main(["--adapter", str(trained / "run/best"), "--ask", "What is 3 + 4?", *COMMON])
     printed = capsys.readouterr().out
-    _, base, tuned = (part.strip() for part in printed.replace("\ntuned: ", "\nbase: ").split("\nbase: "))
+    _, base, tuned = (
+        part.strip() for part in printed.replace("\ntuned: ", "\nbase: ").split("\nbase: ")
+    )
     assert base and tuned and base != tuned
 
 
@@ -278,6 +282,8 @@ def test_an_open_answer_is_sampled_by_its_place_and_not_its_batch(trained):
     ids = {"eos_ids": (toys.IM_END,)}
     whole = {(c.id, c.sample): c.text for c in answers(model, chat, problems, asking, **ids)}
     done = {(problems[0].id, 0), (problems[2].id, 1)}
-    rest = {(c.id, c.sample): c.text for c in answers(model, chat, problems, asking, done=done, **ids)}
+    rest = {
+        (c.id, c.sample): c.text for c in answers(model, chat, problems, asking, done=done, **ids)
+    }
     assert len(set(whole.values())) > 3
     assert rest == {key: text for key, text in whole.items() if key not in done}

@@ -1,4 +1,5 @@
-"""Learning is real: a run makes a model answer held-out problems that its base cannot, and not by chance.
+"""Learning is real: a run makes a model answer held-out problems that its base cannot, and not by
+chance.
 
 The task is small enough for a tiny network with random weights: ten animals' legs, asked about by
 twenty people. Held out are pairs of a person and an animal that never occur together in training.
