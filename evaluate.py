@@ -26,7 +26,7 @@ from data.gsm8k import EXAMPLES
 from data.rows import Message, Problem, Source, read_problems
 from data.split import split_problems
 from data.tasks import load_source
-from errors import BadData, BadOption, run_script
+from errors import BadData, BadOption, BadRun, run_script
 from evaluation.answers import Asking, Completion, answers
 from evaluation.generative import choose_scorers
 from evaluation.summary import Completions, difference, figures, table, transcripts
@@ -34,11 +34,11 @@ from evaluation.teacher_forced import teacher_forced
 from lora.inject import disabled
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
 from model.generate import Sampling, decode
-from model.load import Checkpoint, find_checkpoint, load_model, read_eos_ids
+from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
 from run import options
-from run.checkpoint import write_json
+from run.checkpoint import check_place, write_json
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
 from run.metrics import MetricsLog, read_metrics
 from run.options import option, parse, to_json
@@ -88,11 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)
     checkpoint = base_checkpoint(config)
-    chat = ChatFormat.from_folder(checkpoint.folder)
+    base = read_config(checkpoint.folder)
+    chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
     eos_ids = read_eos_ids(checkpoint.folder)
     problems, shots, data = ([], [], "") if config.ask else find_problems(config)
     settings = evaluation_settings(config, checkpoint, data, precision, problems)
     folder = results_folder(config, settings)
+    check_place(folder)
 
     if not config.ask:
         chosen = {k: v for k, v in to_json(config).items() if v not in (None, [])}
@@ -204,8 +206,13 @@ def training_options(config: EvalConfig) -> dict[str, Any]:
     path = Path(config.adapter or "").parent / "config.json"
     if not config.adapter or not path.exists():
         return {}
-    saved = json.loads(path.read_text())
-    return saved.get("options", {}) | saved.get("identity", {})
+    try:
+        saved = json.loads(path.read_text())
+        return saved["options"] | saved["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadRun(
+            f"{path} is no configuration of a run", "move the adapter elsewhere, or mend the file"
+        ) from None
 
 
 def evaluation_settings(
@@ -262,17 +269,16 @@ def answer_all(
     out = MetricsLog(log, keep=log.read_bytes().rfind(b"\n") + 1 if log.exists() else 0)
     asked = [*problems, *EXAMPLES]
     total = len(asked) * asking.samples
-    bar = progress_bar(total=total, initial=len(done), desc=name, unit="answer")
     right = sum(headline(c.text, gold[c.id]) for c in kept if c.id in gold)
     count = sum(c.id in gold for c in kept)
-    for c in answers(model, chat, asked, asking, eos_ids=eos_ids, done=set(done)):
-        out.write(**asdict(c))
-        done[c.id, c.sample] = c
-        if c.id in gold:
-            right, count = right + headline(c.text, gold[c.id]), count + 1
-        bar.update()
-        bar.set_postfix_str(f"{right} of {count} right", refresh=False)
-    bar.close()
+    with progress_bar(total=total, initial=len(done), desc=name, unit="answer") as bar:
+        for c in answers(model, chat, asked, asking, eos_ids=eos_ids, done=set(done)):
+            out.write(**asdict(c))
+            done[c.id, c.sample] = c
+            if c.id in gold:
+                right, count = right + headline(c.text, gold[c.id]), count + 1
+            bar.update()
+            bar.set_postfix_str(f"{right} of {count} right", refresh=False)
     return {p.id: [done[p.id, sample] for sample in range(asking.samples)] for p in asked}
 
 

@@ -34,10 +34,18 @@ from errors import BadData, TrainingFailed, run_script
 from evaluation.answers import Asking, answers
 from evaluation.generative import choose_scorers
 from evaluation.teacher_forced import teacher_forced
-from lora.inject import BIASES, LoRAConfig, count, inject, seed_dropout, trained_parameters
+from lora.inject import (
+    BIASES,
+    LoRAConfig,
+    count,
+    inject,
+    seed_dropout,
+    target_names,
+    trained_parameters,
+)
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.loss import linear_cross_entropy
-from model.qwen2 import Qwen2
+from model.qwen2 import Qwen2, Qwen2Config
 from progress_bar import progress_bar
 from run import distributed
 from run.checkpoint import (
@@ -98,7 +106,7 @@ class TrainConfig:
     max_length: int = option(2048, "tokens; longer rows are left out", least=2)
     limit: int | None = option(None, "use only this many rows", least=2)
     max_steps: int | None = option(None, "stop after this many steps", least=1)
-    seed: int = option(0, "of order, dropout and the adapters' first values", least=0)
+    seed: int = option(0, "of order, dropout and the adapters' first values", least=0, below=2**32)
 
     precision: str = option("auto", "of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
@@ -129,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     prepare_memory(device)
     checkpoint = find_checkpoint(config.model, config.revision)
     base = read_config(checkpoint.folder)
-    chat = ChatFormat.from_folder(checkpoint.folder)
+    check_targets(base, config.targets)
+    chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
     source = load_source(config.data, config.data_revision)
     if config.show_example:
         return show_example(source.train[0], chat)
@@ -145,8 +154,11 @@ def main(argv: list[str] | None = None) -> None:
     }
     saved = {"options": to_json(config), "identity": identity}
     resuming = check_run(out, saved)
+    world.wait()
     if resuming and (done := read_progress(out)) and done.stopped:
-        return world.is_main and print_end(done, out)
+        if world.is_main:
+            print_end(done, out)
+        return
 
     if world.is_main:
         print(table(to_json(config)))
@@ -184,7 +196,6 @@ def main(argv: list[str] | None = None) -> None:
     if world.is_main:
         print(f"report in {write_report(out, config.price_per_hour)}")
         print_end(progress, out)
-    distributed.leave(world)
 
 
 def train(
@@ -372,11 +383,17 @@ def last_step(config: TrainConfig, schedule: Schedule) -> int:
 
 
 def validation_steps(steps_per_epoch: int, evals_per_epoch: int, last: int) -> set[int]:
-    """After how many steps to validate: evenly within each epoch, at its end, and at the very end."""
+    """After how many steps to validate: evenly in each epoch, at its end, and at the very end."""
     evenly = {round((k + 1) * steps_per_epoch / evals_per_epoch) for k in range(evals_per_epoch)}
     epochs = -(-last // steps_per_epoch)
     steps = {epoch * steps_per_epoch + s for epoch in range(epochs) for s in evenly}
     return {s for s in steps if 0 < s < last} | {last}
+
+
+def check_targets(base: Qwen2Config, targets: tuple[str, ...]) -> None:
+    """BadOption if a target matches no layer of such a base, before its weights are read."""
+    with torch.device("meta"):
+        target_names(Qwen2(base), targets)
 
 
 def prepare_data(
@@ -434,9 +451,10 @@ def default_out(config: TrainConfig) -> Path:
 
 
 def gave_up(progress: Progress, rows: list[int], out: Path) -> TrainingFailed:
+    best = out / "best" if progress.best_step else "none yet"
     return TrainingFailed(
         f"{progress.skipped_in_a_row} steps in a row had no finite gradient, up to step"
-        f" {progress.cursor}, rows {rows[:4]}...; {out / 'best'} is the last good adapter",
+        f" {progress.cursor}, rows {rows[:4]}...; best adapter: {best}",
         "lower --learning-rate, or use --precision fp32",
     )
 

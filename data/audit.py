@@ -28,7 +28,7 @@ def audit(
     examples: list[Example],
     left_out: list[str],
 ) -> Audit:
-    """`examples` are the encoded training rows; `left_out` says why any row is not among the rest."""
+    """`examples` are the encoded training rows; `left_out` says why a row is in none of them."""
     lengths = np.array([len(e.tokens) for e in examples] or [0])
     forms = {"exact": str, "case and space": normal, "numbers masked": masked}
     pairs = {"train and validation": (train, validation), "train and test": (train, test),

@@ -46,8 +46,8 @@ class ChatFormat:
         tokenizer.no_truncation()
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "ChatFormat":
-        """Read `tokenizer.json` and the chat template beside it."""
+    def from_folder(cls, folder: Path, table_rows: int | None = None) -> "ChatFormat":
+        """Read `tokenizer.json` and the chat template; ids must fit the embedding table."""
         path = folder / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -56,7 +56,13 @@ class ChatFormat:
                 f"{path} cannot be read: {str(error)[:100]}",
                 "give a checkpoint with a tokenizer.json",
             ) from None
-        return cls(tokenizer, read_default_system(folder))
+        chat = cls(tokenizer, read_default_system(folder))
+        if table_rows is not None and chat.vocabulary > table_rows:
+            raise BadCheckpoint(
+                f"{path} has {chat.vocabulary} tokens, and the embedding table {table_rows} rows",
+                "give a checkpoint with its own tokenizer",
+            )
+        return chat
 
     @property
     def vocabulary(self) -> int:

@@ -17,7 +17,7 @@ IGNORE = -100  # a target that is not supervised
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded problem; `row` is its number in the source, the key of its order and its dropout."""
+    """One encoded problem; `row`, its number in the source, keys its order and its dropout."""
 
     row: int
     tokens: np.ndarray  # (L,) int64

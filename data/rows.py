@@ -26,7 +26,7 @@ class Message(NamedTuple):
 class Problem:
     """One row: where it is from, and its turns, the last of which is the answer to learn."""
 
-    id: str  # "train.jsonl:12", counted from 1
+    id: str  # "train.jsonl:12": the line, or in parquet the row, from 1
     messages: tuple[Message, ...]
 
     @property
@@ -55,7 +55,7 @@ class Source:
 
 
 def load_path(path: Path) -> Source:
-    """A folder with train.jsonl (or .parquet) and perhaps test.jsonl, or one file of rows to learn."""
+    """A folder with train.jsonl (or .parquet), perhaps test.jsonl; or one file of rows to learn."""
     source = Source(str(path))
     if path.is_dir():
         train, test = (_split_file(path, split) for split in ("train", "test"))
@@ -80,7 +80,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 def read_problems(path: Path) -> tuple[list[Problem], list[str]]:
     """(problems, what is wrong with the rows left out) of a .jsonl or .parquet file."""
     problems, bad = [], []
-    for number, row in enumerate(_read_rows(path), 1):
+    for number, row in _read_rows(path):
         try:
             problems.append(parse_row(row, f"{path.name}:{number}"))
         except ValueError as error:
@@ -95,8 +95,8 @@ def read_problems(path: Path) -> tuple[list[Problem], list[str]]:
     return problems, bad
 
 
-def _read_rows(path: Path) -> Iterator[object]:
-    """Every row of the file, in its order; a JSONL line that is no JSON comes as its error."""
+def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """(line or row number from 1, row) of the file; a line that is no JSON comes as its error."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise BadData(f"{path} is neither .jsonl nor .parquet", "convert it, one row a problem")
@@ -108,24 +108,24 @@ def _read_rows(path: Path) -> Iterator[object]:
         ) from None
 
 
-def _read_jsonl(path: Path) -> Iterator[object]:
-    for number, line in enumerate(path.read_bytes().split(b"\n")):
-        if number == 0:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")  # some editors sign UTF-8 files so
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield ValueError(f"not JSON in UTF-8 ({str(error)[:60]})")
+            yield number, ValueError(f"not JSON in UTF-8 ({str(error)[:60]})")
 
 
-def _read_parquet(path: Path) -> Iterator[object]:
+def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
     import pyarrow  # here, because it takes half a second and JSONL does without
     import pyarrow.parquet
 
     try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
+        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
     except (pyarrow.ArrowException, ValueError) as error:  # ValueError: a text that is not UTF-8
         raise BadData(
             f"{path} is no readable parquet file: {str(error).splitlines()[0][:80]}",

@@ -142,15 +142,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.bias.data = bias
 
 
-def merge(model: nn.Module) -> float:
-    """Fold every adapter into its base weight.
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> float:
+    """Fold every adapter into its base weight, rounded to `dtype` (default: the base's).
 
-    Returns the share of the adapters' change that rounding to the base's dtype lost, by norm:
+    Returns the share of the adapters' change that rounding lost, by norm:
     ||(merged - base) - delta|| / ||delta||, 0 for fresh adapters.
     """
     lost = change = 0.0
     for layer in adapters(model):
-        layer.merge()
+        layer.merge(dtype)
         delta = layer.delta()
         moved = layer.base_layer.weight.float() - layer.unmerged_weight.float()
         lost += (moved - delta).square().sum().item()

@@ -64,14 +64,16 @@ class LoRALinear(nn.Module):
         """(out, in) fp32: what the adapter adds to the base's weight."""
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
-    def merge(self) -> None:
-        """Add the delta to the base's weight in fp32, rounded once; `unmerge` takes it back."""
+    def merge(self, dtype: torch.dtype | None = None) -> None:
+        """Add the delta to the base's weight in fp32, rounded once, to `dtype` or else the base's.
+
+        `unmerge` puts the old one back; it is kept as a plain tensor, since parameters are saved.
+        """
         assert not self.merged, "merged already"
         weight = self.base_layer.weight
-        self.unmerged_weight = (
-            weight.data
-        )  # a plain tensor: as a parameter it would be saved and counted
-        weight.data = (weight.data.float() + self.delta()).to(weight.dtype)
+        self.unmerged_weight = weight.data
+        rounded = (weight.data.float() + self.delta()).to(dtype or weight.dtype)
+        weight.data = rounded.to(weight.dtype)
 
     def unmerge(self) -> None:
         """Put back the very weight that `merge` set aside."""

@@ -136,6 +136,7 @@ def pick(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     """Next tokens (B,) from `logits (B, V)`; `noise (B,)` in [0, 1) takes the part of chance."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
+    assert sampling.top_p > 0, f"top_p {sampling.top_p} allows no token"
     p = torch.softmax(logits.float() / sampling.temperature, dim=-1)  # (B, V)
     p, order = p.sort(dim=-1, descending=True, stable=True)
     before = (

@@ -27,7 +27,7 @@ REMEDY = "give a Qwen2 or Qwen2.5 checkpoint in the Hub's layout, such as Qwen/Q
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a base model lies: what the user called it, its folder, and its commit if it has one."""
+    """Where a base model lies: what the user called it, its folder, its commit if it has one."""
 
     name: str
     folder: Path
@@ -37,13 +37,13 @@ class Checkpoint:
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """`name` is a folder, or else a Hub id, whose files are then fetched."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # which is no error for a name too long to be one
         if revision is not None:
             raise BadCheckpoint(
                 f"--revision {revision} makes no sense for the folder {name}", "leave it out"
             )
         return Checkpoint(name, folder, None)
-    if folder.exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
+    if os.path.exists(folder) or name.count("/") != 1 or name.startswith(("/", ".", "~")):
         raise BadCheckpoint(f"{name} is neither a folder nor a Hub id (owner/name)", REMEDY)
     folder = fetch(name, patterns=PATTERNS, revision=revision)
     return Checkpoint(name, folder, folder.name)
@@ -174,7 +174,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _check_files(folder: Path, files: dict[str, Path], model: Qwen2) -> None:
-    """Names, shapes and dtypes against the network's; BadCheckpoint lists everything that differs."""
+    """Names, shapes, dtypes against the network's; BadCheckpoint lists all that differs."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     allowed = (
         {"lm_head.weight"} if model.config.tie_word_embeddings else set()

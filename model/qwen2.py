@@ -148,7 +148,7 @@ class Linear(nn.Linear):
 
 
 def rotary_table(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, 1, D/2) in fp32: a half-precision angle is wrong from position 256 on."""
+    """Cosines and sines (T, 1, D/2) in fp32: bf16 cannot tell positions apart from 256 on."""
     pairs = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (pairs / head_size)  # (D/2,)
     angles = positions[:, None].float() * frequencies  # (T, D/2)

@@ -27,13 +27,7 @@ from torch import nn
 from errors import BadRun, listed
 
 KEEP = 2  # checkpoints: the newest, and one to fall back on
-FREE = {
-    "out",
-    "patience",
-    "evals_per_epoch",
-    "save_every",
-    "price_per_hour",
-}  # options a run may go on without
+FREE = {"out", "evals_per_epoch", "save_every", "price_per_hour"}  # may change when a run goes on
 
 
 @dataclass

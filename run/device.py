@@ -71,7 +71,7 @@ def prepare_memory(device: torch.device) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory in use so far: the device's own on CUDA, else what the process had resident."""
+    """The most memory used so far: the device's own on CUDA, else the process's resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,6 +5,7 @@ asking; only gradients and sums travel. One process is a world of one rank, on t
 Start several with `torchrun --nproc-per-node 2 train.py ...`.
 """
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,10 +70,5 @@ def join(device: torch.device) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def leave(world: World) -> None:
-    """End the process group, once the last message has been sent."""
-    if world.size > 1:
-        dist.destroy_process_group()

@@ -10,13 +10,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from errors import BadOption, run_script
 from lora.inject import LoRAConfig, merge, unwrapped_state
 from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_adapter
-from model.load import Checkpoint, find_checkpoint, load_model
+from model.load import Checkpoint, find_checkpoint, load_model, read_config
 from run.checkpoint import check_place
 from run.device import DTYPES
 from run.options import option, parse
@@ -90,15 +91,17 @@ def main(argv: list[str] | None = None) -> None:
     check_place(out)
     _, base, revision = read_adapter_config(Path(config.adapter))
     checkpoint = find_checkpoint(config.model or base or "", None if config.model else revision)
-    model = load_model(checkpoint.folder, dtype=DTYPES[config.dtype])
+    read_config(checkpoint.folder)
+    dtype = DTYPES[config.dtype]
+    native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
+    model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
     read_adapter(Path(config.adapter), model)
-    lost = merge(model)
+    lost = merge(model, dtype)  # a base of another dtype is rounded here for the first time
     beside = out.with_name(out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(
         checkpoint.folder, beside, ignore=lambda _, names: [n for n in names if "safetensors" in n]
     )
-    dtype = DTYPES[config.dtype]
     _set_dtype(beside / "config.json", str(dtype).removeprefix("torch."))
     state = {k: t.to(dtype).contiguous() for k, t in unwrapped_state(model).items()}
     save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
@@ -107,6 +110,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"merged into {out}: rounding to {config.dtype} lost {lost:.1%} of the adapter's change")
     if lost > 0.01:
         print("  --dtype fp32 loses next to nothing, at twice the size")
+
+
+def _saved_dtype(path: Path) -> str | None:
+    """The dtype that `config.json` gives the weights, under either key."""
+    config = json.loads(path.read_text())
+    return config.get("dtype", config.get("torch_dtype"))
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

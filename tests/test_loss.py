@@ -1,0 +1,225 @@
+"""Laws of the linear cross-entropy; the truth is `F.cross_entropy` on the full logits.
+
+Legend: T tokens, C hidden size, V vocabulary.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from model import loss
+from model.loss import IGNORE, linear_cross_entropy
+
+T, C, V = 37, 16, 53
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks():
+    """Several chunks of a few blocks each, none of whose sizes divides the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "CHUNK_BYTES", 11 * V * 4)
+        patch.setattr(loss, "BLOCK_BYTES", 4 * V * 4)
+        yield
+
+
+def problem(seed: int = 0, tokens: int = T, silent: float = 0.3, dtype=torch.float32):
+    """hidden (T, C), weight (V, C), targets (T,) of which about the share `silent` is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, C, generator=generator, dtype=dtype)
+    weight = torch.randn(V, C, generator=generator, dtype=dtype)
+    targets = torch.randint(V, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < silent] = IGNORE
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def plain(hidden, weight, targets):
+    """The loss with all logits at once."""
+    return F.cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.0, 0.3, 0.9]))
+def test_the_loss_and_its_gradients_are_cross_entropys_on_full_logits(seed, tokens, silent):
+    hidden, weight, targets = problem(seed, tokens, silent)
+    nats, _ = linear_cross_entropy(hidden, weight, targets)
+    truth = plain(hidden, weight, targets)
+    torch.testing.assert_close(nats, truth)
+    ours = torch.autograd.grad(nats * 0.7, (hidden, weight))
+    theirs = torch.autograd.grad(truth * 0.7, (hidden, weight))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_chunks_and_blocks_of_these_tests_are_several_and_do_not_divide():
+    rows, block = (size // (V * 4) for size in (loss.CHUNK_BYTES, loss.BLOCK_BYTES))
+    supervised = (problem(silent=0.0)[2] != IGNORE).sum().item()
+    assert supervised > 3 * rows and supervised % rows and rows > 2 * block and rows % block
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 36, 37, 1000])
+@pytest.mark.parametrize("block_rows", [1, 3, 1000])
+def test_the_sizes_of_chunks_and_blocks_do_not_matter(monkeypatch, chunk_rows, block_rows):
+    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_rows * V * 4)
+    monkeypatch.setattr(loss, "BLOCK_BYTES", block_rows * V * 4)
+    hidden, weight, targets = problem(silent=0.0)
+    nats, _ = linear_cross_entropy(hidden, weight, targets)
+    truth = plain(hidden, weight, targets)
+    torch.testing.assert_close(nats, truth)
+    ours, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (nats, truth))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_gradients_pass_gradcheck():
+    hidden, weight, targets = problem(tokens=9, dtype=torch.float64)
+    assert gradcheck(lambda h, w: linear_cross_entropy(h, w, targets)[0], (hidden, weight))
+    frozen = weight.detach()
+    assert gradcheck(lambda h: linear_cross_entropy(h, frozen, targets)[0], (hidden,))
+    still = hidden.detach()
+    assert gradcheck(lambda w: linear_cross_entropy(still, w, targets)[0], (weight,))
+
+
+def test_a_frozen_weight_gets_no_gradient_and_none_is_made_for_it():
+    hidden, weight, targets = problem()
+    weight.requires_grad_(False)
+    nats, _ = linear_cross_entropy(hidden, weight, targets)
+    kept = nats.grad_fn.saved_tensors
+    nats.backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+    assert [None if t is None else t.shape[1] for t in kept] == [C, None]
+
+
+def test_ignored_rows_add_nothing_and_get_no_gradient():
+    hidden, weight, targets = problem()
+    silent = targets == IGNORE
+    loud = hidden.detach().clone()
+    loud[silent] = 1e4
+    loud.requires_grad_()
+    nats, correct = linear_cross_entropy(loud, weight, targets)
+    assert (nats, correct) == linear_cross_entropy(hidden, weight, targets)
+    nats.backward()
+    assert silent.any() and (loud.grad[silent] == 0).all()
+    assert (loud.grad[~silent] != 0).any(dim=1).all()
+
+
+def test_rows_given_by_the_caller_are_the_ones_it_would_have_found():
+    hidden, weight, targets = problem()
+    rows = (targets != IGNORE).nonzero().squeeze(1)
+    given_rows = linear_cross_entropy(hidden, weight, targets, rows)
+    assert given_rows == linear_cross_entropy(hidden, weight, targets)
+
+
+def test_no_supervised_row_at_all_is_a_loss_of_zero_with_gradient_zero():
+    hidden, weight, targets = problem()
+    nats, correct = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))
+    nats.backward()
+    assert (nats.item(), correct.item()) == (0.0, 0)
+    assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+def test_one_row_is_minus_the_log_of_its_targets_probability():
+    hidden, weight, _ = problem(tokens=1)
+    nats, _ = linear_cross_entropy(hidden, weight, torch.tensor([7]))
+    torch.testing.assert_close(nats, -(weight @ hidden[0]).softmax(0)[7].log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_logits_give_finite_numbers(dtype):
+    weight = torch.linspace(-1e4, 1e4, V)[:, None].to(dtype).requires_grad_()
+    hidden = torch.tensor([[1.0], [1.0], [-1.0], [0.0]], dtype=dtype, requires_grad=True)
+    targets = torch.tensor([0, V - 1, V - 1, 5])
+    nats, correct = linear_cross_entropy(hidden, weight, targets)
+    truth = plain(hidden.detach().double(), weight.detach().double(), targets)
+    torch.testing.assert_close(nats, truth.float(), rtol=1e-3, atol=1e-3)
+    nats.backward()
+    assert correct == 1
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+def test_bf16_inputs_give_the_fp32_loss_and_gradient_to_their_own_precision():
+    hidden, weight, targets = problem(dtype=torch.bfloat16)
+    wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    nats, _ = linear_cross_entropy(hidden, weight, targets)
+    truth = plain(*wide, targets)
+    assert nats.dtype == torch.float32
+    torch.testing.assert_close(nats, truth, rtol=5e-3, atol=0)
+    ours = torch.autograd.grad(nats, (hidden, weight))
+    for mine, exact in zip(ours, torch.autograd.grad(truth, wide), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.float() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_factor_that_bf16_cannot_hold_does_not_tilt_the_bf16_gradient():
+    hidden, weight, targets = problem(dtype=torch.bfloat16)
+    factor = 257 / 256  # half-way between two bf16 numbers, each 0.4 % off
+    nats, _ = linear_cross_entropy(hidden, weight.detach(), targets)
+    (whole,) = torch.autograd.grad(nats, hidden, retain_graph=True)
+    (scaled,) = torch.autograd.grad(nats * factor, hidden)
+    assert torch.equal(scaled, (whole.float() * factor).bfloat16())
+
+
+def test_backward_can_be_called_twice():
+    hidden, weight, targets = problem()
+    nats, _ = linear_cross_entropy(hidden, weight, targets)
+    first = torch.autograd.grad(nats * 3, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(nats * 3, (hidden, weight))
+    assert all(map(torch.equal, first, second))
+
+
+def test_correct_counts_the_supervised_rows_whose_largest_logit_is_the_targets():
+    hidden, weight, targets = problem(seed=3, tokens=200)
+    likeliest = (hidden @ weight.t()).argmax(dim=1)
+    targets[::2] = torch.where(targets[::2] == IGNORE, IGNORE, likeliest[::2])
+    _, correct = linear_cross_entropy(hidden, weight, targets)
+    count = (likeliest == targets).sum().item()
+    assert correct.item() == count and 50 < count < 100
+
+
+def test_of_equal_logits_the_first_counts():
+    hidden, weight = torch.ones(1, C), torch.ones(V, C)
+    assert linear_cross_entropy(hidden, weight, torch.tensor([0]))[1] == 1
+    assert linear_cross_entropy(hidden, weight, torch.tensor([1]))[1] == 0
+
+
+def test_without_gradients_the_numbers_are_the_same():
+    hidden, weight, targets = problem()
+    with torch.no_grad():
+        silent = linear_cross_entropy(hidden.detach(), weight.detach(), targets)
+    nats, correct = linear_cross_entropy(hidden, weight, targets)
+    assert silent == (nats, correct) and not silent[0].requires_grad
+
+
+RAGGED = ((0, 3), (3, 20), (20, 21), (21, 37))  # micro-batches of 3, 17, 1 and 16 tokens
+
+
+def gradient_of(micro_batches, hidden, weight, targets, *, divided_by):
+    """d/d(hidden) of the micro-batches' sums, each divided by what `divided_by` says of it."""
+    hidden = hidden.detach().requires_grad_()
+    for start, stop in micro_batches:
+        nats, _ = linear_cross_entropy(hidden[start:stop], weight, targets[start:stop])
+        (nats / divided_by(targets[start:stop])).backward()
+    return hidden.grad
+
+
+def test_ragged_micro_batches_give_the_gradient_of_one():
+    hidden, weight, targets = problem(seed=5, silent=0.2)
+    supervised = (targets != IGNORE).sum()
+    parts = gradient_of(RAGGED, hidden, weight.detach(), targets, divided_by=lambda _: supervised)
+    truth = plain(hidden, weight, targets) / supervised
+    (whole,) = torch.autograd.grad(truth, hidden)
+    torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-5)
+
+
+def test_averaging_the_micro_batches_means_gives_another_gradient():
+    hidden, weight, targets = problem(seed=5, silent=0.2)
+    supervised = (targets != IGNORE).sum()
+
+    def own_mean(part):
+        return (part != IGNORE).sum() * len(RAGGED)
+
+    means = gradient_of(RAGGED, hidden, weight.detach(), targets, divided_by=own_mean)
+    truth = plain(hidden, weight, targets) / supervised
+    (whole,) = torch.autograd.grad(truth, hidden)
+    assert (means - whole).norm() > 0.1 * whole.norm()

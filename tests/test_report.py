@@ -1,0 +1,473 @@
+"""Laws of the report: right names, inert text, and no exception for what is missing."""
+
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from errors import BadRun, run_script
+from run import figures
+from run.options import parse, to_json
+from run.report import (
+    command,
+    fenced,
+    inert,
+    main,
+    more_epochs,
+    read_run,
+    report_blocks,
+    to_html,
+    to_markdown,
+    write_report,
+)
+from train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = (
+    "<script>alert(1)</script> <img src=x onerror=alert(2)> ](javascript:alert(3)) [a](data:b)"
+    "\n"
+    "``` ````\n~~~\n# title\n| a | b |\n|---|---|\n`code` **bold** www.evil.example"
+    " https://evil.example"
+    " <https://evil.example> &lt;b&gt; \\` \ud800 \x00\x1b[31m $x^2$ </pre></details></style> "
+    + "w" * 500
+)  # fmt: skip
+TAGS = set(
+    "html head meta title style body h1 h2 h3 h4 p div dl dt dd table caption thead tbody tr th td"
+    " pre b details summary figure svg g defs path clippath rect use text tspan".split()
+)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.texts = [], [], []
+        self.feed(text)
+        self.text = "".join(self.texts)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def log_lines(steps: int = 200, every: int = 25) -> list[dict]:
+    """A log whose train loss goes from 2 to 1 in the first half and stays there."""
+    lines = []
+    for step in range(1, steps + 1):
+        loss = max(1.0, 2.0 - (step - 1) / (steps / 2))
+        line = {"step": step, "epoch": step / 100, "train_loss": loss, "train_token_accuracy": 0.5}
+        line |= {"learning_rate": 1e-4, "grad_norm": 0.5, "tokens_per_second": 1000.0}
+        lines.append(line | {"train_token_accuracy": 0.5 if step < 100 else 0.9})
+        if step % every == 0:
+            val = {"val_loss": 2.0 - step / steps, "val_token_accuracy": 0.4 + 0.4 * step / steps}
+            lines.append({"step": step, "epoch": step / 100, **val})
+    return lines
+
+
+def contestant(right: int, text: str) -> dict:
+    return {
+        "right": {"numeric-equal": right, "strict-match": right - 1}, "had_format": 30,
+        "cut_off": 1, "empty": 0, "completions": 40, "tokens": 4000, "seconds": 50.0, "loss": 0.5,
+        "token_accuracy": 0.8, "votes": {}, "pass": {},
+        "mistakes": {"correct": right, "format only": 2, text: 38 - right},
+        "by": {"reasoning steps": {"2": [right, 30], "3": [0, 10]}, "operations": {text: [3, 9]}},
+    }  # fmt: skip
+
+
+def result(text: str) -> dict:
+    """40 problems: base 10 right, tuned 14, with `text` wherever a file may hold text."""
+    texts = {"id": text, "question": text, "gold": text, "base": text, "tuned": text}
+    return {
+        "settings": {"split": "test", "prompt": "chat", "data": text, "max_new_tokens": 512},
+        "problems": 40,
+        "contestants": {"base": contestant(10, text), "tuned": contestant(14, text)},
+        "difference": {
+            "fixed": 6, "broke": 2, "both_right": 8, "both_wrong": 24, "p_value": 0.29,
+            "low_points": -2.5, "high_points": 22.5, "confidence": 0.95,
+        },
+        "in_words": f"+10.0 points: not distinguishable {text}",
+        "transcripts": {"fixed": [texts], "broken": [texts], "still wrong": [texts]},
+        "examples": [texts, texts],
+    }  # fmt: skip
+
+
+def write_run(folder: Path, text: str = "What is 2 + 2?") -> Path:
+    """A finished run of two hours with one evaluation, `text` in every place that takes it."""
+    options = to_json(TrainConfig(model=text)) if text == HOSTILE else to_json(TrainConfig())
+    identity = {"base_commit": "abc123", "data_commit": None, "precision": "bf16", "ranks": 1}
+    config = {"options": options, "identity": identity, "versions": {"torch": text}, "device": text}
+    progress = {
+        "cursor": 200,
+        "step": 200,
+        "skipped": 0,
+        "seconds": 7200.0,
+        "stopped": "all 200 steps done",
+    }
+    audit = {
+        "rows": {"train": 90, "validation": 10}, "left_out": [text], "tokens": {"total": 900},
+        "supervised": 450, "duplicates": {"within train": {"exact": 3}},
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
+    write_json(folder / "audit.json", audit)
+    write_json(
+        folder / "checkpoints/step-000200/progress.json", {"progress": progress, "scaler": {}}
+    )
+    write_json(folder / "evaluation/test-1/settings.json", {})
+    write_json(folder / "evaluation/test-1/result.json", result(text))
+    lines = "\n".join(json.dumps(line) for line in log_lines())
+    (folder / "metrics.jsonl").write_text(lines + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with its report; not to be changed."""
+    folder = write_run(tmp_path_factory.mktemp("out") / "tiny-sums")
+    write_report(folder, price_per_hour=2.5)
+    return folder
+
+
+@pytest.fixture
+def own_run(tmp_path):
+    """A finished run that a test may damage."""
+    return write_run(tmp_path / "run")
+
+
+def markdown(run: Path, price: float | None = None) -> str:
+    return to_markdown(report_blocks(read_run(run), None, price))
+
+
+def row(text: str, name: str) -> list[str]:
+    """The cells after `name` in the first row that begins with it."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {inert(name)} |"))
+    return [cell.strip() for cell in line.split(" | ")[1:]]
+
+
+def python(code: str, *args: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_page_loads_and_runs_nothing(run):
+    page = Page((run / "report.html").read_text())
+    assert set(page.tags) <= TAGS
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name == "src"]
+    assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
+    assert "default-src 'none'" in dict(page.attributes)["content"]
+    assert "url(http" not in (run / "report.html").read_text()
+
+
+def test_ids_on_the_page_are_unique_and_every_reference_has_one(run):
+    text = (run / "report.html").read_text()
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', text)) <= {(i, "") for i in ids} | {
+        ("", i) for i in ids
+    }
+
+
+def test_every_picture_has_a_title_units_and_a_legend_where_there_are_two_series(run):
+    svgs = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(), re.DOTALL)
+    texts = [" ".join(Page(svg).text.split()) for svg in svgs]
+    wanted = {
+        "Loss": (
+            "nats per supervised token",
+            "optimizer step",
+            "train",
+            "validation",
+            "best, step 200",
+        ),
+        "Token accuracy (teacher-forced)": ("% of supervised tokens", "train", "validation"),
+        "Learning rate and gradient norm": ("(per step)", "(before clipping)", "clipped at 1"),
+        "Training speed": ("tokens per second", "each step", "mean of 5 steps"),
+        "Answer accuracy (generated), 95 % intervals": ("% of problems", "base", "tuned"),
+        "Answer accuracy by reasoning steps": ("% answered right", "how many", "base", "tuned"),
+        "Kinds of mistakes": ("answers, of 40", "base", "tuned"),
+    }
+    assert len(texts) == len(wanted)
+    for title, parts in wanted.items():
+        text = next(t for t in texts if title in t)
+        assert all(part in text for part in parts), (title, text)
+
+
+def test_pictures_take_every_colour_from_the_theme(run):
+    svgs = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(), re.DOTALL)
+    assert svgs and not re.findall(r"(?:fill|stroke): ?#[0-9a-f]{6}", "".join(svgs))
+    assert not any(place in "".join(svgs) for place in figures.VARIABLES)
+
+
+def test_accuracy_is_never_called_so_without_saying_which(run):
+    for name in ("report.html", "report.md"):
+        text = (run / name).read_text().lower()
+        text = Page(text).text if name.endswith("html") else text.replace("\\", "")
+        text = re.sub(
+            r"\s+", " ", re.sub(r"token accuracy \(teacher-forced\)|answer accuracy", "", text)
+        )
+        assert "accuracy" not in re.sub(r"[\w.]+-accuracy|accuracy-\d|\.accuracy", "", text)
+
+
+def test_the_figures_of_learning_are_the_worked_ones(run):
+    text = markdown(run)
+    assert row(text, "train loss")[:3] == ["1.9950", "1.0000", "−49.87 % |"]  # means over two steps
+    assert row(text, "validation loss, first and last")[2] == "−46.67 % |"  # 1.875 to 1
+    assert row(text, "train loss over the last tenth of the steps")[2] == "+0.00 % |"
+    assert row(text, "token accuracy (teacher-forced), train")[2] == "+40.00 points |"
+    assert "It is not answer accuracy" in text
+
+
+def test_rates_have_wilsons_intervals_and_a_difference(run):
+    cells = row(markdown(run), "numeric-equal")
+    assert cells == ["25.0 % (14.2–40.2)", "35.0 % (22.1–50.5)", "+10.0 |"]
+
+
+def test_a_point_gained_costs_training_time_over_points(run):
+    text = markdown(run, price=2.5)
+    assert "12.0 min, $0.500; but the gain itself is not" in text.replace("\\", "")
+    assert row(text, "training, with its validations") == ["2 h 00 min", "\\$5.00 |"]
+    assert "Price per hour: not given" in markdown(run)
+    assert row(markdown(run), "training, with its validations") == ["2 h 00 min", "– |"]
+
+
+@pytest.mark.parametrize("fixed", [2, 1])  # as many as it broke, or fewer
+def test_without_a_gain_a_point_has_no_cost(own_run, fixed):
+    path = own_run / "evaluation/test-1/result.json"
+    found = json.loads(path.read_text())
+    found["difference"]["fixed"] = fixed
+    write_json(path, found)
+    assert "No point was gained" in markdown(own_run, price=2.5)
+
+
+def test_a_dollar_in_a_label_is_a_dollar():
+    assert "costs $\\frac$" in figures.mistakes({"base": {"costs $\\frac$": 1}}, 1, "m")
+
+
+def test_the_command_gives_back_every_option(tmp_path):
+    argv = "--targets=q_proj,v_proj --rslora --data=-x --no-show-example --out".split()
+    config = parse(TrainConfig, [*argv, "a b'$(c)"], "")
+    identity = {"base_commit": "abc", "ranks": 2}
+    write_json(tmp_path / "config.json", {"options": to_json(config), "identity": identity})
+    words = shlex.split(command(read_run(tmp_path)).replace("\\\n", ""))
+    assert words[:4] == ["torchrun", "--nproc-per-node", "2", "train.py"]
+    again = to_json(parse(TrainConfig, words[4:], ""))
+    assert again == to_json(config) | {"revision": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "Likely"),
+        ([1.0, 0.6, 0.5, 0.5, 0.55, 0.6], "Unlikely"),
+        ([1.0, 0.6, 0.5, 0.5001, 0.4999, 0.5, 0.5001, 0.4998], "Little"),
+        ([1.0, 0.5, 0.52, 0.48, 0.53, 0.47, 0.52, 0.48], "Little"),  # falls, within its scatter
+        ([1.0, 0.5, 0.5, 0.4999, 0.4998, 0.4997], "Little"),  # falls, by under 0.5 % of the best
+        ([1.0, 0.5, 0.4], "It cannot be said"),
+        ([], "It cannot be said"),
+    ],
+)
+def test_more_epochs_by_the_rule(losses, verdict):
+    assert more_epochs(list(enumerate(losses))).startswith(verdict)
+
+
+def test_best_follows_what_training_stops_on(own_run):
+    config = json.loads((own_run / "config.json").read_text())
+    rows = [
+        {"step": s, "val_loss": v, "val_exact_match": e}
+        for s, v, e in ((1, 2.0, 0.5), (2, 1.0, 0.25))
+    ]
+    (own_run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for stop_on, step in (("loss", 2), ("exact-match", 1)):
+        config["options"]["stop_on"] = stop_on
+        write_json(own_run / "config.json", config)
+        assert read_run(own_run).best["step"] == step
+
+
+def test_hostile_text_is_only_text_in_html(tmp_path):
+    page = Page(write_report(write_run(tmp_path / "run", HOSTILE)).read_text())
+    assert set(page.tags) <= TAGS
+    assert {n for n, _ in page.attributes} & {"src", "onerror"} == set()
+    assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
+    assert page.text.count("<script>alert(1)</script>") >= 20  # where it was, as it was
+    assert "\x00" not in page.text and "\x1b" not in page.text
+
+
+def test_hostile_text_is_only_text_in_markdown(tmp_path):
+    markdown_it = pytest.importorskip("markdown_it")
+    text = markdown(write_run(tmp_path / "run", HOSTILE))
+    reader = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table")
+    page = Page(reader.render(text))
+    allowed = "h1 h2 h3 h4 p strong table thead tbody tr th td pre code"
+    assert set(page.tags) <= set(allowed.split())
+    assert page.text.count("<script>alert(1)</script>") >= 20
+    headings = re.findall(r"<h1>(.*?)</h1>", reader.render(text))
+    assert headings == ["run"]  # a "# title" of theirs is none
+    for table in re.findall(r"<table>.*?</table>", reader.render(text), re.DOTALL):
+        rows = re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+        assert len({len(re.findall("<t[hd]", cells)) for cells in rows}) == 1, table
+
+
+def test_a_fence_is_longer_than_any_run_of_backticks_inside():
+    assert fenced("a").startswith("```text\n") and fenced("a ```` b").startswith("`````text\n")
+
+
+def test_bare_addresses_are_no_links_in_markdown():
+    assert inert("https://a.b www.c.d") == "https:\\//a.b www\\.c.d"
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("metrics.jsonl", "No step is in metrics.jsonl yet."),
+        ("metrics.jsonl", "There was no validation yet."),
+        ("audit.json", "There is no audit of the data"),
+        ("checkpoints/step-000200/progress.json", "there is no checkpoint yet"),
+        ("evaluation/test-1/result.json", "Not finished, with the answers so far: test-1 (none)"),
+        ("evaluation/test-1/result.json", "No evaluation is finished in this folder."),
+    ],
+)
+def test_what_is_missing_is_said(own_run, gone, said):
+    (own_run / gone).unlink()
+    write_report(own_run)
+    assert said in (own_run / "report.md").read_text().replace("\\", "")
+
+
+@pytest.mark.parametrize("name", ["run", "a b'`<i>", "\udce9t\udce9"])  # the last: a Latin-1 name
+def test_a_run_that_has_only_begun_has_a_report(tmp_path, name):
+    write_json(tmp_path / name / "config.json", {"options": {}})
+    assert "not measured" in write_report(tmp_path / name).read_text()
+
+
+def test_nulls_torn_lines_and_damaged_lines_are_read_around(own_run):
+    rows = [{"step": 1, "train_loss": None, "grad_norm": True}, {"step": 1, "val_loss": None}]
+    lines = [
+        *map(json.dumps, rows),
+        "\x00\x00",
+        "[1]",
+        '{"step": 2, "train_loss": NaN}',
+        '{"step": 3, "tr',
+    ]
+    (own_run / "metrics.jsonl").write_text("\n".join(lines))
+    found = read_run(own_run)
+    assert (len(found.steps), len(found.validations), found.torn) == (2, 1, 2)
+    assert found.best == {} and found.train("train_loss") == found.train("grad_norm") == []
+    assert "2 lines of metrics.jsonl could not be read." in write_report(own_run).read_text()
+
+
+def test_the_newest_readable_checkpoint_counts(own_run):
+    folder = own_run / "checkpoints"
+    for name in ("step-3000000.new", "step-999999", "step-1000000", "step-x"):
+        write_json(folder / name / "progress.json", {"progress": {"stopped": name}})
+    (folder / "step-2000000").mkdir()
+    assert read_run(own_run).progress == {"stopped": "step-1000000"}
+
+
+def damaged(value: object, rng: random.Random) -> object:
+    """`value` with about one part in eight gone or of another kind."""
+    if rng.random() < 0.12:
+        other = [
+            None,
+            True,
+            -1,
+            0,
+            10**400,
+            float("nan"),
+            1e300,
+            "",
+            HOSTILE,
+            [],
+            {},
+            [[1]],
+            {"a": []},
+        ]
+        return rng.choice(other)
+    if isinstance(value, dict):
+        return {k: damaged(v, rng) for k, v in value.items() if rng.random() > 0.05}
+    if isinstance(value, list):
+        return [damaged(v, rng) for v in value]
+    return value
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_damage_makes_it_raise(tmp_path, seed):
+    folder, rng = write_run(tmp_path / "run"), random.Random(seed)
+    for path in sorted(folder.rglob("*.json")):
+        if path.name != "config.json":
+            write_json(path, damaged(json.loads(path.read_text()), rng))
+    config = json.loads((folder / "config.json").read_text())
+    options = {k: damaged(v, rng) for k, v in config.pop("options").items()}
+    others = {k: damaged(v, rng) for k, v in config.items()}
+    write_json(folder / "config.json", others | {"options": options})
+    lines = [json.dumps(damaged(line, rng)) for line in log_lines(60, every=10)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    blocks = report_blocks(read_run(folder), figures if seed % 6 == 0 else None, 2.5)
+    (to_html("a", blocks) + to_markdown(blocks)).encode()
+
+
+def test_a_folder_that_is_no_run_is_refused_with_exit_code_2(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "model/config.json", {"architectures": ["Qwen2ForCausalLM"]})
+    for folder in (tmp_path, tmp_path / "model", tmp_path / "none", tmp_path / "model/config.json"):
+        assert run_script(lambda folder=folder: main([str(folder)])) == 2
+        assert "is no run folder" in capsys.readouterr().err
+        assert not (folder / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_is_a_users_error(own_run):
+    (own_run / "report.md").mkdir()
+    with pytest.raises(BadRun, match="cannot be written"):
+        write_report(own_run)
+
+
+def test_a_negative_price_or_no_folder_is_refused(run):
+    assert run_script(lambda: main([str(run), "--price-per-hour", "-1"])) == 2
+    assert run_script(lambda: main([])) == 2
+
+
+def test_torch_is_not_imported(own_run):
+    code = (
+        "import sys; from run.report import main; main([sys.argv[1]]);"
+        "assert 'run.figures' in sys.modules; assert 'torch' not in sys.modules"
+    )
+    done = python(code, own_run)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_matplotlib_there_are_tables_and_a_line_that_says_so(own_run):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; import run.report as r; r.main(sys.argv[1:])"
+    )
+    done = python(code, own_run)
+    assert done.returncode == 0, done.stderr
+    page = Page((own_run / "report.html").read_text())
+    assert "svg" not in page.tags and "table" in page.tags
+    assert page.text.count("matplotlib") - page.text.count("pip install matplotlib") == 1
+
+
+def test_the_same_folder_gives_the_same_report(own_run):
+    texts = [write_report(own_run).read_text() + markdown(own_run) for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_the_vote_of_all_samples_is_the_headline(own_run):
+    path = own_run / "evaluation/test-1/result.json"
+    found = json.loads(path.read_text())
+    for name, right in (("base", 12), ("tuned", 20)):
+        found["contestants"][name]["votes"] = {"maj@1": 1, "maj@8": right}
+    write_json(path, found)
+    assert row(markdown(own_run), "Answer accuracy (generated), test, chat")[0] == "30.0 → 50.0 %"
+    assert "majority of all samples" in markdown(own_run)

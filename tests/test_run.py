@@ -1,0 +1,421 @@
+"""Laws of what one run needs and leaves behind: options, schedule, checkpoints, log, precision."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import string
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import run.device
+from errors import BadOption, BadRun
+from run.checkpoint import (
+    Progress,
+    check_run,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+    write_json,
+)
+from run.device import pick_device, pick_precision
+from run.metrics import MetricsLog, read_metrics
+from run.options import from_json, option, parse, table, to_json
+from train import TrainConfig, learning_rate, validation_steps
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
+settings.load_profile("no deadline")
+
+# Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """An option of each type and limit."""
+
+    text: str = option("a", "words")
+    path: str | None = option(None, "perhaps words")
+    names: tuple[str, ...] = option(("a", "b"), "several")
+    shape: str = option("flat", "one of them", choices=("flat", "round"))
+    fast: bool = option(False, "a switch")
+    slow: bool = option(True, "another")
+    count: int = option(3, "whole", least=1)
+    limit: int | None = option(None, "perhaps whole", least=2)
+    rate: float = option(2e-4, "real", above=0)
+    share: float = option(0.1, "real", least=0, below=1)
+
+
+def values(field: dataclasses.Field, kind: type) -> st.SearchStrategy:
+    """Values that an option may take."""
+    least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
+    word = st.text(string.ascii_letters + string.digits + "-_/. é'\"\\=#", min_size=1)
+    if typing.get_origin(kind) is tuple:
+        return st.lists(word, min_size=1).map(tuple)
+    if typing.get_args(kind):
+        bare = next(k for k in typing.get_args(kind) if k is not type(None))
+        return st.none() | values(field, bare)
+    if kind is float:
+        low = above if above is not None else least
+        limits = {"exclude_min": above is not None, "exclude_max": below is not None}
+        return st.floats(low, below or 1e308, **limits)
+    if kind is int:
+        below = field.metadata["below"] or 2**62
+        return st.integers(least, int(below) - 1)
+    return st.booleans() if kind is bool else st.sampled_from(field.metadata["choices"] or ["x"])
+
+
+def configs(cls: type) -> st.SearchStrategy:
+    types = typing.get_type_hints(cls)
+    return st.builds(cls, **{f.name: values(f, types[f.name]) for f in dataclasses.fields(cls)})
+
+
+def command_line(config: object) -> list[str]:
+    """The flags that ask for `config`."""
+    flags = []
+    for name, value in vars(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else "--no-" + flag[2:])
+        elif value is not None:
+            flags.append(f"{flag}={','.join(value) if isinstance(value, tuple) else value}")
+    return flags
+
+
+@given(configs(Every) | configs(TrainConfig))
+def test_every_option_survives_the_command_line_and_json(config):
+    assert parse(type(config), command_line(config), "") == config
+    assert from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_without_flags_every_option_has_its_default():
+    assert parse(Every, [], "") == Every()
+    assert parse(TrainConfig, [], "") == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--cuont", "3"], "--cuont"),
+        (["--coun", "3"], "--coun"),  # no abbreviations: a new option would change their meaning
+        (["3"], "3"),
+        (["--count"], "--count"),
+        (["--count", "many"], "'many'"),
+        (["--count", "2.5"], "'2.5'"),
+        (["--limit", ""], "--limit"),
+        (["--rate", "fast"], "'fast'"),
+        (["--shape", "square"], "'square'"),
+        (["--count", "0"], "--count 0 is less than 1"),
+        (["--limit", "1"], "--limit 1 is less than 2"),
+        (["--rate", "0"], "--rate 0.0 is not above 0"),
+        (["--rate", "nan"], "--rate nan is not a finite number"),
+        (["--rate", "1e999"], "--rate inf is not a finite number"),
+        (["--share", "1"], "--share 1.0 is not below 1"),
+        (["--share", "-0.1"], "--share -0.1 is less than 0"),
+        (["--count", "-" + "9" * 400], "--count -99"),
+    ],
+)
+def test_a_wrong_flag_or_value_is_a_bad_option_that_names_it(flags, named):
+    with pytest.raises(BadOption) as refusal:
+        parse(Every, flags, "")
+    assert named in refusal.value.cause and "--help" in refusal.value.remedy
+    assert len(str(refusal.value).splitlines()) == 2
+
+
+def test_a_whole_number_of_any_size_is_no_defect():
+    assert parse(Every, ["--count", "9" * 400], "").count == int("9" * 400)
+
+
+def test_all_values_that_cannot_be_are_told_at_once():
+    with pytest.raises(BadOption) as refusal:
+        parse(Every, ["--count=0", "--rate=-1", "--share=2", "--limit=1"], "")
+    for flag in ("--count 0", "--rate -1.0", "--share 2.0", "--limit 1"):
+        assert flag in refusal.value.cause
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse(TrainConfig, ["--help"], "")
+    text = " ".join(capsys.readouterr().out.split())
+    assert leaving.value.code == 0
+    for field in dataclasses.fields(TrainConfig):
+        flag = "--" + field.name.replace("_", "-")
+        assert flag in text and " ".join(field.metadata["help"].split()) in text
+        assert f"(default: {field.default})" in text
+
+
+def test_the_table_shows_every_value_in_80_columns():
+    lines = table(to_json(TrainConfig())).splitlines()
+    shown = " ".join(lines).split()
+    assert max(map(len, lines)) <= 80
+    assert all(name in shown for name in to_json(TrainConfig()))
+
+
+# The learning rate, and when to validate
+
+
+@given(
+    st.sampled_from(["constant", "linear", "cosine"]),
+    st.integers(1, 300), st.floats(0, 0.99), st.just(0.0) | st.floats(1e-9, 10),
+)  # fmt: skip
+def test_the_learning_rate_rises_over_the_warm_up_and_then_has_its_shape(shape, last, warmup, peak):
+    config = TrainConfig(schedule=shape, warmup=warmup, learning_rate=peak)
+    top = min(round(warmup * last), last - 1)  # the step that has the peak, if the warm-up ends
+    rates = [learning_rate(config, step, last) for step in range(last)]
+    if round(warmup * last) == last:
+        assert rates == pytest.approx([peak * (s + 1) / (last + 1) for s in range(last)])
+        return
+    end = {"constant": peak, "linear": 0, "cosine": 0}[shape]
+    straight = np.interp(range(last), [-1, top, last], [0, peak, end])
+    if shape == "cosine":
+        done = np.interp(range(last), [top, last], [0, 1])
+        straight[top:] = peak * np.cos(done[top:] * math.pi / 2) ** 2
+    assert rates == pytest.approx(list(straight), rel=1e-9, abs=1e-12 * peak)
+    assert max(rates) == rates[top] == peak and min(rates) >= 0
+
+
+@given(st.integers(1, 50), st.integers(1, 60), st.integers(1, 160))
+def test_validation_comes_evenly_at_every_epochs_end_and_at_the_last_step(per_epoch, evals, last):
+    steps = validation_steps(per_epoch, evals, last)
+    assert last in steps and min(steps) > 0 and max(steps) == last
+    assert {s for s in range(1, last + 1) if s % per_epoch == 0} <= steps
+    gaps = np.diff([0, *sorted(steps)])
+    assert max(gaps) <= max(1, math.ceil(per_epoch / evals))
+    assert len(steps) <= evals * math.ceil(last / per_epoch) + 1
+
+
+# Progress
+
+
+FIGURES = st.floats() | st.sampled_from([math.nan, math.inf, 1.0, 2.0])
+
+
+@given(st.lists(FIGURES))
+def test_the_best_is_the_first_of_the_lowest_and_never_nan(losses):
+    progress = Progress()
+    for step, loss in enumerate(losses, 1):
+        progress.step = step
+        earlier = [x for x in losses[: step - 1] if math.isfinite(x)]
+        is_best = math.isfinite(loss) and all(loss < x for x in earlier)
+        assert progress.record_validation(loss) == is_best
+    finite = [x for x in losses if math.isfinite(x)]
+    assert progress.best_loss == min(finite, default=None)
+    assert progress.best_step == (losses.index(min(finite)) + 1 if finite else 0)
+    assert progress.validations_since_best == len(losses) - progress.best_step
+
+
+@given(st.lists(st.tuples(FIGURES, st.sampled_from([0.0, 0.5, 1.0])), min_size=1))
+def test_where_answers_are_counted_the_best_has_most_of_them_right_then_the_lowest_loss(figures):
+    progress = Progress()
+    for progress.step, (loss, exact_match) in enumerate(figures, 1):
+        progress.record_validation(loss, exact_match)
+    finite = [(loss, right) for loss, right in figures if math.isfinite(loss)]
+    best = min(finite, key=lambda pair: (-pair[1], pair[0]), default=(None, None))
+    assert (progress.best_loss, progress.best_exact_match) == best
+    assert progress.best_step == (figures.index(best) + 1 if finite else 0)
+
+
+# Checkpoints
+
+
+def fresh(scaled: bool = True):
+    """Parameters, AdamW and a scaler as a run would make them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, weight_decay=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3, enabled=scaled)
+    return model, {"parameters": parameters, "optimizer": optimizer, "scaler": scaler}
+
+
+def learn(model, kept: dict, steps: range) -> None:
+    for step in steps:
+        x = torch.full((2, 5), 0.1 * step + 0.1)
+        kept["scaler"].scale(model(x).square().sum()).backward()
+        kept["scaler"].step(kept["optimizer"])
+        kept["scaler"].update()
+        kept["optimizer"].zero_grad()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_checkpoint_restores_weights_moments_and_scaler_so_that_training_goes_on_alike(
+    tmp_path, scaled
+):
+    model, kept = fresh(scaled)
+    learn(model, kept, range(5))
+    progress = Progress(cursor=5, step=4, best_loss=0.1 + 0.2, seconds=1 / 3, log_bytes=9)
+    save_checkpoint(tmp_path, progress, **kept)
+    again, restored = fresh(scaled)
+    assert load_checkpoint(tmp_path, **restored) == progress == read_progress(tmp_path)
+    learn(model, kept, range(5, 9))
+    learn(again, restored, range(5, 9))
+    assert restored["scaler"].state_dict() == kept["scaler"].state_dict()
+    for name, p in kept["parameters"].items():
+        assert torch.equal(p, restored["parameters"][name])
+        mine, its = (k["optimizer"].state[k["parameters"][name]] for k in (kept, restored))
+        assert mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
+
+
+def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
+    model, kept = fresh()
+    before = copy.deepcopy(model.state_dict())
+    assert load_checkpoint(tmp_path, **kept) == Progress() and read_progress(tmp_path) is None
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
+def test_the_two_newest_checkpoints_are_kept_and_half_written_ones_are_not_read(tmp_path):
+    _, kept = fresh()
+    for cursor in (5, 40, 300, 999_999, 1_000_000):
+        save_checkpoint(tmp_path, Progress(cursor=cursor), **kept)
+    assert read_progress(tmp_path).cursor == 1_000_000
+    names = ["step-1000000", "step-999999"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
+    (tmp_path / "checkpoints" / "step-2000000.new").mkdir()
+    assert read_progress(tmp_path).cursor == 1_000_000
+    save_checkpoint(tmp_path, Progress(cursor=1_000_000, step=7), **kept)
+    assert read_progress(tmp_path).step == 7
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+# Whose folder it is
+
+CONFIG = {"options": to_json(TrainConfig()), "identity": {"ranks": 1, "base_commit": None}}
+
+
+def changed(**options: object) -> dict:
+    return CONFIG | {"options": CONFIG["options"] | options}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def test_a_missing_or_empty_folder_is_a_new_run_and_the_same_configuration_goes_on(tmp_path):
+    assert not check_run(tmp_path / "a" / "b", CONFIG) and not (tmp_path / "a").exists()
+    assert not check_run(tmp_path, CONFIG)
+    write_json(tmp_path / "config.json", CONFIG)
+    assert check_run(tmp_path, CONFIG)
+    assert check_run(tmp_path, changed(evals_per_epoch=9, evals_per_epoch=1, save_every=0.0, out="x"))
+
+
+def test_another_runs_folder_is_refused_with_old_and_new_side_by_side(tmp_path):
+    write_json(tmp_path / "config.json", CONFIG)
+    before = snapshot(tmp_path)
+    new = {"r": 16, "alpha": 1.0, "learning_rate": 1e-3, "targets": ["q_proj"], "data": "x",
+           "model": "y", "seed": 5, "batch_size": 2, "grad_accum": 2}  # fmt: skip
+    for name, value in new.items():
+        with pytest.raises(BadRun) as refusal:
+            check_run(tmp_path, changed(**{name: value}))
+        assert f"{name} was {CONFIG['options'][name]}, is {value}" in refusal.value.cause
+    with pytest.raises(BadRun, match="ranks was 1, is 2.*seed was 0, is 1"):
+        check_run(tmp_path, changed(seed=1) | {"identity": CONFIG["identity"] | {"ranks": 2}})
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"notes.txt": "mine"}, {"config.json": "{"}, {"config.json": "[]"}, {"config.json": "{}"},
+        {"config.json": '{"model_type": "qwen2"}'}, {"config.json": "\udcff"}, {".hidden": ""},
+        {"config.json": '{"options": 1, "identity": 2}'},
+    ],
+)  # fmt: skip
+def test_a_folder_with_other_files_is_refused_and_left_as_it_was(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    before = snapshot(tmp_path)
+    with pytest.raises(BadRun, match="other files"):
+        check_run(tmp_path, CONFIG)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "file/below", "file/far/below", "dangling", "dangling/below"):
+        with pytest.raises(BadRun, match="give another --out"):
+            check_run(tmp_path / name, CONFIG)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(BadRun, match="cannot be written"):
+        check_run(tmp_path / "run", CONFIG)
+
+
+# The log
+
+
+def test_the_log_is_cut_back_to_what_the_checkpoint_knew(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.write(step=1, loss=0.1 + 0.2)
+    known = log.bytes
+    log.write(step=2, loss=0.5)
+    again = MetricsLog(tmp_path / "m.jsonl", keep=known)
+    again.write(step=2, loss=math.nan)
+    assert read_metrics(tmp_path / "m.jsonl") == [
+        {"step": 1, "loss": 0.1 + 0.2},
+        {"step": 2, "loss": None},
+    ]
+
+
+def test_a_torn_last_line_is_not_read(tmp_path):
+    whole = b'{"step": 1}\n{"step": 2}\n'
+    for torn in (b"", b'{"st', b"\xff\x00", b'{"step": 3}'):
+        (tmp_path / "m.jsonl").write_bytes(whole + torn)
+        assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_log_that_was_lost_starts_anew_and_can_be_read(tmp_path):
+    MetricsLog(tmp_path / "m.jsonl", keep=1000).write(step=7)
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 7}]
+
+
+# Device and precision
+
+CPU, GPU, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+@pytest.mark.parametrize(
+    "device, gpu_has_bf16, flags, precision",
+    [
+        (GPU, True, "", "bf16"), (GPU, False, "amx_bf16", "fp16"), (MPS, True, "", "fp32"),
+        (CPU, True, "fpu sse2 avx512f", "fp32"), (CPU, False, "fpu avx512_bf16", "bf16"),
+        (CPU, False, "amx_bf16 amx_tile", "bf16"), (CPU, False, "asimd bf16", "bf16"),
+        (CPU, True, "notbf16 bf16x", "fp32"),
+    ],
+)  # fmt: skip
+def test_auto_precision_is_what_the_hardware_multiplies_fast(
+    tmp_path, monkeypatch, device, gpu_has_bf16, flags, precision
+):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n\nprocessor : 1\n")
+    monkeypatch.setattr(run.device, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpu_has_bf16)
+    assert pick_precision("auto", device)[0] == precision
+    for asked in ("bf16", "fp16", "fp32"):
+        assert pick_precision(asked, device)[0] == asked
+
+
+def test_auto_device_is_the_first_there_is_and_one_that_is_not_there_is_refused(monkeypatch):
+    for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert pick_device("auto").type == best
+    for name in ("cuda", "mps"):
+        with pytest.raises(BadOption, match=f"--device {name}"):
+            pick_device(name)
