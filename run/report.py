@@ -8,17 +8,14 @@ each kind of block has one way into HTML and one into Markdown, which is where t
 models is made inert. No torch: a report can be made on any machine.
 """
 
-import html
-import json
 import math
 import os
-import re
 import shlex
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,17 +24,21 @@ from errors import BadRun, run_script
 from evaluation.mistakes import KINDS
 from evaluation.statistics import wilson_interval
 from run.options import option, parse
+from run.page import (
+    Block,
+    Cards,
+    Code,
+    Heading,
+    Pairs,
+    Paragraph,
+    Pictures,
+    Table,
+    Transcript,
+    to_html,
+    to_markdown,
+)
+from run.records import FATES, Evaluation, Points, Run, clean, mapping, numbers, read_run
 
-Points = list[tuple[float, float]]  # (optimizer step, value)
-DIFFERENCE = (
-    "fixed", "broke", "both_right", "both_wrong",
-    "p_value", "low_points", "high_points", "confidence",
-)  # fmt: skip
-FATES = {  # of a problem -> whether base and tuned are right
-    "fixed": ("wrong", "right"),
-    "broken": ("right", "wrong"),
-    "still wrong": ("wrong", "wrong"),
-}
 TEACHER_FORCED = (
     "Token accuracy (teacher-forced) is the share of a reference answer's tokens that the model "
     "guesses when it is shown all the reference tokens before them. It is not answer accuracy: a "
@@ -100,330 +101,6 @@ def _write(path: Path, text: str) -> None:
         ) from None
 
 
-# What a run folder holds, as clean values: text is valid UTF-8 without control characters, numbers
-# are finite, and what has another shape than it should is not there.
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """What was counted of one model's answers to the same problems."""
-
-    right: dict[str, int]  # by scorer; the first is the headline
-    votes: dict[str, int]  # maj@k -> problems right
-    passed: dict[str, float]  # pass@k -> rate
-    mistakes: dict[str, int]  # by kind, "correct" included
-    by: dict[str, dict[str, tuple[int, int]]]  # table -> row -> right, of how many
-    figures: dict[str, float]  # had_format, cut_off, empty, completions, tokens, seconds, loss, ...
-
-    def headline(self) -> tuple[str, int] | None:
-        """What answers are judged by, and how many it calls right: the vote, if there is one."""
-        return next(iter([*reversed(self.votes.items()), *self.right.items()]), None)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One finished evaluation: one or two contestants on the same problems."""
-
-    name: str  # of its folder
-    settings: dict[str, Any]
-    problems: int
-    contestants: dict[str, Contestant]
-    difference: dict[str, float]  # figures of base against tuned; empty without two of them
-    words: str  # what the difference is worth
-    transcripts: dict[str, list[dict[str, str]]]
-    examples: list[dict[str, str]]
-
-    @property
-    def title(self) -> str:
-        kind = [str(self.settings.get(k) or "") for k in ("split", "prompt")]
-        return ", ".join(filter(None, kind)) or self.name
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything a report is made of."""
-
-    folder: Path
-    name: str
-    config: dict[str, Any]
-    options: dict[str, Any]
-    identity: dict[str, Any]
-    audit: dict[str, Any]
-    progress: dict[str, Any]  # of the newest checkpoint
-    steps: list[dict[str, float]]
-    validations: list[dict[str, float]]
-    torn: int  # lines of the log that are no JSON objects
-    evaluations: list[Evaluation]
-    unfinished: list[str]  # evaluations under way, in words
-
-    def train(self, key: str) -> Points:
-        """A column of the steps' lines."""
-        return _points(self.steps, key)
-
-    def validation(self, key: str) -> Points:
-        """A column of the validations' lines."""
-        return _points(self.validations, key)
-
-    @property
-    def best(self) -> dict[str, float]:
-        """The validation that training keeps as best: lowest loss, or most exact matches."""
-        key, sign = ("val_loss", 1)
-        if self.options.get("stop_on") == "exact-match":
-            key, sign = ("val_exact_match", -1)
-        return min(
-            (v for v in self.validations if key in v), key=lambda v: sign * v[key], default={}
-        )
-
-
-def read_run(folder: Path) -> Run:
-    """All of a run folder that can be read; BadRun if it has no `config.json` of a run."""
-    config = _object(_load(folder / "config.json"))
-    if not isinstance(config.get("options"), dict):
-        raise BadRun(
-            f"{folder} is no run folder: it has no config.json with options",
-            "give the folder that train.py wrote, such as out/qwen2-0.5b-instruct-gsm8k",
-        )
-    rows, torn = _read_log(folder / "metrics.jsonl")
-    results = [_evaluation(path.parent) for path in (folder / "evaluation").glob("*/result.json")]
-    return Run(
-        folder=folder,
-        name=_clean(folder.resolve().name),
-        config=config,
-        options=config["options"],
-        identity=_object(config.get("identity")),
-        audit=_object(_load(folder / "audit.json")),
-        progress=_newest_progress(folder),
-        steps=[_numbers(row) for row in rows if "val_loss" not in row],
-        validations=[_numbers(row) for row in rows if "val_loss" in row],
-        torn=torn,
-        evaluations=sorted((e for e in results if e.contestants), key=_chief_first),
-        unfinished=_unfinished(folder),
-    )
-
-
-def _load(path: Path) -> Any:
-    """The JSON of a file, cleaned; None if there is none to read."""
-    try:
-        return _clean(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
-
-
-def _clean(value: Any) -> Any:
-    """A JSON value that can be written, drawn and reckoned with."""
-    if isinstance(value, dict):
-        return {_clean(k): _clean(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_clean(v) for v in value]
-    if isinstance(value, str):
-        whole = value.encode("utf-8", "replace").decode()  # "\ud800" alone is JSON, and no text
-        return _CONTROL.sub("\ufffd", whole.replace("\r\n", "\n"))
-    if isinstance(value, int | float) and not -1e38 < value < 1e38:
-        return None  # NaN, infinity, or too large to draw
-    return value
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    """The numbers of an object; true and false are none."""
-    return {
-        k: v
-        for k, v in _object(value).items()
-        if isinstance(v, int | float) and not isinstance(v, bool)
-    }
-
-
-def _texts(value: Any) -> dict[str, str]:
-    return {k: v for k, v in _object(value).items() if isinstance(v, str)}
-
-
-def _counts(value: Any, most: int) -> dict[str, int]:
-    """The numbers of an object that can be counts out of `most`."""
-    return {k: int(v) for k, v in _numbers(value).items() if 0 <= v <= most and v == int(v)}
-
-
-def _read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """(every line's object, how many whole lines are none); a torn last line is not whole.
-
-    Unlike `run.metrics.read_metrics`, on which a run goes on, it reads around damage.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError:
-        return [], 0
-    rows = []
-    for line in lines:
-        try:
-            rows.append(_clean(json.loads(line)))
-        except (ValueError, RecursionError):
-            rows.append(None)
-    kept = [row for row in rows if isinstance(row, dict)]
-    return kept, len(rows) - len(kept)
-
-
-def _points(rows: list[dict[str, float]], key: str) -> Points:
-    return [(row["step"], row[key]) for row in rows if "step" in row and key in row]
-
-
-def _newest_progress(folder: Path) -> dict[str, Any]:
-    """The progress that the newest readable checkpoint holds."""
-    named = {
-        p.name.removeprefix("step-"): p
-        for p in (folder / "checkpoints").glob("step-*")
-        if p.is_dir()
-    }
-    for number in sorted((n for n in named if n.isdecimal()), key=int, reverse=True):
-        if progress := _object(_object(_load(named[number] / "progress.json")).get("progress")):
-            return progress
-    return {}
-
-
-def _evaluation(folder: Path) -> Evaluation:
-    """What an evaluation folder's `result.json` holds; no contestants if it cannot be read."""
-    result = _object(_load(folder / "result.json"))
-    problems = _counts(result, 10**12).get("problems", 0)
-    difference = _numbers(result.get("difference"))
-    words = result.get("in_words")
-    shown = _object(result.get("transcripts"))
-    return Evaluation(
-        name=_clean(folder.name),
-        settings=_object(result.get("settings")),
-        problems=problems,
-        contestants={
-            k: _contestant(v, problems)
-            for k, v in _object(result.get("contestants")).items()
-            if isinstance(v, dict)
-        },
-        difference=difference if difference.keys() >= set(DIFFERENCE) else {},
-        words=words if isinstance(words, str) else "",
-        transcripts={fate: _transcripts(shown.get(fate)) for fate in FATES},
-        examples=_transcripts(result.get("examples")),
-    )
-
-
-def _contestant(value: dict[str, Any], problems: int) -> Contestant:
-    tables = {k: _object(v) for k, v in _object(value.get("by")).items()}
-    return Contestant(
-        right=_counts(value.get("right"), problems),
-        votes=_counts(value.get("votes"), problems),
-        passed={k: v for k, v in _numbers(value.get("pass")).items() if 0 <= v <= 1},
-        mistakes=_counts(value.get("mistakes"), problems),
-        by={
-            k: {row: cell for row, v in t.items() if (cell := _cell(v))} for k, t in tables.items()
-        },
-        figures=_numbers(value),
-    )
-
-
-def _cell(value: Any) -> tuple[int, int] | None:
-    """(right, of how many), if it is that."""
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    cell = _counts(dict(zip(("right", "of"), value)), 10**12)
-    return (cell["right"], cell["of"]) if len(cell) == 2 and cell["right"] <= cell["of"] else None
-
-
-def _transcripts(value: Any) -> list[dict[str, str]]:
-    return [t for t in map(_texts, value) if t] if isinstance(value, list) else []
-
-
-def _chief_first(e: Evaluation) -> tuple:
-    """Test before other splits, the prompt that was trained before others, then the largest."""
-    return (
-        e.settings.get("split") != "test", e.settings.get("prompt") != "chat",
-        len(e.contestants) < 2, -e.problems, e.name,
-    )  # fmt: skip
-
-
-def _unfinished(folder: Path) -> list[str]:
-    """Evaluations that have begun and have no result, and how many answers they have."""
-    found = []
-    for path in sorted((folder / "evaluation").glob("*/settings.json")):
-        if (path.parent / "result.json").exists():
-            continue
-        counts = [
-            f"{_clean(log.stem)} {_lines(log):,}" for log in sorted(path.parent.glob("*.jsonl"))
-        ]
-        found.append(f"{_clean(path.parent.name)} ({', '.join(counts) or 'none'})")
-    return found
-
-
-def _lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except OSError:
-        return 0
-
-
-# Blocks: what a report consists of. A string in a block is plain text, whoever wrote it.
-
-
-@dataclass(frozen=True)
-class Heading:
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-    tone: str = ""  # "lead": what to read first; "note": what to know of a figure
-
-
-@dataclass(frozen=True)
-class Cards:
-    """The headline figures: label, value, note."""
-
-    cards: list[tuple[str, str, str]]
-
-
-@dataclass(frozen=True)
-class Table:
-    header: Sequence[str]
-    rows: list[Sequence[str]]
-    title: str = ""
-    folded: bool = False  # in HTML only, behind its title
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Names and values."""
-
-    pairs: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Lines to copy or to read as they are."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """SVGs of ours, side by side where there is room; HTML only."""
-
-    svgs: list[str]
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """A question, the reference and the answers: label, text, tone (right, wrong or nothing)."""
-
-    title: str
-    parts: list[tuple[str, str, str]] = field(default_factory=list)
-    open: bool = False
-
-
-Block = Heading | Paragraph | Cards | Table | Pairs | Code | Pictures | Transcript
-
-
 # Sections: from clean values to blocks, in the order of the page.
 
 
@@ -431,9 +108,7 @@ def report_blocks(
     run: Run, figures: ModuleType | None, price_per_hour: float | None
 ) -> list[Block]:
     """The whole report; `figures` is the module that draws, None without matplotlib."""
-    price = (
-        _numbers(run.options).get("price_per_hour") if price_per_hour is None else price_per_hour
-    )
+    price = numbers(run.options).get("price_per_hour") if price_per_hour is None else price_per_hour
     blocks = [Heading(run.name, 1), Paragraph(subtitle(run), "lead"), headline_cards(run, price)]
     if figures is None:
         blocks.append(
@@ -472,7 +147,7 @@ def headline_cards(run: Run, price: float | None) -> Cards:
         if losses and best
         else ""
     )
-    seconds = _numbers(run.progress).get("seconds")
+    seconds = numbers(run.progress).get("seconds")
     took = duration(seconds) if seconds is not None else "not known yet"
     money = "price per hour not given" if price is None else dollars(price, seconds)
     return Cards([
@@ -666,7 +341,7 @@ def missing_evaluations(run: Run) -> list[Block]:
         blocks.append(Paragraph(f"Not finished, with the answers so far: {under_way}."))
     if not run.evaluations:
         blocks.append(Paragraph("No evaluation is finished in this folder. This makes one:"))
-        adapter = shlex.quote(_clean(str(run.folder / "best")))
+        adapter = shlex.quote(clean(str(run.folder / "best")))
         blocks.append(Code(f"python evaluate.py --adapter {adapter}"))
     return blocks
 
@@ -702,7 +377,7 @@ def learning_pictures(run: Run, figures: ModuleType) -> list[str]:
     if any(accuracy):
         svgs.append(figures.token_accuracy(*accuracy))
     if rates or norms:
-        svgs.append(figures.rate_and_norm(rates, norms, _numbers(run.options).get("clip")))
+        svgs.append(figures.rate_and_norm(rates, norms, numbers(run.options).get("clip")))
     if speed:
         svgs.append(figures.speed(speed))
     return svgs
@@ -740,17 +415,17 @@ def learning_figures(run: Run) -> list[Block]:
 
 def why_it_stopped(run: Run) -> str:
     """The run's own words, or where it stands."""
-    numbers = _numbers(run.progress)
+    known = numbers(run.progress)
     if not run.progress:
         why = "It has not: there is no checkpoint yet."
     elif run.progress.get("stopped"):
         why = sentence(shown(run.progress["stopped"]))
     else:
         why = (
-            f"It has not: the newest checkpoint is after step {numbers.get('cursor', 0):,.0f}. The"
+            f"It has not: the newest checkpoint is after step {known.get('cursor', 0):,.0f}. The"
             " run is going on or was interrupted; the same command goes on from there."
         )
-    if skipped := numbers.get("skipped"):
+    if skipped := known.get("skipped"):
         why += f" Steps skipped for a gradient that was not finite: {skipped:,.0f}."
     return why
 
@@ -799,7 +474,7 @@ def validation_table(run: Run) -> list[Block]:
 
 def cost_section(run: Run, price: float | None) -> list[Block]:
     """Wall time and money by phase, and what a point gained cost."""
-    phases = {"training, with its validations": _numbers(run.progress).get("seconds")}
+    phases = {"training, with its validations": numbers(run.progress).get("seconds")}
     for e in run.evaluations:
         for name, c in e.contestants.items():
             phases[f"evaluation {e.name}: {name} answers"] = c.figures.get("seconds")
@@ -817,7 +492,7 @@ def cost_section(run: Run, price: float | None) -> list[Block]:
 def cost_of_a_point(run: Run, price: float | None) -> str:
     """Training time and money over the points of answer accuracy that it brought."""
     compared = next((e for e in run.evaluations if e.difference and e.problems), None)
-    seconds = _numbers(run.progress).get("seconds")
+    seconds = numbers(run.progress).get("seconds")
     if compared is None or seconds is None:
         return "What a point gained cost is known after a checkpoint, and base against tuned."
     d = compared.difference
@@ -843,8 +518,8 @@ def audit_section(run: Run) -> list[Block]:
     blocks: list[Block] = [Heading("The data")]
     if not run.audit:
         return [*blocks, Paragraph("There is no audit of the data (audit.json) in this folder.")]
-    rows, tokens = _numbers(run.audit.get("rows")), _numbers(run.audit.get("tokens"))
-    supervised = _numbers(run.audit).get("supervised")
+    rows, tokens = numbers(run.audit.get("rows")), numbers(run.audit.get("tokens"))
+    supervised = numbers(run.audit).get("supervised")
     of_all = maybe(share, ratio(supervised, tokens.get("total")))
     left_out = run.audit.get("left_out")
     left_out = (
@@ -864,7 +539,7 @@ def audit_section(run: Run) -> list[Block]:
 
 def duplicates_table(run: Run) -> list[Block]:
     """How many questions occur twice, within and across the splits."""
-    places = {k: _numbers(v) for k, v in _object(run.audit.get("duplicates")).items()}
+    places = {k: numbers(v) for k, v in mapping(run.audit.get("duplicates")).items()}
     forms = dict.fromkeys(form for counts in places.values() for form in counts)
     rows = [
         (k, *(maybe(count, counts.get(form)) for form in forms)) for k, counts in places.items()
@@ -876,7 +551,7 @@ def repeat_section(run: Run) -> list[Block]:
     """What it ran on and with, and the command that does it again."""
     known = {"device": run.config.get("device", "not recorded"), "seed": run.options.get("seed")}
     known |= {k: v for k, v in run.identity.items() if k != "base_sizes"}
-    known |= {f"{k} version": v for k, v in _object(run.config.get("versions")).items()}
+    known |= {f"{k} version": v for k, v in mapping(run.config.get("versions")).items()}
     return [
         Heading("To repeat it"),
         Pairs({k.replace("_", " "): shown(v) for k, v in known.items()}),
@@ -889,7 +564,7 @@ def command(run: Run) -> str:
     options = dict(run.options)
     for name, commit in (("revision", "base_commit"), ("data_revision", "data_commit")):
         options[name] = run.identity.get(commit) or options.get(name)
-    ranks = _numbers(run.identity).get("ranks", 1)
+    ranks = numbers(run.identity).get("ranks", 1)
     words = [f"torchrun --nproc-per-node {ranks:.0f} train.py" if ranks > 1 else "python train.py"]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
@@ -1011,205 +686,6 @@ def rise(pair: list[float]) -> tuple[str, str, str]:
 
 def _at(row: dict[str, float]) -> str:
     return f"at step {row.get('step', 0):,.0f} (epoch {row.get('epoch', 0):.2f})"
-
-
-# Into HTML: `html.escape` on every string of a block. The page may load nothing and run nothing.
-
-
-STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f8; --card: #ffffff; --ink: #1b2127;
-  --muted: #5b6670;
-  --line: #dde1e5; --base: #7b8794; --tuned: #0f62c4; --mark: #c2410c; --right: #15803d;
-  --wrong: #b91c1c; }
-@media (prefers-color-scheme: dark) { :root { --page: #121619; --card: #1b2025; --ink: #e7eaed;
-  --muted: #9ba6b1; --line: #333b43; --base: #8f9ba7; --tuned: #62a8ff; --mark: #ff9d5c;
-  --right: #4ac26b;
-  --wrong: #ff7b72; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; background: var(--page);
-  color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; }
-h2 { font-size: 1.35rem; margin: 2.5rem 0 0.75rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); }
-h3 { font-size: 1.1rem; margin: 1.75rem 0 0.5rem; }
-h4 { font-size: 1rem; margin: 1.5rem 0 0.5rem; color: var(--muted); }
-p { margin: 0.5rem 0; max-width: 48rem; }
-.lead { font-size: 1.1rem; }
-.note { font-size: 0.875rem; color: var(--muted); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 0.75rem;
-  margin: 1.25rem 0; }
-.card, figure, details, .pairs, .table { background: var(--card); border: 1px solid var(--line);
-  border-radius: 0.6rem; }
-.card { margin: 0; padding: 0.9rem 1rem; }
-.card dt { font-size: 0.8rem; color: var(--muted); }
-.card dd { margin: 0; font-size: 0.85rem; color: var(--muted); }
-.card dd:nth-of-type(1) { font-size: 1.55rem; font-weight: 650; color: var(--ink);
-  line-height: 1.3; }
-.card:first-child { border-left: 4px solid var(--tuned); }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
-  gap: 0.75rem; margin: 1rem 0; }
-figure { margin: 0; padding: 0.75rem; }
-figure:last-child:nth-child(odd) { grid-column: 1 / -1; }
-svg { display: block; width: 100%; height: auto; max-width: 36rem; margin: auto; }
-.table { overflow-x: auto; margin: 0.75rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: 0.875rem;
-  font-variant-numeric: tabular-nums; }
-caption, summary { text-align: left; padding: 0.6rem 0.8rem; font-weight: 600; font-size: 0.9rem; }
-th, td { padding: 0.35rem 0.8rem; text-align: left; vertical-align: top;
-  border-top: 1px solid var(--line);
-  overflow-wrap: break-word; min-width: 4.5rem; max-width: 26rem; }
-th { color: var(--muted); font-weight: 600; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr));
-  gap: 0 1.5rem;
-  margin: 0.75rem 0; padding: 0.5rem 0.8rem; font-size: 0.875rem; }
-.pairs div { padding: 0.25rem 0; }
-dt { color: var(--muted); }
-.pairs dd { margin: 0; font-variant-numeric: tabular-nums; }
-details { margin: 0.5rem 0; }
-details .table { border: 0; margin: 0; }
-summary { cursor: pointer; }
-.parts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr));
-  gap: 0.75rem; padding: 0 0.8rem 0.8rem; }
-.part { border-left: 3px solid var(--line); padding-left: 0.7rem; min-width: 0; }
-.part:first-child { grid-column: 1 / -1; }
-.part.right { border-color: var(--right); } .part.right b { color: var(--right); }
-.part.wrong { border-color: var(--wrong); } .part.wrong b { color: var(--wrong); }
-.part b { font-size: 0.8rem; color: var(--muted); }
-@media (max-width: 40rem) { table { font-size: 0.78rem; }
-  th, td { padding: 0.35rem; min-width: 3rem; } caption { padding: 0.6rem 0.35rem; } }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 30rem;
-  overflow-y: auto;
-  font: 0.85rem/1.5 ui-monospace, monospace; }
-pre.code { background: var(--card); border: 1px solid var(--line); border-radius: 0.6rem;
-  padding: 0.8rem; margin: 0.75rem 0; }
-"""
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def to_html(title: str, blocks: Iterable[Block]) -> str:
-    """One page that needs nothing else."""
-    body = "\n".join(HTML[type(block)](block) for block in blocks)
-    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
-
-
-def tag(name: str, text: str, kind: str = "") -> str:
-    """An element that holds plain text."""
-    attribute = f' class="{kind}"' if kind else ""
-    return f"<{name}{attribute}>{html.escape(text)}</{name}>"
-
-
-def unbroken(cell: str) -> str:
-    """A number keeps its unit and an interval its ends on one line."""
-    return re.sub("(?<=[0-9])–(?=[0-9])", "–\u2060", re.sub("(?<=[0-9]) %", "\u00a0%", cell))
-
-
-def html_cards(b: Cards) -> str:
-    cards = [
-        f'<dl class="card">{tag("dt", label)}{tag("dd", value)}{tag("dd", note)}</dl>'
-        for label, value, note in b.cards
-    ]
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def html_table(b: Table) -> str:
-    head = "".join(tag("th", cell) for cell in b.header)
-    rows = "\n".join(
-        f"<tr>{''.join(tag('td', unbroken(cell)) for cell in row)}</tr>" for row in b.rows
-    )
-    caption = tag("caption", b.title) if b.title and not b.folded else ""
-    body = f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody>"
-    table = f'<div class="table"><table>{caption}{body}</table></div>'
-    return f"<details>{tag('summary', b.title)}{table}</details>" if b.folded else table
-
-
-def html_pairs(b: Pairs) -> str:
-    pairs = [f"<div>{tag('dt', name)}{tag('dd', value)}</div>" for name, value in b.pairs.items()]
-    return f'<dl class="pairs">{"".join(pairs)}</dl>'
-
-
-def html_pictures(b: Pictures) -> str:
-    return f'<div class="pictures">{"".join(f"<figure>{svg}</figure>" for svg in b.svgs)}</div>'
-
-
-def html_transcript(b: Transcript) -> str:
-    parts = [
-        f'<div class="part {tone}">{tag("b", label)}{tag("pre", text)}</div>'
-        for label, text, tone in b.parts
-    ]
-    opened = " open" if b.open else ""
-    body = f'<div class="parts">{"".join(parts)}</div>'
-    return f"<details{opened}>{tag('summary', b.title)}{body}</details>"
-
-
-HTML: dict[type, Callable[[Any], str]] = {
-    Heading: lambda b: tag(f"h{b.level}", b.text),
-    Paragraph: lambda b: tag("p", b.text, b.tone),
-    Cards: html_cards,
-    Table: html_table,
-    Pairs: html_pairs,
-    Code: lambda b: tag("pre", b.text, "code"),
-    Pictures: html_pictures,
-    Transcript: html_transcript,
-}
-
-
-# Into Markdown: inline text is escaped, and text of many lines is fenced. Pictures are in the page.
-
-
-def to_markdown(blocks: Iterable[Block]) -> str:
-    """The same without the pictures."""
-    return "\n\n".join(filter(None, (MARKDOWN[type(block)](block) for block in blocks))) + "\n"
-
-
-def inert(text: str) -> str:
-    """Text on one line in which Markdown and HTML find nothing to act on."""
-    text = re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", " ".join(text.split()))
-    return text.replace("://", ":\\//").replace("www.", "www\\.")  # GitHub makes links of bare ones
-
-
-def fenced(text: str) -> str:
-    """Text in a fence longer than any run of backticks in it."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def markdown_table(b: Table) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(map(inert, cells))} |"
-
-    title = [f"**{inert(b.title)}**", ""] if b.title else []
-    return "\n".join([*title, line(b.header), "|---" * len(b.header) + "|", *map(line, b.rows)])
-
-
-def markdown_transcript(b: Transcript) -> str:
-    parts = [f"{inert(label)}:\n\n{fenced(text)}" for label, text, _ in b.parts]
-    return "\n\n".join([f"**{inert(b.title)}**", *parts])
-
-
-MARKDOWN: dict[type, Callable[[Any], str]] = {
-    Heading: lambda b: f"{'#' * b.level} {inert(b.text)}",
-    Paragraph: lambda b: inert(b.text),
-    Cards: lambda b: markdown_table(Table(("headline", "figure", "note"), b.cards)),
-    Table: markdown_table,
-    Pairs: lambda b: markdown_table(Table(("name", "value"), list(b.pairs.items()))),
-    Code: lambda b: fenced(b.text),
-    Pictures: lambda b: "",
-    Transcript: markdown_transcript,
-}
 
 
 if __name__ == "__main__":

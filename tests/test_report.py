@@ -14,18 +14,9 @@ import pytest
 from errors import BadRun, run_script
 from run import figures
 from run.options import parse, to_json
-from run.report import (
-    command,
-    fenced,
-    inert,
-    main,
-    more_epochs,
-    read_run,
-    report_blocks,
-    to_html,
-    to_markdown,
-    write_report,
-)
+from run.page import fenced, inert, to_html, to_markdown
+from run.records import read_run
+from run.report import command, main, more_epochs, report_blocks, write_report
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]

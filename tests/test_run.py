@@ -308,7 +308,7 @@ def test_a_missing_or_empty_folder_is_a_new_run_and_the_same_configuration_goes_
     assert not check_run(tmp_path, CONFIG)
     write_json(tmp_path / "config.json", CONFIG)
     assert check_run(tmp_path, CONFIG)
-    assert check_run(tmp_path, changed(evals_per_epoch=9, evals_per_epoch=1, save_every=0.0, out="x"))
+    assert check_run(tmp_path, changed(evals_per_epoch=1, save_every=0.0, out="x"))
 
 
 def test_another_runs_folder_is_refused_with_old_and_new_side_by_side(tmp_path):
