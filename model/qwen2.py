@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import FlatAttention
+from model.functions import rms_norm, rotate, swiglu
 
 # (layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -126,7 +127,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, C)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # (T, C)
 
 
 class RMSNorm(nn.Module):
@@ -135,9 +136,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # squares of half precision overflow
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)  # (T, 1)
-        return self.weight * (wide * scale).to(x.dtype)  # (T, C)
+        return rms_norm(x, self.weight, self.eps)  # (T, C)
 
 
 class Linear(nn.Linear):
@@ -153,9 +152,3 @@ def rotary_table(positions: Tensor, head_size: int, theta: float) -> tuple[Tenso
     frequencies = 1.0 / theta ** (pairs / head_size)  # (D/2,)
     angles = positions[:, None].float() * frequencies  # (T, D/2)
     return angles.cos()[:, None], angles.sin()[:, None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of `x (T, heads, D)` by their position's angles."""
-    a, b = x.float().chunk(2, dim=-1)  # (T, heads, D/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

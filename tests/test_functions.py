@@ -1,0 +1,98 @@
+"""The formulas with hand-written gradients equal the plain ones, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from model.functions import rms_norm, rotate, swiglu
+
+EPS = 1e-6
+
+
+def plain_rms_norm(x, weight):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def plain_rotate(x, cos, sin):
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def plain_swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def normal(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def angles(tokens, half, dtype=torch.float64):
+    turned = torch.arange(tokens)[:, None, None] * torch.linspace(0.1, 2, half)
+    return turned.cos().to(dtype), turned.sin().to(dtype)
+
+
+CASES = {
+    "rms_norm": (
+        lambda x, w: rms_norm(x, w, EPS),
+        plain_rms_norm,
+        lambda dtype: (normal(5, 8, dtype=dtype), normal(8, dtype=dtype, seed=1)),
+    ),
+    "rotate": (
+        lambda x: rotate(x, *angles(5, 4, torch.promote_types(x.dtype, torch.float32))),
+        lambda x: plain_rotate(x, *angles(5, 4, torch.promote_types(x.dtype, torch.float32))),
+        lambda dtype: (normal(5, 3, 8, dtype=dtype),),
+    ),
+    "swiglu": (
+        swiglu,
+        plain_swiglu,
+        lambda dtype: (normal(5, 8, dtype=dtype), normal(5, 8, dtype=dtype, seed=1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_finite_differences(name):
+    fast, _, inputs = CASES[name]
+    assert gradcheck(fast, [x.requires_grad_() for x in inputs(torch.float64)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_the_plain_formulas(name, dtype):
+    fast, plain, inputs = CASES[name]
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    results = []
+    for formula in (fast, plain):
+        leaves = [x.requires_grad_() for x in inputs(dtype)]
+        y = formula(*leaves)
+        assert y.dtype == dtype
+        results.append([y, *torch.autograd.grad(y, leaves, normal(*y.shape, dtype=dtype, seed=2))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    x, weight = normal(5, 8).requires_grad_(), normal(8)
+    rms_norm(x, weight, EPS).sum().backward()
+    assert x.grad is not None and weight.grad is None
+
+
+def test_squares_that_half_precision_cannot_hold_do_not_overflow():
+    x = torch.full((1, 8), 3e4, dtype=torch.float16)
+    y = rms_norm(x, torch.ones(8, dtype=torch.float16), EPS)
+    torch.testing.assert_close(y, torch.ones_like(y))
+
+
+def test_little_is_kept_for_the_backward_pass():
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    x, cos_sin = normal(5, 3, 8).requires_grad_(), angles(5, 4)
+    with hooks:
+        rms_norm(x, normal(8), EPS)
+        rotate(x, *cos_sin)
+        swiglu(x, x)
+    assert sum(t.shape == x.shape for t in kept) == 3  # x of the norm, gate and up
