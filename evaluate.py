@@ -23,7 +23,7 @@ from typing import Any
 from data.chat import ChatFormat
 from data.encode import encode_problems
 from data.gsm8k import EXAMPLES
-from data.rows import Message, Problem, Source, read_problems
+from data.rows import Message, Problem, Source, fingerprint, read_problems
 from data.split import split_problems
 from data.tasks import load_source
 from errors import BadData, BadOption, BadRun, run_script
@@ -225,7 +225,6 @@ def evaluation_settings(
         adapter = hashlib.sha256(b"".join(f.read_bytes() for f in files if f.exists())).hexdigest()
     names = ("split", "prompt", "shots", "samples", "temperature", "top_k", "top_p", "seed",
              "max_new_tokens")  # fmt: skip
-    rows = json.dumps([p.row() for p in problems])
     return {
         "base": checkpoint.name,
         "base_commit": checkpoint.commit,
@@ -233,7 +232,7 @@ def evaluation_settings(
         "adapter_sha256": adapter,
         "data": data,
         "problems": len(problems),
-        "problems_sha256": hashlib.sha256(rows.encode()).hexdigest(),
+        "problems_sha256": fingerprint(problems),
         "precision": precision,
         **{name: getattr(config, name) for name in names},
     }

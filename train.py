@@ -27,7 +27,7 @@ from data.audit import Audit, audit, audit_lines
 from data.batches import Schedule, flat_batch
 from data.chat import ChatFormat
 from data.encode import Example, encode_problems
-from data.rows import Problem, Source
+from data.rows import Problem, Source, fingerprint
 from data.split import split_problems
 from data.tasks import load_source
 from errors import BadData, TrainingFailed, run_script
@@ -50,6 +50,7 @@ from progress_bar import progress_bar
 from run import distributed
 from run.checkpoint import (
     Progress,
+    check_place,
     check_run,
     load_checkpoint,
     read_progress,
@@ -135,20 +136,22 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(config.device, distributed.local_rank())
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)
+    out = Path(config.out or default_out(config))
+    check_place(out)
+    source = load_source(config.data, config.data_revision)
     checkpoint = find_checkpoint(config.model, config.revision)
     base = read_config(checkpoint.folder)
     check_targets(base, config.targets)
     chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
-    source = load_source(config.data, config.data_revision)
     if config.show_example:
         return show_example(source.train[0], chat)
 
-    out = Path(config.out or default_out(config))
     world = distributed.join(device)
     identity = {
         "base_commit": checkpoint.commit,
         "base_sizes": asdict(base),
         "data_commit": source.commit,
+        "data_sha256": fingerprint(source.train[: config.limit]),
         "precision": precision,
         "ranks": world.size,
     }
@@ -157,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     world.wait()
     if resuming and (done := read_progress(out)) and done.stopped:
         if world.is_main:
+            if not (out / "report.html").exists():
+                write_report(out, config.price_per_hour)
             print_end(done, out)
         return
 
@@ -217,6 +222,7 @@ def train(
         parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    scaler.scale(torch.zeros((), device=device))  # or a rank without rows could not unscale
     progress = load_checkpoint(out, parameters=parameters, optimizer=optimizer, scaler=scaler)
     log = MetricsLog(out / "metrics.jsonl", keep=progress.log_bytes) if world.is_main else None
     last = last_step(config, schedule)

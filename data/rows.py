@@ -5,6 +5,7 @@ A row is either {"question": ..., "answer": ...} or {"messages": [{"role": ..., 
 an error.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """Everything the model is given, as one text: what makes two problems the same."""
+        """What users and system say, as one text: what makes two problems the same."""
         return "\n".join(m.content for m in self.messages if m.role != "assistant")
 
     @property
@@ -70,6 +71,12 @@ def load_path(path: Path) -> Source:
         source.test, bad = read_problems(test)
         source.bad += bad
     return source
+
+
+def fingerprint(problems: list[Problem]) -> str:
+    """SHA-256 of the problems in their order: the same text, the same data."""
+    rows = json.dumps([p.row() for p in problems])
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def _split_file(folder: Path, split: str) -> Path | None:

@@ -24,7 +24,7 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, channels: int, layer: int):
         super().__init__()
         assert 0 <= p < 1, f"dropout {p} is not in [0, 1)"
-        self.dropped = round(p * 2**BITS)  # of 65,536 hash values
+        self.dropped = min(round(p * 2**BITS), 2**BITS - 1)  # of 65,536 hash values
         self.scale = 2**BITS / (2**BITS - self.dropped)
         self.keys: Tensor | None = None
         pairs = torch.arange((channels + 1) // 2) + (layer << 32)

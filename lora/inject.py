@@ -123,9 +123,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
     layers = list(adapters(model))
     biased = [m for m in model.modules() if getattr(m, "untrained_bias", None) is not None]
     trained = [m.bias.data for m in biased]
-    merged = [layer for layer in layers if layer.merged]
+    merged = [(layer, layer.base_layer.weight.data) for layer in layers if layer.merged]
     enabled = [layer for layer in layers if layer.enabled]
-    for layer in merged:
+    for layer, _ in merged:
         layer.unmerge()
     for layer in layers:
         layer.enabled = False
@@ -136,8 +136,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in enabled:
             layer.enabled = True
-        for layer in merged:
-            layer.merge()
+        for layer, weight in merged:
+            layer.unmerged_weight = layer.base_layer.weight.data
+            layer.base_layer.weight.data = weight
         for module, bias in zip(biased, trained):
             module.bias.data = bias
 

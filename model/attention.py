@@ -9,11 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # PyTorch before 2.10
-    varlen_attn = None
+from torch.nn.attention.varlen import varlen_attn
 
 
 class FlatAttention:
@@ -28,7 +24,7 @@ class FlatAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, D), (T, G, D), (T, G, D) -> (T, H, D)."""
-        if self.offsets is not None and varlen_works(q.device, q.dtype):
+        if self.offsets is not None and varlen_works(q.device, q.dtype, q.shape[1:], k.shape[1:]):
             return attend_varlen(q, k, v, self.offsets, max(self.lengths))
         return attend_each(q, k, v, self.lengths)
 
@@ -47,8 +43,11 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @functools.cache
-def varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the variable-length kernel runs here and agrees with the plain form, tried out once.
+def varlen_works(
+    device: torch.device, dtype: torch.dtype, queries: tuple[int, int], keys: tuple[int, int]
+) -> bool:
+    """Whether the variable-length kernel runs here and agrees with the plain form, tried out once
+    for each device, dtype, and (H, D) and (G, D) of the model.
 
     It needs an Ampere GPU and half precision, and its interface is young. Prints what it found.
     """
@@ -57,30 +56,26 @@ def varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             generator = torch.Generator(device).manual_seed(0)
-            lengths, shape = [40, 3], (43, 4, 64)
             offsets = torch.tensor([0, 40, 43], dtype=torch.int32, device=device)
             inputs = [
-                torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_()
-                for _ in range(3)
+                torch.randn(43, *heads, generator=generator, device=device, dtype=dtype)
+                for heads in (queries, keys, keys)
             ]
+            inputs = [x.requires_grad_() for x in inputs]
             results = []
-            for y in (attend_varlen(*inputs, offsets, 40), attend_each(*inputs, lengths)):
-                results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+            for y in (attend_varlen(*inputs, offsets, 40), attend_each(*inputs, [40, 3])):
+                results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
         error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
         problem = None if error < 0.02 else f"differs from the plain form by {error:.2g}"
-    except (RuntimeError, TypeError, NotImplementedError) as failure:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as failure:
         problem = str(failure).splitlines()[0][:80]
-    print(
-        "attention: "
-        + ("one variable-length call" if problem is None else f"one call an example ({problem})")
-    )
+    chosen = "one variable-length call" if problem is None else f"one call an example ({problem})"
+    print(f"attention: {chosen}")
     return problem is None
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """All examples in one call of the variable-length flash kernel (CUDA, half precision)."""
-    if varlen_attn is None:
-        raise NotImplementedError("this PyTorch has no varlen_attn")
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (T, H, D)
     # window (-1, 0): all earlier tokens, no later one

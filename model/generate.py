@@ -145,8 +145,9 @@ def pick(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     allowed = before < sampling.top_p
     if sampling.top_k:
         allowed &= torch.arange(p.shape[-1], device=p.device) < sampling.top_k
-    edges = (p * allowed).double().cumsum(dim=-1)  # (B, V)
-    target = noise.double()[:, None] * edges[:, -1:]  # (B, 1)
+    exact = torch.float32 if p.device.type == "mps" else torch.float64  # MPS has no fp64
+    edges = (p * allowed).to(exact).cumsum(dim=-1)  # (B, V)
+    target = noise.to(exact)[:, None] * edges[:, -1:]  # (B, 1)
     place = torch.searchsorted(edges, target, right=True)  # first edge beyond the target
     place = place.minimum(allowed.sum(dim=-1, keepdim=True) - 1)
     return order.gather(1, place).squeeze(1)
@@ -157,7 +158,7 @@ def _noise(rows: list[int], steps: int, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros(len(rows), steps)
     draws = [np.random.default_rng((sampling.seed, row)).random(steps) for row in rows]
-    return torch.from_numpy(np.stack(draws))
+    return torch.from_numpy(np.stack(draws)).float()
 
 
 class KVCache:

@@ -37,10 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
     """`cls` from the command line; BadOption lists every value that cannot be."""
-    parser = _Parser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = _Parser(description=description, allow_abbrev=False)
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         parser.add_argument(
@@ -52,25 +49,26 @@ def parse(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
     return config
 
 
+class _Names(argparse.Action):
+    """`A,B` and `A B` are the same two names."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(name for text in values for name in text.split(",")))
+
+
 def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
-    shown = {"help": field.metadata["help"], "default": field.default}
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    note = "" if default in (None, "") else f" (default: {default})".replace("%", "%%")
+    shown = {"help": field.metadata["help"] + note, "default": field.default}
     if kind is bool:
         return shown | {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is tuple:
-        return shown | {"type": lambda text: tuple(text.split(",")), "metavar": "A,B,..."}
+        return shown | {"action": _Names, "nargs": "+", "metavar": "NAME"}
     if typing.get_args(kind):  # X | None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    return shown | {
-        "type": kind,
-        "choices": field.metadata["choices"],
-        "metavar": _metavar(field, kind),
-    }
-
-
-def _metavar(field: dataclasses.Field, kind: type) -> str:
-    return (
-        "|".join(field.metadata["choices"]) if field.metadata["choices"] else kind.__name__.upper()
-    )
+    choices = field.metadata["choices"]
+    metavar = "|".join(choices) if choices else kind.__name__.upper()
+    return shown | {"type": kind, "choices": choices, "metavar": metavar}
 
 
 def value_problems(config: Any) -> list[str]:

@@ -87,12 +87,12 @@ class Run:
     @property
     def best(self) -> dict[str, float]:
         """The validation that training keeps as best: lowest loss, or most exact matches."""
-        key, sign = ("val_loss", 1)
-        if self.options.get("stop_on") == "exact-match":
-            key, sign = ("val_exact_match", -1)
-        return min(
-            (v for v in self.validations if key in v), key=lambda v: sign * v[key], default={}
-        )
+        keys = ["val_loss"]
+        if self.options.get("stop_on") == "exact-match":  # of equal ones the lower loss
+            keys.insert(0, "val_exact_match")
+        complete = [v for v in self.validations if all(key in v for key in keys)]
+        signs = {"val_loss": 1, "val_exact_match": -1}
+        return min(complete, key=lambda v: [signs[k] * v[k] for k in keys], default={})
 
 
 def read_run(folder: Path) -> Run:

@@ -179,17 +179,19 @@ def slow_nats(base: Path, examples: list[Example], adapter: Path | None = None) 
     return nats
 
 
-@pytest.mark.parametrize("learning_rate", [3e-3, 0.5])  # the last is the best; an early one is
+@pytest.mark.parametrize("late_rate", [3e-3, -3e-2])  # downhill to the end; uphill from half-way
 def test_the_adapter_in_best_has_the_lowest_validation_loss_of_the_run(
-    tmp_path, toy, learning_rate
+    tmp_path, toy, late_rate, monkeypatch
 ):
-    flags = ["--limit", 60, "--epochs", 2, "--learning-rate", learning_rate]
+    rate = lambda config, step, last: 3e-3 if step < last / 2 else late_rate  # noqa: E731
+    monkeypatch.setattr(train, "learning_rate", rate)
+    flags = ["--limit", 60, "--epochs", 2]
     losses = series(run(tmp_path / "run", toy, *flags), "val_loss")
     held_out, _ = read_problems(tmp_path / "run" / "validation.jsonl")
     examples = encode(toy[1], held_out, list(range(len(held_out))))
     nats = slow_nats(toy[1], examples, tmp_path / "run" / "best")
     assert sum(nats) / sum(e.supervised for e in examples) == pytest.approx(min(losses), rel=1e-6)
-    assert (losses[-1] == min(losses)) == (learning_rate == 3e-3)
+    assert (losses[-1] == min(losses)) == (late_rate > 0)
 
 
 def test_a_steps_loss_is_the_mean_over_its_tokens_and_not_a_mean_of_means(tmp_path, toy):

@@ -1,0 +1,80 @@
+"""The one call that a GPU makes for all examples is held to the plain form, one call an example."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import attention
+from model.attention import FlatAttention, attend_each, attend_varlen, varlen_works
+
+LENGTHS = [5, 1, 9]
+
+
+def slow_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size):
+    """What `torch.nn.attention.varlen.varlen_attn` documents, token by token."""
+    assert window_size == (-1, 0) and longest_q == longest_k == max(LENGTHS)
+    assert starts_q.dtype == starts_k.dtype == torch.int32 and q.shape == k.shape == v.shape
+    out = torch.empty_like(q)
+    for start, end in zip(starts_q.tolist(), starts_q.tolist()[1:]):
+        for t in range(start, end):
+            scores = torch.einsum("hd,shd->hs", q[t], k[start : t + 1]) / q.shape[-1] ** 0.5
+            out[t] = torch.einsum("hs,shd->hd", scores.softmax(-1), v[start : t + 1])
+    return out
+
+
+def inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((15, 4, 8), (15, 2, 8), (15, 2, 8))
+    return [torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def test_the_call_for_all_examples_is_one_call_an_example(monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
+    offsets = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    torch.testing.assert_close(
+        attend_varlen(*inputs(), offsets, 9), attend_each(*inputs(), LENGTHS)
+    )
+
+
+def test_one_call_an_example_is_softmax_over_the_earlier_tokens():
+    q, k, v = inputs()
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    starts = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    slow = slow_varlen(q, k, v, starts, starts, 9, 9, window_size=(-1, 0))
+    torch.testing.assert_close(attend_each(*inputs(), LENGTHS), slow)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no kernel"), TypeError("no such argument")])
+def test_a_kernel_that_does_not_run_is_not_used_and_that_is_said(monkeypatch, capsys, failure):
+    def fails(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(attention, "varlen_attn", fails)
+    varlen_works.cache_clear()
+    assert not varlen_works(torch.device("cpu"), torch.bfloat16, (4, 8), (2, 8))
+    assert f"one call an example ({failure})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_kernel_is_used_only_if_it_agrees_with_the_plain_form(monkeypatch, causal):
+    def kernel(q, k, v, *_, window_size):
+        both = zip(*(x.split([40, 3]) for x in (q, k, v)))
+        each = [[x.transpose(0, 1)[None] for x in example] for example in both]
+        ys = [F.scaled_dot_product_attention(*e, is_causal=causal)[0] for e in each]
+        return torch.cat([y.transpose(0, 1) for y in ys])
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    varlen_works.cache_clear()
+    assert varlen_works(torch.device("cpu"), torch.bfloat16, (4, 8), (2, 8)) == causal
+
+
+def test_fp32_takes_the_plain_form():
+    varlen_works.cache_clear()
+    assert not varlen_works(torch.device("cpu"), torch.float32, (4, 8), (2, 8))
+    assert FlatAttention(LENGTHS, torch.device("cpu")).offsets is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_of_this_gpu_agrees_with_the_plain_form():
+    varlen_works.cache_clear()
+    assert varlen_works(torch.device("cuda", 0), torch.bfloat16, (14, 64), (2, 64))
