@@ -564,7 +564,7 @@ def command(run: Run) -> str:
     options = dict(run.options)
     for name, commit in (("revision", "base_commit"), ("data_revision", "data_commit")):
         options[name] = run.identity.get(commit) or options.get(name)
-    options["out"] = f"{options.get('out') or run.folder.name}-again"  # beside this run, not in it
+    options["out"] = clean(f"{options.get('out') or run.folder.name}-again")  # beside this run
     ranks = numbers(run.identity).get("ranks", 1)
     words = [f"torchrun --nproc-per-node {ranks:.0f} train.py" if ranks > 1 else "python train.py"]
     for name, value in options.items():

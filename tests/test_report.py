@@ -256,7 +256,7 @@ def test_the_command_gives_back_every_option(tmp_path):
     words = shlex.split(command(read_run(tmp_path)).replace("\\\n", ""))
     assert words[:4] == ["torchrun", "--nproc-per-node", "2", "train.py"]
     again = to_json(parse(TrainConfig, words[4:], ""))
-    assert again == to_json(config) | {"revision": "abc"}
+    assert again == to_json(config) | {"revision": "abc", "out": "a b'$(c)-again"}
 
 
 @pytest.mark.parametrize(

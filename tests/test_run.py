@@ -147,7 +147,10 @@ def test_help_names_every_option_with_its_default(capsys):
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         assert flag in text and " ".join(field.metadata["help"].split()) in text
-        assert f"(default: {field.default})" in text
+        default = field.default
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        assert default in (None, "") or f"(default: {shown})" in text
+    assert "(default: None)" not in text
 
 
 def test_the_table_shows_every_value_in_80_columns():
@@ -419,3 +422,8 @@ def test_auto_device_is_the_first_there_is_and_one_that_is_not_there_is_refused(
     for name in ("cuda", "mps"):
         with pytest.raises(BadOption, match=f"--device {name}"):
             pick_device(name)
+
+
+@pytest.mark.parametrize("argv", [["--targets", "a,b"], ["--targets", "a", "b"]])
+def test_names_are_separated_by_commas_or_spaces(argv):
+    assert parse(TrainConfig, argv, "").targets == ("a", "b")
