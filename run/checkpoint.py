@@ -4,7 +4,10 @@
         config.json         options and what was resolved from them
         metrics.jsonl       a line a step, a line a validation
         validation.jsonl    the rows that were held out
-        best/               the adapter with the lowest validation loss, in PEFT's format
+        audit.json          what is in the data
+        best/               the adapter that validated best (loss, or exact match), in PEFT's format
+        evaluation/         what evaluate.py measured, a folder for each of its settings
+        report.html, .md    all of it in a page
         checkpoints/step-000421/    adapter, optimizer state, progress: all that is needed to go on
 
 A checkpoint is written beside its place and renamed, so a name that can be seen is complete.
