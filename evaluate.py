@@ -37,11 +37,11 @@ from model.generate import Sampling, decode
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
-from run import options
 from run.checkpoint import check_place, write_json
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
 from run.metrics import MetricsLog, read_metrics
 from run.options import option, parse, to_json
+from run.options import table as options_table
 from run.report import write_report
 
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if not config.ask:
         chosen = {k: v for k, v in to_json(config).items() if v not in (None, [])}
-        print(options.table(chosen))
+        print(options_table(chosen))
         print(f"data {data}: {len(problems)} problems; prompt {config.prompt}")
     print(f"base {checkpoint.name} at {checkpoint.commit or checkpoint.folder}")
     print(f"device {describe(device)}; precision {precision}: {why}")
@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)
     asking = Asking(
-        config.prompt, tuple(shots), sampling(config), config.samples,
-        config.max_new_tokens, config.batch_size,
+        prompt=config.prompt, shots=tuple(shots), sampling=sampling(config),
+        samples=config.samples, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
     )  # fmt: skip
     given: dict[str, Completions] = {}
     result: dict[str, Any] = {"settings": settings, "problems": len(problems), "contestants": {}}
@@ -247,7 +247,9 @@ def results_folder(config: EvalConfig, settings: dict[str, Any]) -> Path:
 
 
 def sampling(config: EvalConfig) -> Sampling:
-    return Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+    return Sampling(
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
+    )
 
 
 def answer_all(

@@ -84,9 +84,7 @@ class TrainConfig:
 
     epochs: int = option(3, "times that each training row is taken", least=1)
     batch_size: int = option(16, "sequences of a micro-batch on one rank", least=1)
-    grad_accum: int = option(
-        1, "micro-batches of a step; less memory with a smaller batch", least=1
-    )
+    grad_accum: int = option(1, "micro-batches of a step: less memory, same losses", least=1)
     learning_rate: float = option(2e-4, "peak of the schedule", least=0)
     schedule: str = option(
         "linear", "shape after the warm-up", choices=("constant", "linear", "cosine")
@@ -111,9 +109,7 @@ class TrainConfig:
 
     precision: str = option("auto", "of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
-    price_per_hour: float | None = option(
-        None, "of the machine, in dollars, for the report", least=0
-    )
+    price_per_hour: float | None = option(None, "of the machine in dollars, to report", least=0)
     save_every: float = option(60.0, "seconds between checkpoints", least=0)
     show_example: bool = option(False, "print one example, what is supervised marked, and leave")
 
@@ -174,14 +170,15 @@ def main(argv: list[str] | None = None) -> None:
     if world.is_main:
         print("\n".join(audit_lines(data.audit)))
     schedule = Schedule(
-        data.train, config.batch_size, config.grad_accum, config.epochs, config.seed,
-        rank=world.rank, ranks=world.size,
+        data.train, batch_size=config.batch_size, grad_accum=config.grad_accum,
+        epochs=config.epochs, seed=config.seed, rank=world.rank, ranks=world.size,
     )  # fmt: skip
 
     model = load_model(checkpoint.folder, dtype=DTYPES[precision], device=device)
     lora = LoRAConfig(
-        config.r, config.alpha, config.dropout, config.targets, config.bias, config.rslora
-    )
+        r=config.r, alpha=config.alpha, dropout=config.dropout,
+        targets=config.targets, bias=config.bias, rslora=config.rslora,
+    )  # fmt: skip
     inject(model, lora, seed=config.seed)
     if world.is_main:
         trainable, total = count(model)
@@ -450,10 +447,8 @@ def show_example(problem: Problem, chat: ChatFormat) -> None:
 def default_out(config: TrainConfig) -> Path:
     """out/<model>-<data>, in lower case."""
     names = [Path(config.model).name, Path(config.data).name]
-    return (
-        Path("out")
-        / "-".join(n.removesuffix(".jsonl").removesuffix(".parquet") for n in names).lower()
-    )
+    stems = [name.removesuffix(".jsonl").removesuffix(".parquet") for name in names]
+    return Path("out") / "-".join(stems).lower()
 
 
 def gave_up(progress: Progress, rows: list[int], out: Path) -> TrainingFailed:

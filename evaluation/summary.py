@@ -115,9 +115,9 @@ def breakdown(problems: list[Problem], right: list[bool]) -> dict[str, dict[str,
                 cell = tables.setdefault(table, {}).setdefault(key, [0, 0])
                 cell[0] += ok
                 cell[1] += 1
-    numeric = lambda key: (len(key), key)  # noqa: E731  "9" before "10"
-    return {
-        name: {k: table[k] for k in sorted(table, key=numeric)} for name, table in tables.items()
+    return {  # "9" before "10"
+        name: {k: cells[k] for k in sorted(cells, key=lambda k: (len(k), k))}
+        for name, cells in tables.items()
     }
 
 

@@ -18,13 +18,10 @@ from torch import Tensor
 from model.attention import FlatAttention
 from model.qwen2 import Qwen2
 
-Stopped = Callable[
-    [list[int]], bool
-]  # whether an answer ends with these tokens, the last just picked
+# Whether an answer ends with these tokens, the last of them just picked.
+Stopped = Callable[[list[int]], bool]
 
-COMPACT_EVERY = (
-    16  # steps between removals of finished rows: copying the cache costs about one step
-)
+COMPACT_EVERY = 16  # steps between removals of finished rows: copying the cache costs about one
 
 
 @dataclass(frozen=True)
@@ -108,9 +105,8 @@ def decode(
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (T,)
     hidden = model(tokens, positions, lengths, cache=cache)  # (T, C)
     hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]  # (B, C)
-    live: list[int | None] = list(
-        range(len(prompts))
-    )  # which prompt each row of the batch is, or None
+    # Which prompt each row of the batch is; None once that has ended.
+    live: list[int | None] = list(range(len(prompts)))
     texts: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
         picked = pick(hidden @ head.t(), sampling, noise[:, step])  # (B,)
@@ -139,9 +135,8 @@ def pick(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     assert sampling.top_p > 0, f"top_p {sampling.top_p} allows no token"
     p = torch.softmax(logits.float() / sampling.temperature, dim=-1)  # (B, V)
     p, order = p.sort(dim=-1, descending=True, stable=True)
-    before = (
-        p.cumsum(dim=-1) - p
-    )  # mass of the likelier tokens; 0 for the likeliest, which always stays
+    # The mass of all likelier tokens: 0 for the likeliest, which always stays.
+    before = p.cumsum(dim=-1) - p  # (B, V)
     allowed = before < sampling.top_p
     if sampling.top_k:
         allowed &= torch.arange(p.shape[-1], device=p.device) < sampling.top_k
@@ -173,9 +168,7 @@ class KVCache:
         shape = (2, config.num_hidden_layers, len(lengths), config.num_key_value_heads, slots,
                  config.head_size)  # fmt: skip
         self.store = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.ends = torch.tensor(
-            lengths, device=weight.device
-        )  # (B,): the first free slot of each row
+        self.ends = torch.tensor(lengths, device=weight.device)  # (B,): each row's first free slot
         self.longest = max(lengths)
         self.prefill: FlatAttention | None = FlatAttention(lengths, weight.device)
         self.mask: Tensor | None = None

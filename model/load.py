@@ -56,13 +56,8 @@ def read_config(folder: Path) -> Qwen2Config:
         raise BadCheckpoint(
             f"{folder} is a {raw.get('model_type', 'model of unknown type')}, not a qwen2", REMEDY
         )
-    sizes = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-    )
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "vocab_size")  # fmt: skip
     values = {key: raw.get(key) for key in sizes}
     values["num_key_value_heads"] = raw.get("num_key_value_heads", values["num_attention_heads"])
     problems = [
@@ -176,9 +171,8 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 def _check_files(folder: Path, files: dict[str, Path], model: Qwen2) -> None:
     """Names, shapes, dtypes against the network's; BadCheckpoint lists all that differs."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    allowed = (
-        {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    )  # some exporters write it
+    # Some exporters write the head of a tied model as well.
+    allowed = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     problems = [f"{name} is missing" for name in expected if name not in files]
     problems += [
         f"{name} is not expected" for name in files if name not in expected.keys() | allowed

@@ -13,9 +13,7 @@ from torch import Tensor
 IGNORE = -100  # the target of a token that is not supervised, as in PyTorch's own cross-entropy
 
 CHUNK_BYTES = 320 << 20  # logits at hand at once: about 1,000 rows of Qwen2's vocabulary in bf16
-BLOCK_BYTES = (
-    24 << 20
-)  # fp32 probabilities at hand at once: they are read several times, so in cache
+BLOCK_BYTES = 24 << 20  # fp32 probabilities at hand at once: read several times, so in cache
 
 
 def linear_cross_entropy(
@@ -52,9 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
 
         rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
-        logits = hidden.new_empty(
-            rows, V
-        )  # one buffer for all chunks: fresh pages cost more than a product
+        # One buffer for all chunks: fresh pages cost more than the product.
+        logits = hidden.new_empty(rows, V)
         for chunk, target, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
             logits = torch.mm(chunk, weight.t(), out=logits[: len(chunk)])  # (n, V)
             chunk_nats, chunk_correct = _score_in_place(
@@ -77,9 +74,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_nats: Tensor, _) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            wide = grad_hidden.to(
-                grad_nats.dtype, copy=True
-            )  # a bf16 factor would tilt every gradient by 0.2 %
+            # Wide, because a factor in bf16 would tilt every gradient by 0.2 %.
+            wide = grad_hidden.to(grad_nats.dtype, copy=True)
             grad_hidden = wide.mul_(grad_nats).to(ctx.hidden_dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_nats).to(ctx.weight_dtype)

@@ -170,11 +170,9 @@ def load_checkpoint(
 def read_progress(run: Path) -> Progress | None:
     """How far the run in a folder has come, without its weights."""
     found = _checkpoints(run)
-    return (
-        Progress(**json.loads((found[-1] / "progress.json").read_text())["progress"])
-        if found
-        else None
-    )
+    if not found:
+        return None
+    return Progress(**json.loads((found[-1] / "progress.json").read_text())["progress"])
 
 
 def _checkpoints(run: Path) -> list[Path]:

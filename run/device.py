@@ -42,11 +42,9 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
         return "fp16", "this GPU has no bf16 units"
     if device.type == "cpu":
         feature = cpu_bf16_feature()
-        return (
-            ("bf16", f"this CPU has {feature}")
-            if feature
-            else ("fp32", "this CPU has no bf16 units")
-        )
+        if feature:
+            return "bf16", f"this CPU has {feature}"
+        return "fp32", "this CPU has no bf16 units"
     return "fp32", "the precision that is known to work on " + device.type
 
 
