@@ -47,6 +47,8 @@ from run.report import write_report
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """What one asks for: each field is an option of the command line."""
+
     adapter: str | None = option(None, "adapter folder, such as out/.../best")
     model: str | None = option(None, "base (default: the one the adapter names)")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")

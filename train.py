@@ -69,6 +69,8 @@ SKIPS_IN_A_ROW = 5  # steps without a finite gradient, after which the run is gi
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """What one asks for: each field is an option of the command line and a key of `config.json`."""
+
     model: str = option("Qwen/Qwen2-0.5B-Instruct", "folder or Hub id of the base")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
     data: str = option("gsm8k", "a task, a folder with train.jsonl, or a .jsonl or .parquet file")

@@ -61,7 +61,7 @@ class Qwen2(nn.Module):
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, lengths: list[int], cache: "Attend | None" = None
+        self, tokens: Tensor, positions: Tensor, lengths: list[int], cache: Attend | None = None
     ) -> Tensor:
         """Hidden states (T, C) of `tokens (T,)`, at `positions (T,)` within examples of `lengths`.
 
@@ -72,6 +72,8 @@ class Qwen2(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, layers, and the last norm: tokens (T,) to hidden states (T, C)."""
+
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
@@ -88,6 +90,8 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention, then MLP, each on a normed copy and added back: (T, C) to (T, C)."""
+
     def __init__(self, config: Qwen2Config, index: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -101,6 +105,8 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: H query heads share G key and value heads; q, k, v have biases."""
+
     def __init__(self, config: Qwen2Config, index: int):
         super().__init__()
         self.index, self.head_size = index, config.head_size
@@ -119,6 +125,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, config: Qwen2Config):
         super().__init__()
         C, inner = config.hidden_size, config.intermediate_size
@@ -131,6 +139,8 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """Scales each row to a root mean square of 1, then by a weight a channel."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps

@@ -76,6 +76,8 @@ def publish_best(
 
 @dataclass(frozen=True)
 class ExportConfig:
+    """What one asks for: each field is an option of the command line."""
+
     adapter: str = option("", "folder of the adapter, such as out/.../best")
     out: str = option("merged", "folder to write, which must not exist")
     model: str | None = option(None, "base model (default: the one the adapter names)")
