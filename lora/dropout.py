@@ -2,7 +2,7 @@
 
 A mask drawn from a running generator depends on everything drawn before it. This one is a hash, so
 it does not: a row is dropped alike in any micro-batch, on any rank, and after any interruption. It
-is also 10 times as fast as `F.dropout` on a CPU, where drawing is serial (`docs/log.md`).
+is also four times as fast as `F.dropout` on a CPU, where drawing is serial (`docs/log.md`).
 
 `lora.inject.seed_dropout` gives every adapter the keys of its tokens before a training forward.
 Legend: T tokens, C channels.

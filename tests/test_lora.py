@@ -786,3 +786,9 @@ def test_exporting_writes_over_nothing_and_leaves_nothing_half_done(tmp_path, fo
     with pytest.raises(BadAdapter):
         run_export(tmp_path, "bf16", "--model", str(folder))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rate_close_to_one_drops_nearly_all_and_divides_by_nothing():
+    dropout = KeyedDropout(0.999999, 8, layer=0)
+    dropout.keys = token_keys(0, 0, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    assert dropout(torch.ones(4, 8)).isfinite().all()

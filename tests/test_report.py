@@ -462,3 +462,11 @@ def test_the_vote_of_all_samples_is_the_headline(own_run):
     write_json(path, found)
     assert row(markdown(own_run), "Answer accuracy (generated), test, chat")[0] == "30.0 → 50.0 %"
     assert "majority of all samples" in markdown(own_run)
+
+
+def test_of_equal_exact_matches_the_report_marks_the_lower_loss_as_training_does(tmp_path):
+    options = {"options": {"stop_on": "exact-match"}}
+    write_json(tmp_path / "config.json", options)
+    lines = [{"step": s, "val_loss": v, "val_exact_match": 0.5} for s, v in ((1, 0.9), (2, 0.8))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(tmp_path).best["step"] == 2

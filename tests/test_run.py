@@ -427,3 +427,9 @@ def test_auto_device_is_the_first_there_is_and_one_that_is_not_there_is_refused(
 @pytest.mark.parametrize("argv", [["--targets", "a,b"], ["--targets", "a", "b"]])
 def test_names_are_separated_by_commas_or_spaces(argv):
     assert parse(TrainConfig, argv, "").targets == ("a", "b")
+
+
+def test_other_data_under_the_same_name_is_another_run(tmp_path):
+    write_json(tmp_path / "config.json", changed() | {"identity": {"data_sha256": "a"}})
+    with pytest.raises(BadRun, match="data_sha256 was a, is b"):
+        check_run(tmp_path, changed() | {"identity": {"data_sha256": "b"}})
