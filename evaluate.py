@@ -80,9 +80,16 @@ class EvalConfig:
         return "few-shot" if self.shots else "chain-of-thought" if self.cot else "chat"
 
 
+# `--demo`: what `python train.py --demo` has left behind.
+DEMO = {"adapter": "out/demo/best", "max_new_tokens": 160, "batch_size": 50}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Find everything, let each contestant answer, count, compare."""
-    config = parse(EvalConfig, argv, "Measure a base and its adapter on the same problems.")
+    config = parse(
+        EvalConfig, argv, "Measure a base and its adapter on the same problems.",
+        presets={"demo": DEMO},
+    )  # fmt: skip
     check(config)
     if config.compare:
         return compare(*config.compare, seed=config.seed)

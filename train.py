@@ -116,6 +116,13 @@ class TrainConfig:
     show_example: bool = option(False, "print one example, what is supervised marked, and leave")
 
 
+# `--demo`: the whole way in two minutes, offline. A small base takes, and needs, a higher rate.
+DEMO = {
+    "model": "demo", "data": "demo", "out": "out/demo", "epochs": 3, "batch_size": 16,
+    "learning_rate": 5e-3, "dropout": 0.0, "max_new_tokens": 160,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Data:
     """What a run learns from and is validated on, and what it takes to answer the latter."""
@@ -130,7 +137,9 @@ class Data:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, check, train: each chapter prints what it chose."""
-    config = parse(TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.")
+    config = parse(
+        TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.", presets={"demo": DEMO}
+    )
     device = pick_device(config.device, distributed.local_rank())
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)

@@ -1,8 +1,8 @@
 """Rows of JSONL and parquet files become problems: a conversation whose last turn is the answer.
 
 A row is either {"question": ..., "answer": ...} or {"messages": [{"role": ..., "content": ...},
-...]}. Bad rows are never guessed at: each is left out with its reason, and more than 1 % of them is
-an error.
+...]}, and may name its "category". Bad rows are never guessed at: each is left out with its reason,
+and more than 1 % of them is an error.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ class Problem:
 
     id: str  # "train.jsonl:12": the line, or in parquet the row, from 1
     messages: tuple[Message, ...]
+    category: str | None = None  # what kind of problem it is, where the row says so
 
     @property
     def question(self) -> str:
@@ -41,7 +42,8 @@ class Problem:
 
     def row(self) -> dict:
         """The row as a file would hold it."""
-        return {"id": self.id, "messages": [m._asdict() for m in self.messages]}
+        kind = {} if self.category is None else {"category": self.category}
+        return {"id": self.id, "messages": [m._asdict() for m in self.messages]} | kind
 
 
 @dataclass
@@ -146,10 +148,14 @@ def parse_row(row: object, id: str) -> Problem:
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object")
+    category = row.get("category")
+    if category is not None:
+        _text(category, "category")
     if "messages" in row:
-        return Problem(id, _parse_messages(row["messages"]))
+        return Problem(id, _parse_messages(row["messages"]), category)
     turns = (("user", row.get("question"), "question"), ("assistant", row.get("answer"), "answer"))
-    return Problem(id, tuple(Message(role, _text(value, name)) for role, value, name in turns))
+    messages = tuple(Message(role, _text(value, name)) for role, value, name in turns)
+    return Problem(id, messages, category)
 
 
 def _parse_messages(turns: object) -> tuple[Message, ...]:

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from data import gsm8k
+from data import demo, gsm8k
 from data.rows import Source, load_path
 from errors import BadData
 
-TASKS = {"gsm8k": gsm8k.load}
+TASKS = {"gsm8k": gsm8k.load, "demo": demo.load}
 
 
 def load_source(name: str, revision: str | None = None) -> Source:

@@ -106,6 +106,7 @@ def breakdown(problems: list[Problem], right: list[bool]) -> dict[str, dict[str,
     tables: dict[str, dict[str, list[int]]] = {}
     for p, ok in zip(problems, right, strict=True):
         likeness = {
+            "category": [p.category] if p.category else [],
             "reasoning steps": [str(reasoning_steps(p.answer))],
             "operations": sorted(operations(p.answer)) or ["none written"],
             "question holds": sorted(topics(p.question)) or ["none of these"],

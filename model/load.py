@@ -5,7 +5,6 @@ second copy. Files are checked against it first, and everything wrong is listed 
 Formats: transformers' `config.json` (4.x and 5.x), safetensors, its shard index.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from errors import BadCheckpoint, listed
-from hub import fetch
+from hub import fetch, read_json
 from model.qwen2 import Qwen2, Qwen2Config
 from progress_bar import progress_bar
 
 PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja", "*.safetensors", "*.safetensors.index.json"]  # fmt: skip
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHIPPED = {"demo": Path(__file__).parent / "demo"}  # bases that lie in this repository
+LARGEST = {"num_hidden_layers": 2**9}  # a layer is built before its weights are compared
 REMEDY = "give a Qwen2 or Qwen2.5 checkpoint in the Hub's layout, such as Qwen/Qwen2-0.5B-Instruct"
 
 
@@ -35,7 +36,9 @@ class Checkpoint:
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
-    """`name` is a folder, or else a Hub id, whose files are then fetched."""
+    """`name` is one of `SHIPPED`, a folder, or else a Hub id, whose files are then fetched."""
+    if name in SHIPPED and revision is None:
+        return Checkpoint(name, SHIPPED[name], None)
     folder = Path(name).expanduser()
     if os.path.isdir(folder):  # which is no error for a name too long to be one
         if revision is not None:
@@ -61,7 +64,9 @@ def read_config(folder: Path) -> Qwen2Config:
     values = {key: raw.get(key) for key in sizes}
     values["num_key_value_heads"] = raw.get("num_key_value_heads", values["num_attention_heads"])
     problems = [
-        f"{k} is {v!r}" for k, v in values.items() if type(v) is not int or not 0 < v < 2**24
+        f"{k} is {v!r}"
+        for k, v in values.items()
+        if type(v) is not int or not 0 < v <= LARGEST.get(k, 2**24)
     ]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -70,7 +75,7 @@ def read_config(folder: Path) -> Qwen2Config:
     values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 1e4))
     values["rms_norm_eps"] = raw.get("rms_norm_eps", 1e-6)
     for key in ("rope_theta", "rms_norm_eps"):
-        if type(values[key]) not in (int, float) or not 0 < values[key] < float("inf"):
+        if type(values[key]) not in (int, float) or not 0 < values[key] < 1e30:
             problems.append(f"{key} is {values[key]!r}")
     values["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     if type(values["tie_word_embeddings"]) is not bool:
@@ -122,6 +127,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
     files = _tensor_files(folder)
     _check_files(folder, files, model)
     expected = model.state_dict().keys()
+    not_finite = []
     by_file: dict[Path, list[str]] = {}
     for name in expected:
         by_file.setdefault(files[name], []).append(name)
@@ -133,7 +139,16 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
                     parent, _, last = name.rpartition(".")
                     tensor = nn.Parameter(file.get_tensor(name).to(dtype), requires_grad=False)
                     setattr(model.get_submodule(parent), last, tensor)
+                    # Least and largest tell: NaN is both, and they take no memory to find.
+                    if not torch.stack(tensor.aminmax()).isfinite().all():
+                        not_finite.append(f"{name} holds NaN or infinity")
                     bar.update()
+    if not_finite:
+        in_dtype = str(dtype).removeprefix("torch.")
+        raise BadCheckpoint(
+            f"{folder}, read as {in_dtype}: {listed(not_finite)}",
+            "download or copy it again, or give --precision bf16 or fp32 if it is fp16 now",
+        )
     return model.eval()
 
 
@@ -192,7 +207,7 @@ def _check_files(folder: Path, files: dict[str, Path], model: Qwen2) -> None:
 
 def _read_json(path: Path, if_missing: str) -> dict:
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
     except FileNotFoundError:
         raise BadCheckpoint(if_missing, REMEDY) from None
     except (OSError, ValueError) as error:

@@ -7,8 +7,10 @@ becomes `--learning-rate 2e-4` and a key of `config.json`.
 import argparse
 import dataclasses
 import math
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from errors import BadOption, listed
@@ -35,15 +37,31 @@ class _Parser(argparse.ArgumentParser):
         raise BadOption(message, f"python {self.prog} --help lists the options")
 
 
-def parse(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
-    """`cls` from the command line; BadOption lists every value that cannot be."""
+def parse(
+    cls: type[T],
+    argv: Sequence[str] | None,
+    description: str,
+    presets: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> T:
+    """`cls` from the command line; BadOption lists every value that cannot be.
+
+    A preset is a flag that stands for the values of others, which still count if they are given.
+    """
     parser = _Parser(description=description, allow_abbrev=False)
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         parser.add_argument(
             "--" + field.name.replace("_", "-"), **_argument(field, types[field.name])
         )
-    config = cls(**vars(parser.parse_args(argv)))
+    argv = sys.argv[1:] if argv is None else argv
+    for name, values in presets.items():
+        flags = " ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in values.items())
+        parser.add_argument("--" + name, action="store_true", help=f"stands for {flags}")
+        if "--" + name in argv:
+            parser.set_defaults(**values)
+            print(f"--{name} stands for {flags}")
+    given = vars(parser.parse_args(argv))
+    config = cls(**{name: value for name, value in given.items() if name not in presets})
     if problems := value_problems(config):
         raise BadOption(listed(problems), f"python {parser.prog} --help lists the options")
     return config
