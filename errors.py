@@ -3,8 +3,13 @@
 Anything else that goes wrong is a defect of ours and keeps its traceback.
 """
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
+
+LONGEST = 1500  # characters of a cause
+CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@|\bhf_[A-Za-z0-9]{16,}")  # in an address; of the Hub
 
 
 class UserError(Exception):
@@ -13,6 +18,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, cause: str, remedy: str):
+        cause, remedy = plain(cause), plain(remedy)
         super().__init__(f"{cause}\n{remedy}")
         self.cause, self.remedy = cause, remedy
 
@@ -45,6 +51,16 @@ class TrainingFailed(UserError):
     """A run whose numbers went wrong."""
 
     exit_code = 1
+
+
+def plain(text: str) -> str:
+    """`text` on one line, without control characters or secrets: others wrote parts of it."""
+    text = CREDENTIALS.sub("[hidden]", text)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := os.environ.get(name, "").strip():
+            text = text.replace(token, "[hidden]")
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text[: LONGEST + 1])
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
 
 
 def listed(problems: Iterable[str], most: int = 6) -> str:

@@ -7,19 +7,27 @@ end its turn never stops. The default system prompt is the checkpoint's own, rea
 template.
 """
 
-import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from data.rows import Message
-from errors import BadCheckpoint
+from errors import BadCheckpoint, listed
+from hub import read_json
 
 START, END = "<|im_start|>", "<|im_end|>"
+# Qwen2's own split into words, the one expression that a `tokenizer.json` may have run.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # The literal system prompt of a template; its newline is a character, or still Jinja's escape.
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"]{1,2000}?)<\|im_end\|>")
+
+LONGEST_TEMPLATE = 2**17  # characters that are read; published ones have some 5,000
 
 
 @dataclass
@@ -50,11 +58,13 @@ class ChatFormat:
         """Read `tokenizer.json` and the chat template; ids must fit the embedding table."""
         path = folder / "tokenizer.json"
         try:
+            if foreign := sorted(set(_expressions(read_json(path))) - {WORDS}):
+                raise ValueError(f"it runs expressions that are not Qwen2's: {listed(foreign, 1)}")
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BadCheckpoint(
                 f"{path} cannot be read: {str(error)[:100]}",
-                "give a checkpoint with a tokenizer.json",
+                "give a checkpoint with a tokenizer.json of Qwen2's kind",
             ) from None
         chat = cls(tokenizer, read_default_system(folder))
         if table_rows is not None and chat.vocabulary > table_rows:
@@ -107,15 +117,29 @@ class ChatFormat:
         out.supervised += [supervised] * len(ids)
 
 
+def _expressions(value: object) -> Iterator[str]:
+    """Every regular expression in the JSON of a tokenizer."""
+    if isinstance(value, dict):
+        if isinstance(value.get("Regex"), str):
+            yield value["Regex"]
+        value = [part for key, part in value.items() if key not in ("vocab", "merges")]
+    if isinstance(value, list):
+        for part in value:
+            yield from _expressions(part)
+
+
 def read_default_system(folder: Path) -> str | None:
     """The system prompt that the checkpoint's template inserts when a conversation has none."""
     template, path = None, folder / "chat_template.jinja"  # where transformers 5 keeps it
     try:
         if path.exists():
-            template = path.read_text()
+            with path.open() as file:
+                template = file.read(LONGEST_TEMPLATE)
         elif (path := folder / "tokenizer_config.json").exists():
-            template = json.loads(path.read_text()).get("chat_template")
+            template = read_json(path).get("chat_template")
     except (OSError, ValueError, AttributeError) as error:
         raise BadCheckpoint(f"{path} cannot be read: {error}", "copy it again") from None
-    found = DEFAULT_SYSTEM.search(template) if isinstance(template, str) else None
+    if not isinstance(template, str):
+        return None
+    found = DEFAULT_SYSTEM.search(template, 0, LONGEST_TEMPLATE)
     return found.group(1) if found else None

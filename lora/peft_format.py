@@ -6,7 +6,6 @@ Format: peft 0.21, `PeftModel.save_pretrained`.
 """
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -14,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from errors import BadAdapter, BadOption, listed
-from lora.inject import LoRAConfig, inject, load_trained, trained_parameters
+from errors import BadAdapter, BadOption, TrainingFailed, listed
+from hub import read_json
+from lora.inject import LoRAConfig, inject, load_trained, target_names, trained_parameters
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -53,9 +53,17 @@ def peft_key(name: str) -> str:
 def save_adapter(
     model: nn.Module, folder: Path, config: LoRAConfig, *, base: str, revision: str | None
 ) -> None:
-    """Write the model's adapters into `folder` so that PEFT loads them onto `base`."""
+    """Write the model's adapters into `folder` so that PEFT loads them onto `base`.
+
+    TrainingFailed, and nothing written, if a number of theirs is not finite.
+    """
     parameters = trained_parameters(model)
     tensors = {peft_key(n): p.detach().float().cpu().contiguous() for n, p in parameters.items()}
+    if bad := [f"{key} holds NaN or infinity" for key, t in tensors.items() if not _finite(t)]:
+        raise TrainingFailed(
+            f"the adapter is not written to {folder}: {listed(bad)}",
+            "lower --learning-rate, or use --precision fp32",
+        )
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -90,7 +98,7 @@ def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str | None, str | Non
     path = folder / CONFIG
     remedy = "give the folder that holds adapter_config.json, such as out/.../best"
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path)
     except FileNotFoundError:
         raise BadAdapter(f"{folder} is no adapter: it has no {CONFIG}", remedy) from None
     except (OSError, ValueError) as error:
@@ -117,7 +125,7 @@ def _config_problems(raw: object) -> list[str]:
     if not _is_int(raw.get("r")) or raw["r"] < 1:
         problems.append(f"r is {raw.get('r')!r}")
     alpha = raw.get("lora_alpha")
-    if not (_is_int(alpha) or isinstance(alpha, float) and math.isfinite(alpha)):
+    if not (_is_int(alpha) or isinstance(alpha, float)) or not abs(alpha) < 1e30:
         problems.append(f"lora_alpha is {alpha!r}")
     rate = raw.get("lora_dropout", 0.0)
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
@@ -147,14 +155,23 @@ def read_adapter(folder: Path, model: nn.Module) -> LoRAConfig:
     not fit.
     """
     config, _, _ = read_adapter_config(folder)
+    remedy = "give the base it was trained on with --model, or another adapter"
     try:
-        inject(model, config)
+        targets = target_names(model, config.targets)
     except BadOption as error:
         raise BadAdapter(
-            f"{folder / CONFIG}: target_modules: {error.cause.removeprefix('--targets: ')}",
-            "give the base it was trained on with --model, or another adapter",
+            f"{folder / CONFIG}: target_modules: {error.cause.removeprefix('--targets: ')}", remedy
         ) from None
     tensors = _read_tensors(folder / WEIGHTS)
+    sides = sum(sum(model.get_submodule(name).weight.shape) for name in targets)
+    size = (folder / WEIGHTS).stat().st_size
+    if config.r * sides > size:  # a number takes more than a byte: say so before there are as many
+        raise BadAdapter(
+            f"{folder}: rank {config.r} means {config.r * sides:,} numbers, and {WEIGHTS} has"
+            f" {size:,} bytes",
+            remedy,
+        )
+    inject(model, config)
     expected = {peft_key(name): (name, p) for name, p in trained_parameters(model).items()}
     problems = [f"{key} is missing" for key in expected if key not in tensors]
     problems += [f"{key} is not expected" for key in tensors if key not in expected]
@@ -162,15 +179,16 @@ def read_adapter(folder: Path, model: nn.Module) -> LoRAConfig:
         have, want = tuple(tensors[key].shape), tuple(expected[key][1].shape)
         if have != want:
             problems.append(f"{key} is {have}, not {want}")
-        elif not tensors[key].isfinite().all():
+        elif not _finite(tensors[key]):
             problems.append(f"{key} holds NaN or infinity")
     if problems:
-        raise BadAdapter(
-            f"{folder} does not fit its base: {listed(sorted(problems))}",
-            "give the base it was trained on with --model, or another adapter",
-        )
+        raise BadAdapter(f"{folder} does not fit its base: {listed(sorted(problems))}", remedy)
     load_trained(model, {expected[key][0]: tensor for key, tensor in tensors.items()})
     return config
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

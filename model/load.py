@@ -147,7 +147,7 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
         in_dtype = str(dtype).removeprefix("torch.")
         raise BadCheckpoint(
             f"{folder}, read as {in_dtype}: {listed(not_finite)}",
-            "download or copy it again, or give --precision bf16 or fp32 if it is fp16 now",
+            "download or copy it again, or try --precision bf16: fp16 holds nothing above 65504",
         )
     return model.eval()
 
