@@ -27,7 +27,7 @@ from data.rows import Message, Problem, Source, fingerprint, read_problems
 from data.split import split_problems
 from data.tasks import load_source
 from errors import BadData, BadOption, BadRun, run_script
-from evaluation.answers import Asking, Completion, answers
+from evaluation.answers import Asking, answers, read_answers
 from evaluation.generative import choose_scorers
 from evaluation.summary import Completions, difference, figures, table, transcripts
 from evaluation.teacher_forced import teacher_forced
@@ -39,7 +39,7 @@ from model.qwen2 import Qwen2
 from progress_bar import progress_bar
 from run.checkpoint import check_place, write_json
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
-from run.metrics import MetricsLog, read_metrics
+from run.metrics import MetricsLog
 from run.options import option, parse, to_json
 from run.options import table as options_table
 from run.report import write_report
@@ -274,9 +274,9 @@ def answer_all(
     """All samples of each problem and example, by id; what `log` holds is not generated again."""
     headline = next(iter(choose_scorers([p.answer for p in problems]).values()))
     gold = {p.id: p.answer for p in problems}
-    kept = [Completion(**row) for row in read_metrics(log)] if log.exists() else []
+    kept, size = read_answers(log)
     done = {(c.id, c.sample): c for c in kept}
-    out = MetricsLog(log, keep=log.read_bytes().rfind(b"\n") + 1 if log.exists() else 0)
+    out = MetricsLog(log, keep=size)
     asked = [*problems, *EXAMPLES]
     total = len(asked) * asking.samples
     right = sum(headline(c.text, gold[c.id]) for c in kept if c.id in gold)

@@ -1,8 +1,10 @@
 """Answers to problems, generated in batches and handed over as they come."""
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.batches import in_batches
 from data.chat import ChatFormat
@@ -38,6 +40,18 @@ class Completion:
     seconds: float
 
 
+def read_answers(log: Path) -> tuple[list[Completion], int]:
+    """(answers, how many bytes hold them) of a log, up to the first line that is torn or none."""
+    kept, size = [], 0
+    for line in log.read_bytes().split(b"\n")[:-1] if log.exists() else []:
+        try:
+            kept.append(Completion(**json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            break
+        size += len(line) + 1
+    return kept, size
+
+
 def answers(
     model: Qwen2,
     chat: ChatFormat,
@@ -46,10 +60,12 @@ def answers(
     *,
     eos_ids: tuple[int, ...],
     done: set[tuple[str, int]] = frozenset(),
+    look: Callable[[], object] = bool,
 ) -> Iterator[Completion]:
     """A completion for each problem and sample that is not `done`, shortest prompts first.
 
     A sampled answer depends on the problem's place in `problems` and the sample, not on its batch.
+    `look` is called after each token, and may raise to leave.
     """
     asked = [
         (prompt_tokens(problem, chat, asking.prompt, list(asking.shots)), row, sample)
@@ -60,6 +76,9 @@ def answers(
     asked.sort(key=lambda item: len(item[0]))  # like lengths end at like times
 
     def stopped(tokens: list[int]) -> bool:
+        look()
+        if not STOPS[asking.prompt]:
+            return False
         tail = chat.decode(tokens[-STOP_WINDOW:])
         return any(stop in tail for stop in STOPS[asking.prompt])
 
@@ -73,7 +92,7 @@ def answers(
             vocabulary=chat.vocabulary,
             sampling=asking.sampling,
             rows=[row * asking.samples + sample for _, row, sample in group],
-            stopped=stopped if STOPS[asking.prompt] else None,
+            stopped=stopped,
         )
         seconds = (time.perf_counter() - started) / len(group)
         for (_, row, sample), answer in zip(group, decoded):
