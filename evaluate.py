@@ -37,8 +37,9 @@ from model.generate import Sampling, decode
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
-from run.checkpoint import check_place, write_json
+from run.checkpoint import check_place, lock
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
+from run.files import write_json
 from run.metrics import MetricsLog
 from run.options import option, parse, to_json
 from run.options import table as options_table
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.ask:
         return ask(config, model, chat, contestants, eos_ids)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     write_json(folder / "settings.json", settings)
     asking = Asking(
         prompt=config.prompt, shots=tuple(shots), sampling=sampling(config),

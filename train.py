@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,17 +53,21 @@ from run.checkpoint import (
     Progress,
     check_place,
     check_run,
+    check_space,
     load_checkpoint,
+    lock,
     read_progress,
+    repair,
     save_checkpoint,
-    write_json,
 )
 from run.device import DTYPES, describe, peak_memory_gb, pick_device, pick_precision, prepare_memory
 from run.distributed import World
 from run.export import publish_best
+from run.files import hash_files, write_file, write_json
 from run.metrics import MetricsLog
 from run.options import option, parse, table, to_json
 from run.report import write_report
+from run.stopping import Leave, Stop
 
 SKIPS_IN_A_ROW = 5  # steps without a finite gradient, after which the run is given up
 
@@ -113,6 +118,9 @@ class TrainConfig:
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     price_per_hour: float | None = option(None, "of the machine in dollars, to report", least=0)
     save_every: float = option(60.0, "seconds between checkpoints", least=0)
+    max_minutes: float | None = option(
+        None, "leave in time, with exit code 75, to go on with the same command", above=0
+    )
     show_example: bool = option(False, "print one example, what is supervised marked, and leave")
 
 
@@ -135,7 +143,7 @@ class Data:
     eos_ids: tuple[int, ...]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     """Parse, load, check, train: each chapter prints what it chose."""
     config = parse(
         TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.", presets={"demo": DEMO}
@@ -148,14 +156,16 @@ def main(argv: list[str] | None = None) -> None:
     source = load_source(config.data, config.data_revision)
     checkpoint = find_checkpoint(config.model, config.revision)
     base = read_config(checkpoint.folder)
-    check_targets(base, config.targets)
+    trainable = check_targets(base, config.r, config.targets)
     chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
     if config.show_example:
-        return show_example(source.train[0], chat)
+        show_example(source.train[0], chat)
+        return 0
 
     world = distributed.join(device)
     identity = {
         "base_commit": checkpoint.commit,
+        "base_sha256": None if checkpoint.commit else fingerprint_base(checkpoint.folder),
         "base_sizes": asdict(base),
         "data_commit": source.commit,
         "data_sha256": fingerprint(source.train[: config.limit]),
@@ -163,14 +173,21 @@ def main(argv: list[str] | None = None) -> None:
         "ranks": world.size,
     }
     saved = {"options": to_json(config), "identity": identity}
-    resuming = check_run(out, saved)
+    changes = check_run(out, saved)  # None: nothing to go on with
+    if changes is None:
+        check_space(out, trainable)
     world.wait()
-    if resuming and (done := read_progress(out)) and done.stopped:
+    if world.is_main:
+        lock(out)
+        repair(out)
+    world.wait()
+    done = read_progress(out)
+    if done and done.stopped and not changes:
         if world.is_main:
             if not (out / "report.html").exists():
                 write_report(out, config.price_per_hour)
             print_end(done, out)
-        return
+        return 0
 
     if world.is_main:
         print(table(to_json(config)))
@@ -200,15 +217,24 @@ def main(argv: list[str] | None = None) -> None:
             f" {schedule.steps_per_epoch} steps an epoch, {last_step(config, schedule)} in all"
         )
         facts = {"base": checkpoint.name, "device": describe(device), "versions": versions()}
-        write_run(out, saved | facts, data)
+        write_run(out, saved | facts, data, changes or [])
+        print("\n".join(f"goes on, but {change}" for change in changes or []), end="")
+    stop = Stop(config.max_minutes)
+    stop.listen()
     progress = train(
         config, schedule, data,
         model=model, lora=lora, checkpoint=checkpoint, scaled=precision == "fp16",
-        device=device, world=world, out=out,
+        device=device, world=world, out=out, stop=stop,
     )  # fmt: skip
+    if progress.stopped is None:
+        if world.is_main:
+            done, last = progress.cursor, last_step(config, schedule)
+            print(f"{stop.why}: stopped after step {done} of {last}; the same command goes on")
+        return stop.exit_code
     if world.is_main:
         print(f"report in {write_report(out, config.price_per_hour)}")
         print_end(progress, out)
+    return 0
 
 
 def train(
@@ -223,8 +249,11 @@ def train(
     device: torch.device,
     world: World,
     out: Path,
+    stop: Stop,
 ) -> Progress:
-    """The loop: forward, backward, accumulate, unscale, clip, step; validate, stop, save."""
+    """The loop: validate, stop, save where it is due; forward, backward, accumulate, unscale, clip,
+    step.
+    """
     parameters = trained_parameters(model)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -237,30 +266,77 @@ def train(
     eval_at = validation_steps(schedule.steps_per_epoch, config.evals_per_epoch, last)
     model.train()
 
+    progress.stopped = why_over(config, progress, last)  # or not, with options that allow more
+
     bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     resumed_at = saved_at = time.perf_counter()
     seconds_before = progress.seconds
-    while progress.cursor < last and progress.stopped is None:
-        started = time.perf_counter()
-        step = schedule.step(progress.cursor)
-        sums = torch.zeros(2, device=device)  # nats, correct tokens
+    leaving = False
+    while progress.stopped is None:
+        # Validate now and then and at the end, keep the best, stop when it gets no better.
+        due = progress.cursor in eval_at and progress.validated < progress.cursor
+        found = validate(config, model, data, world, stop) if due and not leaving else None
+        leaving = leaving or due and found is None
+        if found:
+            is_best = progress.record_validation(found["val_loss"], found.get("val_exact_match"))
+            progress.stopped = why_over(config, progress, last)
+        if found and world.is_main:
+            if is_best:
+                publish_best(
+                    model, out, lora,
+                    checkpoint=checkpoint, data=config.data, step=progress.step,
+                    loss=found["val_loss"],
+                )  # fmt: skip
+            log.write(
+                step=progress.step,
+                epoch=progress.cursor / schedule.steps_per_epoch,
+                **found,
+            )
+            bar.write(validation_line(progress.step, found, is_best))
+
+        # Save all that is needed to go on from here, and leave if the run is over or asked to.
+        leaving = leaving or progress.stopped is not None
+        progress.seconds = seconds_before + time.perf_counter() - resumed_at
+        if leaving or world.any(time.perf_counter() - saved_at > config.save_every):
+            if world.is_main:
+                progress.log_bytes = log.bytes
+                save_checkpoint(
+                    out, progress, parameters=parameters, optimizer=optimizer, scaler=scaler
+                )
+            world.wait()
+            saved_at = time.perf_counter()
+        if leaving:
+            break
 
         # Forward and backward: each micro-batch adds its share of the step's one mean.
-        for examples in step.micro_batches:
-            batch = flat_batch(examples, device)
-            seed_dropout(
-                model,
-                seed=config.seed,
-                epoch=step.epoch,
-                rows=batch.rows,
-                positions=batch.positions,
-            )
-            hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
-            nats, correct = linear_cross_entropy(
-                hidden, model.head_weight, batch.targets, batch.supervised
-            )
-            scaler.scale(nats / step.supervised).backward()
-            sums += torch.stack((nats.detach(), correct))
+        started = time.perf_counter()
+        step = schedule.step(progress.cursor, halved=progress.halved)
+        sums = torch.zeros(2, device=device)  # nats, correct tokens
+        try:
+            for examples in step.micro_batches:
+                batch = flat_batch(examples, device)
+                seed_dropout(
+                    model,
+                    seed=config.seed,
+                    epoch=step.epoch,
+                    rows=batch.rows,
+                    positions=batch.positions,
+                )
+                hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
+                nats, correct = linear_cross_entropy(
+                    hidden, model.head_weight, batch.targets, batch.supervised
+                )
+                scaler.scale(nats / step.supervised).backward()
+                sums += torch.stack((nats.detach(), correct))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or world.size > 1:
+                raise
+            if len(examples) == 1:
+                raise out_of_memory(len(batch.tokens), error) from error
+            progress.halved += 1  # the same step again, in micro-batches half as large
+            bar.write("out of memory: half as many sequences a micro-batch from here on")
+            optimizer.zero_grad()
+            continue
 
         # Gradients: all ranks' together, unscaled, clipped.
         world.sum_gradients(parameters.values())
@@ -268,7 +344,7 @@ def train(
         grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
 
         # Step, unless a number overflowed: a skipped step moves neither weights, moments nor rate.
-        nats, correct = world.sum(*sums.tolist())
+        nats, correct, asked = world.sum(*sums.tolist(), stop.asked())
         finite = math.isfinite(nats) and math.isfinite(grad_norm.item())
         rate = learning_rate(config, progress.step, last)
         if finite:
@@ -281,11 +357,12 @@ def train(
         progress.cursor += 1
         progress.skipped += not finite
         progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        leaving = asked > 0
 
         # Log: one line a step.
-        now = time.perf_counter()
-        progress.seconds = seconds_before + now - resumed_at
-        train_loss, speed = nats / step.supervised, step.tokens / (now - started)
+        seconds = time.perf_counter() - started
+        stop.took(seconds)
+        train_loss, speed = nats / step.supervised, step.tokens / seconds
         bar.update()
         bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         if world.is_main:
@@ -302,69 +379,56 @@ def train(
             )
         if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and scaler.get_scale() <= 1:
             raise gave_up(progress, step.rows, out)
-
-        # Validate now and then and at the end, keep the best, stop when it gets no better.
-        if progress.cursor in eval_at:
-            found = validate(config, model, data, world)
-            is_best = progress.record_validation(found["val_loss"], found.get("val_exact_match"))
-            if progress.validations_since_best >= config.patience:
-                progress.stopped = f"no better {config.stop_on} in {config.patience} validations"
-            if progress.cursor == last:
-                progress.stopped = f"all {last} steps done"
-            if world.is_main:
-                if is_best:
-                    publish_best(
-                        model, out, lora,
-                        checkpoint=checkpoint, data=config.data, step=progress.step,
-                        loss=found["val_loss"],
-                    )  # fmt: skip
-                log.write(
-                    step=progress.step,
-                    epoch=progress.cursor / schedule.steps_per_epoch,
-                    **found,
-                )
-                bar.write(validation_line(progress.step, found, is_best))
-
-        # Save: all that is needed to go on from here.
-        due = world.any(time.perf_counter() - saved_at > config.save_every)
-        if due or progress.cursor == last or progress.stopped:
-            progress.seconds = seconds_before + time.perf_counter() - resumed_at
-            if world.is_main:
-                progress.log_bytes = log.bytes
-                save_checkpoint(
-                    out, progress, parameters=parameters, optimizer=optimizer, scaler=scaler
-                )
-            world.wait()
-            saved_at = time.perf_counter()
     bar.close()
     return progress
 
 
-def validate(config: TrainConfig, model: Qwen2, data: Data, world: World) -> dict[str, float]:
+def validate(
+    config: TrainConfig, model: Qwen2, data: Data, world: World, stop: Stop
+) -> dict[str, float] | None:
     """Loss and teacher-forced token accuracy over every validation row; answers too, if asked for.
 
-    The keys are those in `metrics.jsonl`. Sums travel between ranks, not means.
+    The keys are those in `metrics.jsonl`. Sums travel between ranks, not means. None if `stop` is
+    asked meanwhile; several ranks see that after their step only, all at the same.
     """
+    look = stop.look if world.size == 1 else bool
+    try:
+        return measure(config, model, data, world, look)
+    except Leave:
+        model.train()
+        return None
+
+
+def measure(
+    config: TrainConfig, model: Qwen2, data: Data, world: World, look: Callable[[], object]
+) -> dict[str, float]:
+    """`validate`, uninterrupted."""
     mine = data.validation[world.rank :: world.size]
-    sums = teacher_forced(model, mine, config.batch_size, quiet=not world.is_main)
+    sums = teacher_forced(model, mine, config.batch_size, quiet=not world.is_main, look=look)
     nats, correct = world.sum(*sums)
     supervised = sum(e.supervised for e in data.validation)
     found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
     if config.stop_on == "exact-match":
         problems = data.held_out[: config.exact_match_problems]
         mine = problems[world.rank :: world.size]
-        (right,) = world.sum(exact_matches(config, model, data, mine))
+        (right,) = world.sum(exact_matches(config, model, data, mine, look))
         found["val_exact_match"] = right / len(problems)
     return found
 
 
-def exact_matches(config: TrainConfig, model: Qwen2, data: Data, problems: list[Problem]) -> int:
+def exact_matches(
+    config: TrainConfig,
+    model: Qwen2,
+    data: Data,
+    problems: list[Problem],
+    look: Callable[[], object],
+) -> int:
     """How many of `problems` the model answers right by itself, greedily."""
     is_right = next(iter(choose_scorers([p.answer for p in data.held_out]).values()))
     gold = {p.id: p.answer for p in problems}
     asking = Asking(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     model.eval()
-    given = answers(model, data.chat, problems, asking, eos_ids=data.eos_ids)
+    given = answers(model, data.chat, problems, asking, eos_ids=data.eos_ids, look=look)
     right = sum(
         is_right(c.text, gold[c.id]) for c in progress_bar(given, desc="answer", leave=False)
     )
@@ -391,6 +455,15 @@ def learning_rate(config: TrainConfig, step: int, last: int) -> float:
     return config.learning_rate * shapes[config.schedule]
 
 
+def why_over(config: TrainConfig, progress: Progress, last: int) -> str | None:
+    """Why a run that has just been validated is over; None if it is not."""
+    if progress.cursor == last == progress.validated:
+        return f"all {last} steps done"
+    if progress.validations_since_best >= config.patience:
+        return f"no better {config.stop_on} in {config.patience} validations"
+    return None
+
+
 def last_step(config: TrainConfig, schedule: Schedule) -> int:
     """Steps of the whole run."""
     return min(schedule.total_steps, config.max_steps or schedule.total_steps)
@@ -404,10 +477,14 @@ def validation_steps(steps_per_epoch: int, evals_per_epoch: int, last: int) -> s
     return {s for s in steps if 0 < s < last} | {last}
 
 
-def check_targets(base: Qwen2Config, targets: tuple[str, ...]) -> None:
-    """BadOption if a target matches no layer of such a base, before its weights are read."""
+def check_targets(base: Qwen2Config, r: int, targets: tuple[str, ...]) -> int:
+    """How many numbers adapters of rank `r` have on such a base; BadOption if a target matches none
+    of its layers. Before its weights are read.
+    """
     with torch.device("meta"):
-        target_names(Qwen2(base), targets)
+        model = Qwen2(base)
+    layers = [model.get_submodule(name) for name in target_names(model, targets)]
+    return sum(r * sum(layer.weight.shape) for layer in layers)
 
 
 def prepare_data(
@@ -434,13 +511,20 @@ def prepare_data(
     return Data(*sides, held_out, found, chat, eos_ids)
 
 
-def write_run(out: Path, config: dict, data: Data) -> None:
+def write_run(out: Path, config: dict, data: Data, changes: list[str]) -> None:
     """What the run folder holds from the start; `config.json` first, by which a run is known."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", config)
+    path = out / "config.json"
+    earlier = json.loads(path.read_text()).get("changes", []) if path.exists() else []
+    write_json(path, config | {"changes": earlier + changes})
     write_json(out / "audit.json", asdict(data.audit))
-    rows = [json.dumps(problem.row()) for problem in data.held_out]
-    (out / "validation.jsonl").write_text("\n".join(rows) + "\n")
+    rows = [json.dumps(problem.row()) + "\n" for problem in data.held_out]
+    write_file(out / "validation.jsonl", "".join(rows).encode())
+
+
+def fingerprint_base(folder: Path) -> str:
+    """Of a base without a commit: a hash of all that a run reads of it."""
+    patterns = ("*.safetensors", "config.json", "tokenizer*.json", "chat_template.jinja")
+    return hash_files([path for pattern in patterns for path in folder.glob(pattern)])
 
 
 def show_example(problem: Problem, chat: ChatFormat) -> None:
@@ -468,6 +552,21 @@ def gave_up(progress: Progress, rows: list[int], out: Path) -> TrainingFailed:
         f"{progress.skipped_in_a_row} steps in a row had no finite gradient, up to step"
         f" {progress.cursor}, rows {rows[:4]}...; best adapter: {best}",
         "lower --learning-rate, or use --precision fp32",
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, which PyTorch has three ways to say."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(tokens: int, error: Exception) -> TrainingFailed:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+    return TrainingFailed(
+        f"one sequence of {tokens} tokens does not fit into memory: {reason[-160:]}",
+        f"leave such rows out with --max-length {tokens - 1}, use a smaller --precision,"
+        " or fewer --targets",
     )
 
 

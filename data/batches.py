@@ -76,8 +76,8 @@ class Schedule:
     def total_steps(self) -> int:
         return self.steps_per_epoch * self.epochs
 
-    def step(self, index: int) -> Step:
-        """Step `index`, from 0."""
+    def step(self, index: int, halved: int = 0) -> Step:
+        """Step `index`, from 0; in micro-batches halved so many times."""
         epoch, place = divmod(index, self.steps_per_epoch)
         order = epoch_order(len(self.examples), self.seed, epoch)
         n = self.examples_per_step
@@ -85,7 +85,7 @@ class Schedule:
         mine = group[self.rank :: self.ranks]
         return Step(
             epoch=epoch,
-            micro_batches=in_batches(mine, self.batch_size),
+            micro_batches=in_batches(mine, max(1, self.batch_size >> halved)),
             tokens=sum(len(e.tokens) for e in group),
             supervised=sum(e.supervised for e in group),
             rows=[e.row for e in group],

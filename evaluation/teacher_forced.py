@@ -4,6 +4,8 @@ This is what validation measures in training. Its token accuracy says how often 
 right when all before it are given; whether the model reaches an answer by itself is something else.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from data.batches import flat_batch, in_batches
@@ -15,17 +17,24 @@ from progress_bar import progress_bar
 
 @torch.no_grad()
 def teacher_forced(
-    model: Qwen2, examples: list[Example], batch_size: int, *, quiet: bool = False
+    model: Qwen2,
+    examples: list[Example],
+    batch_size: int,
+    *,
+    quiet: bool = False,
+    look: Callable[[], object] = bool,
 ) -> tuple[float, float]:
     """(nats, correct tokens), summed over the supervised tokens of `examples`, dropout off.
 
-    Sums, not means: they can be added over ranks, and do not depend on the batch size.
+    Sums, not means: they can be added over ranks, and do not depend on the batch size. `look` is
+    called before each batch, and may raise to leave.
     """
     was_training = model.training
     model.eval()
     sums = [torch.zeros(2)]
     groups = in_batches(examples, batch_size)
     for group in progress_bar(groups, desc="validate", leave=False, disable=quiet):
+        look()
         batch = flat_batch(group, model.head_weight.device)
         hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
         nats, correct = linear_cross_entropy(

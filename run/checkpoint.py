@@ -10,27 +10,36 @@
         report.html, .md    all of it in a page
         checkpoints/step-000421/    adapter, optimizer state, progress: all that is needed to go on
 
-A checkpoint is written beside its place and renamed, so a name that can be seen is complete.
+A checkpoint is a folder published whole, with the hashes of its files: `run/files.py`.
 Order and dropout are functions of (seed, epoch, row): there is no generator's state to keep.
 """
 
+import fcntl
 import json
 import math
 import os
+import platform
 import shutil
+import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
-from errors import BadRun, listed
+from errors import BadRun, TrainingFailed, listed
+from run.files import clean_up, damage, json_bytes, remove_folder, write_folder
 
 KEEP = 2  # checkpoints: the newest, and one to fall back on
-FREE = {"out", "evals_per_epoch", "save_every", "price_per_hour"}  # may change when a run goes on
+LOCK = "lock"
+SPARE_BYTES = 64 << 20  # for logs, reports and answers
+# What may change when a run goes on: how long it goes on, and how often it looks around.
+FREE = {"out", "epochs", "max_steps", "patience", "evals_per_epoch", "save_every", "max_minutes",
+        "price_per_hour"}  # fmt: skip
 
 
 @dataclass
@@ -47,6 +56,8 @@ class Progress:
     validations_since_best: int = 0
     seconds: float = 0.0  # at work, over all sittings
     log_bytes: int = 0
+    validated: int = 0  # the cursor of the last validation
+    halved: int = 0  # how often micro-batches were halved for want of memory
     stopped: str | None = None  # why the run is over
 
     def record_validation(self, loss: float, exact_match: float | None = None) -> bool:
@@ -57,6 +68,7 @@ class Progress:
         """
         figures = [-loss] if exact_match is None else [exact_match, -loss]
         best = [None if self.best_loss is None else -self.best_loss]
+        self.validated = self.cursor
         if exact_match is not None:
             best.insert(0, self.best_exact_match)
         if all(map(math.isfinite, figures)) and (None in best or figures > best):
@@ -76,11 +88,14 @@ def check_place(folder: Path) -> None:
         raise BadRun(f"--out {folder} cannot be written", "give another --out")
 
 
-def check_run(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether `folder` holds a run of `config` to go on with; BadRun if it cannot be used."""
+def check_run(folder: Path, config: dict[str, Any]) -> list[str] | None:
+    """None if `folder` holds no run yet; else what may change and has, of the run to go on with.
+
+    BadRun if the folder holds something else, or a run that differs in more than that.
+    """
     check_place(folder)
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
+    if not folder.exists() or {p.name for p in folder.iterdir()} <= {LOCK, "config.json.new"}:
+        return None
     try:
         old = json.loads((folder / "config.json").read_text())
         old_values, values = ({**c["options"], **c["identity"]} for c in (old, config))
@@ -88,28 +103,78 @@ def check_run(folder: Path, config: dict[str, Any]) -> bool:
         raise BadRun(
             f"--out {folder} holds other files, and no run that can go on", "give another --out"
         ) from None
-    changed = [
-        f"{key} was {old_values.get(key)}, is {values.get(key)}"
+    changed = {
+        key: f"{key} was {old_values.get(key)}, is {values.get(key)}"
         for key in sorted(old_values.keys() | values.keys())
-        if old_values.get(key) != values.get(key) and key not in FREE
-    ]
-    if changed:
+        if old_values.get(key) != values.get(key)
+    }
+    if refused := [text for key, text in changed.items() if key not in FREE]:
         raise BadRun(
-            f"--out {folder} holds another run: {listed(changed)}",
+            f"--out {folder} holds another run: {listed(refused)}",
             "give another --out, or the old values to go on with that run",
         )
-    return True
+    return list(changed.values())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename: whoever reads `path` finds all of the old text or of the new."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+_locked: dict[Path, IO] = {}  # the folders that are this process's own; open until it ends
+
+
+def lock(folder: Path) -> None:
+    """Take `folder` for this process, until it ends however it ends; BadRun if another has it.
+
+    The system forgets a dead owner's lock by itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in _locked:
+        return
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(200).strip() or "another process"
+        raise BadRun(
+            f"{folder} is in use by {owner}", "wait for it, stop it, or give another --out"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%F %T}\n")
+    file.flush()
+    _locked[folder.resolve()] = file
+
+
+def check_space(folder: Path, trainable: int) -> None:
+    """BadRun if the disk has no room for what a run with so many trained numbers writes."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    # fp32 weights and two moments, in KEEP checkpoints and the one being written; best/ twice
+    needed = (KEEP + 1) * 12 * trainable + 8 * trainable + SPARE_BYTES
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise BadRun(
+            f"--out {folder}: the disk has {free:,} bytes free, and the run needs {needed:,}",
+            "make room, or give another --out",
+        )
+
+
+def repair(run: Path) -> None:
+    """Remove what killed runs left half done, and set damaged checkpoints aside under another name.
+
+    BadRun if every checkpoint is damaged: a run never starts again from nothing by itself.
+    """
+    folder = run / "checkpoints"
+    clean_up(folder, "step-*")
+    clean_up(run, "best")
+    for checkpoint in reversed(_checkpoints(run)):
+        reason = damage(checkpoint)
+        if reason is None:
+            return
+        aside = checkpoint.with_name(f"{checkpoint.name}.bad-{time.time_ns()}")
+        os.rename(checkpoint, aside)
+        print(f"{checkpoint} is damaged ({reason}): set aside as {aside.name}")
+    if bad := sorted(folder.glob("step-*.bad-*")):
+        raise BadRun(
+            f"every checkpoint in {folder} is damaged: {listed(path.name for path in bad)}",
+            "give another --out to start again, or remove these to start again here",
+        )
 
 
 def save_checkpoint(
@@ -122,21 +187,20 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoints/step-...` whole, then let the oldest go."""
     final = run / "checkpoints" / f"step-{progress.cursor:06d}"
-    beside = final.with_name(final.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     tensors = {name: p.detach() for name, p in parameters.items()}
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"{key}/{name}"] = value
-    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, beside / "state.safetensors")
-    write_json(
-        beside / "progress.json", {"progress": asdict(progress), "scaler": scaler.state_dict()}
-    )
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(beside, final)
+    state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
+    files = {
+        "state.safetensors": save({k: t.cpu().contiguous() for k, t in tensors.items()}),
+        "progress.json": json_bytes(state),
+    }
+    write_folder(final, files)
+    if reason := damage(final):  # then the older ones must stay
+        raise TrainingFailed(f"{final} was not written well: {reason}", "check the disk")
     for old in _checkpoints(run)[:-KEEP]:
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def load_checkpoint(
@@ -177,5 +241,5 @@ def read_progress(run: Path) -> Progress | None:
 
 def _checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first; the name holds the step, so clocks do not matter."""
-    found = (p for p in (run / "checkpoints").glob("step-*") if p.suffix != ".new")
+    found = (p for p in (run / "checkpoints").glob("step-*") if not p.suffix)
     return sorted(found, key=lambda p: (len(p.name), p.name))  # as numbers, of any length

@@ -23,9 +23,9 @@ from run.checkpoint import (
     load_checkpoint,
     read_progress,
     save_checkpoint,
-    write_json,
 )
 from run.device import pick_device, pick_precision
+from run.files import write_json
 from run.metrics import MetricsLog, read_metrics
 from run.options import from_json, option, parse, table, to_json
 from train import TrainConfig, learning_rate, validation_steps
@@ -307,11 +307,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_missing_or_empty_folder_is_a_new_run_and_the_same_configuration_goes_on(tmp_path):
-    assert not check_run(tmp_path / "a" / "b", CONFIG) and not (tmp_path / "a").exists()
-    assert not check_run(tmp_path, CONFIG)
+    assert check_run(tmp_path / "a" / "b", CONFIG) is None and not (tmp_path / "a").exists()
+    assert check_run(tmp_path, CONFIG) is None
     write_json(tmp_path / "config.json", CONFIG)
-    assert check_run(tmp_path, CONFIG)
-    assert check_run(tmp_path, changed(evals_per_epoch=1, save_every=0.0, out="x"))
+    assert check_run(tmp_path, CONFIG) == []
+    changes = check_run(tmp_path, changed(evals_per_epoch=1, epochs=5, out="x"))
+    assert "epochs was 3, is 5" in changes and len(changes) == 3
 
 
 def test_another_runs_folder_is_refused_with_old_and_new_side_by_side(tmp_path):

@@ -1,0 +1,59 @@
+"""Leaving in good order: a signal or the clock asks, the loops look, and no step is torn apart.
+
+A handler only takes note. A second Ctrl-C leaves at once, as it would anywhere. Exit codes are
+those that shells and queues expect: 128 and the signal's number, or 75, "try again", for the clock.
+"""
+
+import signal
+import time
+
+STARTED = time.monotonic()  # of the process, but for what it imported before
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TIME_IS_UP = 75  # EX_TEMPFAIL
+
+
+class Leave(Exception):
+    """Raised by `Stop.look` in the middle of work that can be done again."""
+
+
+class Stop:
+    """Whether a run is asked to leave, and why; `minutes` is all the time it has, or None."""
+
+    def __init__(self, minutes: float | None = None):
+        self.signal: signal.Signals | None = None
+        self.until = None if minutes is None else STARTED + 60 * minutes
+        self.longest = 0.0  # seconds of a turn, all that lies between two looks
+
+    def listen(self) -> None:
+        """From now on signals are taken note of; a signal that was ignored, as under nohup, stays
+        so.
+        """
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._take_note)
+
+    def _take_note(self, number: int, frame: object) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one is not to wait
+
+    def asked(self) -> bool:
+        """A signal came, or another turn as long as the longest would end too late."""
+        late = self.until is not None and time.monotonic() + 2 * self.longest > self.until
+        return late or self.signal is not None
+
+    def look(self) -> None:
+        """Leave if it is asked for: for loops that have nothing to finish first."""
+        if self.asked():
+            raise Leave
+
+    def took(self, seconds: float) -> None:
+        """How long a turn was."""
+        self.longest = max(self.longest, seconds)
+
+    @property
+    def exit_code(self) -> int:
+        return TIME_IS_UP if self.signal is None else 128 + self.signal
+
+    @property
+    def why(self) -> str:
+        return "--max-minutes are over" if self.signal is None else self.signal.name
