@@ -15,6 +15,9 @@ from typing import NamedTuple
 from errors import BadData, listed
 
 ROLES = ("system", "user", "assistant")
+# A parquet file of a few bytes can say "a billion times the same row". Text packs ten to one.
+ALWAYS_READ, MOST_PACKED = 2**28, 100  # bytes of rows; bytes of rows for each of the file
+ROW_BYTES = 200  # of a row's own, its text aside
 BAD_SHARE = 0.01  # of a file's rows: beyond this the file is not what it was taken for
 
 
@@ -133,11 +136,21 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
     import pyarrow  # here, because it takes half a second and JSONL does without
     import pyarrow.parquet
 
+    most = max(ALWAYS_READ, MOST_PACKED * path.stat().st_size)
+    size, number = 0, 0
     try:
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=16):
+                size += batch.nbytes
+                for row in batch.to_pylist() if size <= most else ():
+                    size += len(str(row)) + ROW_BYTES
+                    number += 1
+                    yield number, row
+                if size > most:
+                    raise ValueError("its rows are far larger than it is")
     except (pyarrow.ArrowException, ValueError) as error:  # ValueError: a text that is not UTF-8
         raise BadData(
-            f"{path} is no readable parquet file: {str(error).splitlines()[0][:80]}",
+            f"{path} is no readable parquet file: {str(error).partition("\n")[0][:80]}",
             "download or write it again",
         ) from None
 

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 import unicodedata
 from pathlib import Path
 
@@ -180,6 +181,15 @@ def test_targets_are_the_supervised_ids_one_place_earlier(chat):
     assert example.targets[-1] == IGNORE and example.supervised == sum(encoded.supervised)
 
 
+def test_a_row_of_a_megabyte_is_left_out_and_named_and_costs_no_more_than_its_length(chat):
+    texts = ["x" * 2**20, "é🎈" * 2**18]  # one word, and none
+    problems = [problem("How?", text, f"x:{n}") for n, text in enumerate(texts)]
+    started = time.process_time()
+    examples, left_out = encode_problems(problems, [0, 1], chat, 2048)
+    assert time.process_time() - started < 20 and not examples
+    assert [reason.partition(" ")[0] for reason in left_out] == ["x:0:", "x:1:"]
+
+
 def test_a_row_that_is_too_long_is_left_out_and_counted_and_never_cut(chat):
     problems = [problem("How?", "9" * n, f"x:{n}") for n in (1, 5, 40)]
     length = [len(chat.encode(p.messages).tokens) for p in problems]
@@ -292,6 +302,24 @@ def test_a_broken_parquet_file_is_refused_in_two_lines(tmp_path, how):
     with pytest.raises(BadData, match="t.parquet") as refusal:
         read_problems(tmp_path / "t.parquet")
     assert len(str(refusal.value).splitlines()) == 2
+
+
+SAME = pyarrow.array([0] * 4_000_000, pyarrow.int32())
+ENDLESS = {
+    "text": pyarrow.DictionaryArray.from_arrays(SAME, pyarrow.array(["x" * 1000])),
+    "nothing": pyarrow.nulls(4_000_000, pyarrow.string()),
+}
+
+
+@pytest.mark.parametrize("column", ENDLESS.values(), ids=ENDLESS)
+def test_a_small_parquet_file_of_endless_rows_is_refused_before_they_fill_the_memory(
+    tmp_path, column
+):
+    columns = {"question": column, "answer": column}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    assert (tmp_path / "t.parquet").stat().st_size < 2_000_000
+    with pytest.raises(BadData, match="its rows are far larger than it is"):
+        read_problems(tmp_path / "t.parquet")
 
 
 def test_a_folder_gives_what_is_learned_and_tested_and_a_file_only_the_first(tmp_path):
