@@ -149,8 +149,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
                 if size > most:
                     raise ValueError("its rows are far larger than it is")
     except (pyarrow.ArrowException, ValueError) as error:  # ValueError: a text that is not UTF-8
+        reason = str(error).partition("\n")[0][:80]
         raise BadData(
-            f"{path} is no readable parquet file: {str(error).partition("\n")[0][:80]}",
+            f"{path} is no readable parquet file: {reason}",
             "download or write it again",
         ) from None
 
