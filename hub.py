@@ -5,11 +5,18 @@ by every room; the Hub's client is imported only to fetch something, since a loc
 """
 
 import json
+import logging
 import stat
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from errors import HubError
+from errors import HubError, plain
+
+TRIES, PATIENCE = 3, 8  # requests for one address in a row, seconds that each may be silent
 
 LARGEST_JSON = 2**26  # bytes; the largest that are published, tokenizers, have a sixth of that
 
@@ -37,27 +44,67 @@ def fetch(
 
     what = f"{repo_type} {repo}" + (f" at revision {revision}" if revision else "")
     wanted = {"revision": revision, "repo_type": repo_type, "allow_patterns": patterns}
+    # Its warnings hold whole addresses, credentials included.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    with _bounded_patience():
+        for wait in (1, 2, 0):
+            try:
+                HfApi().repo_info(repo, revision=revision, repo_type=repo_type)
+                return Path(snapshot_download(repo, **wanted))
+            except Exception as error:  # the client's own, its HTTP library's, or the system's
+                failure = error
+            status = getattr(getattr(failure, "response", None), "status_code", 0)
+            if status in (400, 401, 403, 404) or isinstance(failure, ValueError):
+                raise _refused(what, failure, status) from failure
+            if not wait or status < 429:
+                break
+            print(f"the Hub answered {status} for {what}: trying again in {wait} s", flush=True)
+            time.sleep(wait)
     try:
-        HfApi().repo_info(repo, revision=revision, repo_type=repo_type, timeout=20)
-        return Path(snapshot_download(repo, **wanted))
-    except Exception as error:  # the client raises its own, its HTTP library's, and the system's
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (400, 401, 403, 404) or isinstance(error, ValueError):
-            raise _refused(what, error, status) from error
-        try:
-            folder = Path(snapshot_download(repo, local_files_only=True, **wanted))
-        except Exception:  # nothing usable in the cache: the first error is the cause
-            raise _unreachable(what, error, patterns) from error
-        print(f"the Hub gave no answer ({_reason(error)}): using the cached copy of {what}")
-        return folder
+        folder = Path(snapshot_download(repo, local_files_only=True, **wanted))
+    except Exception:  # nothing usable in the cache: the first error is the cause
+        raise _unreachable(what, failure, patterns) from failure
+    print(plain(f"the Hub gave no answer ({_reason(failure)}): using the cached copy of {what}"))
+    return folder
+
+
+@contextmanager
+def _bounded_patience() -> Iterator[None]:
+    """Inside, the client gives up on a Hub that is silent or busy within a minute.
+
+    By itself it waits without end for a list of files, and for as long as a busy Hub tells it to.
+    """
+    from huggingface_hub import get_session
+
+    asked: Counter[str] = Counter()  # how often in a row, by address
+
+    def before(request) -> None:
+        address = str(request.url).partition("?")[0]
+        if asked[address] == TRIES:
+            raise ConnectionError(f"asked {TRIES} times for {address}")
+        asked[address] += 1
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = dict.fromkeys(kinds, PATIENCE)
+
+    def after(response) -> None:
+        if response.status_code < 400:
+            del asked[str(response.request.url).partition("?")[0]]
+        for name in ("Retry-After", "RateLimit"):
+            response.headers.pop(name, None)
+
+    hooks = get_session().event_hooks
+    hooks["request"].append(before)
+    hooks["response"].append(after)
+    try:
+        yield
+    finally:
+        hooks["request"].remove(before)
+        hooks["response"].remove(after)
 
 
 def _reason(error: Exception) -> str:
-    return (
-        f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        if str(error)
-        else type(error).__name__
-    )
+    text = plain(str(error).partition("\n")[0])  # before it is cut: half a secret is one too
+    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
 
 
 def _refused(what: str, error: Exception, status: int | None) -> HubError:
@@ -80,6 +127,11 @@ def _refused(what: str, error: Exception, status: int | None) -> HubError:
 
 
 def _unreachable(what: str, error: Exception, patterns: list[str]) -> HubError:
+    if getattr(getattr(error, "response", None), "status_code", 0) == 429:
+        return HubError(
+            f"the Hub has had too many requests, and gives no {what}",
+            "wait some minutes and start again; logged in (`hf auth login`) one may ask more often",
+        )
     if "Offline" in type(error).__name__:
         return HubError(
             f"{what} is not in the cache, and HF_HUB_OFFLINE is set",

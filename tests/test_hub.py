@@ -30,14 +30,20 @@ ADDRESS = re.compile(
 
 
 class StubHub(ThreadingHTTPServer):
-    """Files by repository ("models/owner/name"), answered as the Hub does; `fault` is a status to
-    answer with instead. What was asked for is in `requests`."""
+    """Files by repository ("models/owner/name"), answered as the Hub does.
+
+    `fault` is what is done instead, the next `times` that an address is asked for which holds
+    `only`: a status with its code, "silence", or a share of the file, after which it falls silent
+    or, if `cuts`, hangs up. What was asked for is in `requests`.
+    """
 
     daemon_threads = True
 
     def __init__(self, files: dict[str, dict[str, bytes]]):
         super().__init__(("127.0.0.1", 0), StubHandler)
-        self.files, self.fault, self.requests = files, None, []
+        self.files, self.requests = files, []
+        self.fault, self.only, self.times, self.cuts = None, "", 10**6, False
+        self.over = threading.Event()
 
     @property
     def url(self) -> str:
@@ -50,8 +56,17 @@ class StubHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(path)
-        if self.server.fault:
-            return self.refuse(*self.server.fault)
+        fault, is_share = self.server.fault, isinstance(self.server.fault, float)
+        if fault and self.server.only in path and (self.command == "GET" or not is_share):
+            self.server.times -= 1
+            if self.server.times < 0:
+                fault = None
+        else:
+            fault = None
+        if fault == "silence":
+            return self.server.over.wait()
+        if isinstance(fault, tuple):
+            return self.refuse(*fault)
         asked = ADDRESS.fullmatch(path)
         repo = asked and (asked["of"] or "models/") + asked["name"]
         if repo not in self.server.files:
@@ -73,20 +88,28 @@ class StubHandler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound")
         content = files[asked["file"]]
         about = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": COMMITS[repo]}
-        return self.answer(content, **about)
+        return self.answer(content, **about, share=fault)
 
     do_HEAD = do_GET
 
-    def answer(self, content: bytes, status: int = 200, **headers: str) -> None:
+    def answer(
+        self, content: bytes, status: int = 200, *, share: float | None = None, **headers: str
+    ) -> None:
+        if begin := self.headers.get("Range"):
+            status, content = 206, content[int(begin.removeprefix("bytes=").partition("-")[0]) :]
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            self.wfile.write(content if share is None else content[: int(share * len(content))])
+        if share is not None:
+            self.wfile.flush()
+            self.close_connection = self.server.cuts or self.server.over.wait()
 
     def refuse(self, status: int, code: str) -> None:
-        self.answer(b"{}", status, **{"X-Error-Code": code, "X-Error-Message": f"no: {code}"})
+        headers = {"X-Error-Code": code, "X-Error-Message": f"no: {code}", "Retry-After": "3600"}
+        self.answer(b"{}", status, **headers)
 
     def log_message(self, *_) -> None:
         pass
@@ -116,18 +139,26 @@ def hub(lively_checkpoint, tmp_path):
     stub = StubHub({"models/toy/qwen2": model | other, "datasets/openai/gsm8k": data | other})
     threading.Thread(target=stub.serve_forever, daemon=True).start()
     yield stub
+    stub.over.set()
     stub.shutdown()
     stub.server_close()
 
 
 def python(*command: object, home: Path, hub: str, **environment: str):
     """Run Python as a user would, with its own cache and no Hub but the stub."""
+    process = python_process(*command, home=home, hub=hub, **environment)
+    out, err = process.communicate(timeout=100)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def python_process(*command: object, home: Path, hub: str, **environment: str):
+    """The same, still running."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     settings = {"HF_HOME": str(home / "cache"), "HF_ENDPOINT": hub, "OMP_NUM_THREADS": "1",
                 "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, env=kept | settings | environment,
-        capture_output=True, text=True, timeout=100,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -162,7 +193,7 @@ def test_a_hub_id_and_gsm8k_are_fetched_and_trained_on_and_again_offline(hub, tm
 FETCH = """
 import sys; from errors import run_script; from hub import fetch
 repo, revision, repo_type = sys.argv[1], sys.argv[2] or None, sys.argv[3]
-patterns = ["*.json", "main/*.parquet"]
+patterns = ["*.json", "*.safetensors", "main/*.parquet"]
 sys.exit(run_script(lambda: print(
     fetch(repo, patterns=patterns, revision=revision, repo_type=repo_type)
 )))
@@ -211,7 +242,7 @@ def closed_port() -> int:
         (None, ["openai/gsm8k", "v9", "dataset"], "dataset openai/gsm8k at revision v9 does not"),
         ((403, "GatedRepo"), [MODEL], "model toy/qwen2 is gated"),
         ((401, "GatedRepo"), [MODEL], "model toy/qwen2 is gated"),
-        ((429, ""), [MODEL], "the Hub could not be reached for model toy/qwen2"),
+        ((429, ""), [MODEL], "the Hub has had too many requests, and gives no model toy/qwen2"),
         ((500, ""), [MODEL], "the Hub could not be reached for model toy/qwen2"),
         ("nothing listens", [MODEL], "the Hub could not be reached for model toy/qwen2"),
         ("offline", [MODEL], "model toy/qwen2 is not in the cache, and HF_HUB_OFFLINE is set"),
@@ -237,3 +268,99 @@ def test_a_run_without_the_hub_ends_before_it_begins(tmp_path):
     result = python(*TOY, "--out", tmp_path / "run", home=tmp_path, hub=nowhere)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 2, result.stderr
     assert not (tmp_path / "run").exists()
+
+
+# Faults that pass
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("only", ["/api/models/toy/qwen2", "/resolve/"])
+def test_a_hub_that_is_busy_or_broken_is_asked_again(hub, tmp_path, status, only):
+    hub.fault, hub.only, hub.times = (status, ""), only, 2
+    result = fetch(MODEL, home=tmp_path, hub=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert hub.times < 0 and result.stdout.strip().endswith(COMMIT)
+
+
+WEIGHTS = f"snapshots/{COMMIT}/model.safetensors"
+
+
+def is_whole(hub: StubHub, home: Path) -> bool:
+    """Whether the cache below `home` holds the stub's weights."""
+    (weights,) = home.glob(f"cache/hub/*/{WEIGHTS}")
+    return weights.read_bytes() == hub.files["models/toy/qwen2"]["model.safetensors"]
+
+
+def kill_while_downloading(hub: StubHub, home: Path, share: float) -> None:
+    """Kill a process that has `share` of the weights and waits for the rest."""
+    hub.fault, hub.only, hub.times = share, "/resolve/" + COMMIT + "/model.safetensors", 1
+    process = python_process("-c", FETCH, MODEL, "", "model", home=home, hub=hub.url)
+    give_up = time.monotonic() + 50
+    while hub.times and time.monotonic() < give_up:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9 and not hub.times
+
+
+def test_a_download_killed_half_way_is_completed_by_the_next_start(hub, tmp_path):
+    kill_while_downloading(hub, tmp_path, 0.5)
+    assert not list(tmp_path.glob(f"cache/hub/*/{WEIGHTS}"))
+    result = fetch(MODEL, home=tmp_path, hub=hub.url)
+    assert result.returncode == 0 and is_whole(hub, tmp_path), result.stderr
+
+
+def test_a_download_that_is_cut_off_goes_on_by_itself(hub, tmp_path):
+    hub.fault, hub.only, hub.times, hub.cuts = 0.5, "/model.safetensors", 2, True
+    result = fetch(MODEL, home=tmp_path, hub=hub.url)
+    assert result.returncode == 0 and is_whole(hub, tmp_path), result.stderr
+    assert hub.times < 0
+
+
+# Without a network
+
+
+OFFLINE = """
+import sys
+sys.addaudithook(lambda event, args: event.startswith("socket.") and print("opened", event))
+"""
+
+
+def test_offline_a_full_cache_is_used_without_a_socket_and_an_empty_one_says_what_to_bring(
+    hub, tmp_path
+):
+    place = {"home": tmp_path, "hub": hub.url}
+    assert (
+        "opened socket.connect" in python("-c", OFFLINE + FETCH, MODEL, "", "model", **place).stdout
+    )
+    offline = place | {"HF_HUB_OFFLINE": "1"}
+    again = python("-c", OFFLINE + FETCH, MODEL, "", "model", **offline)
+    assert again.returncode == 0 and "opened" not in again.stdout, again.stdout + again.stderr
+    command = ["train.py", "--model", MODEL, "--data", tmp_path / "sums", "--out", tmp_path / "run"]
+    nothing = python(*command, **offline | {"home": tmp_path / "empty"})
+    assert nothing.returncode == 2
+    last = nothing.stderr.splitlines()[-1]
+    assert all(name in last for name in ("config.json", "tokenizer.json", "*.safetensors"))
+
+
+# Secrets
+
+
+def test_a_planted_secret_is_in_no_output_and_no_file(hub, tmp_path):
+    url = hub.url.replace("//", "//me:sesame-word@")
+    place = {"home": tmp_path, "hub": url, "HF_TOKEN": "hf_" + "sesame" * 5}
+    runs = [python(*TOY, "--out", tmp_path / "run", **place)]
+    assert runs[0].returncode == 0, runs[0].stderr
+    for fault in ((403, "GatedRepo"), (400, ""), (503, "")):
+        hub.fault = fault
+        runs.append(fetch("toy/other", **place))
+    runs.append(python("train.py", "--model", "https://me:sesame-word@hub/toy/qwen2", **place))
+    runs.append(
+        fetch("toy/other", **place | {"hub": f"http://me:sesame-word@127.0.0.1:{closed_port()}"})
+    )
+    assert all(run.returncode == 2 for run in runs[1:])
+    said = "".join(run.stdout + run.stderr for run in runs)
+    assert "sesame" not in said, said
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) > 20 and not any(b"sesame" in p.read_bytes() for p in files)

@@ -1,0 +1,57 @@
+"""The long form of tests/test_hub.py: each fault in each part of a download."""
+
+import time
+
+import pytest
+
+from tests.test_hub import MODEL, fetch, hub, is_whole, kill_while_downloading  # noqa: F401
+
+pytestmark = pytest.mark.campaign
+
+INFO, TREE, FILE = "/qwen2/revision", "/tree/", "/resolve/"
+FAULTS = [(401, "RepoNotFound"), (403, "GatedRepo"), (404, "RepoNotFound"), (404, "EntryNotFound"),
+          (404, "RevisionNotFound"), (429, ""), (500, ""), (503, ""), "silence"]  # fmt: skip
+
+
+@pytest.mark.parametrize("only", ["", "/api/", TREE, FILE])
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_each_fault_is_refused_within_a_minute_wherever_it_comes(hub, tmp_path, fault, only):  # noqa: F811
+    hub.fault, hub.only = fault, only
+    started = time.monotonic()
+    result = fetch(MODEL, home=tmp_path, hub=hub.url)
+    assert time.monotonic() - started < 60
+    lines = result.stderr.partition("error: ")[2].splitlines()
+    assert result.returncode == 2 and len(lines) == 2 and lines[1].startswith("  "), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_file_that_stops_half_way_is_refused_within_a_minute_and_completed_later(
+    hub, tmp_path, share  # noqa: F811
+):  # fmt: skip
+    hub.fault, hub.only = share, "/model.safetensors"
+    started = time.monotonic()
+    result = fetch(MODEL, home=tmp_path, hub=hub.url)
+    assert time.monotonic() - started < 60 and result.returncode == 2, result.stderr
+    hub.fault = None
+    result = fetch(MODEL, home=tmp_path, hub=hub.url)
+    assert result.returncode == 0 and is_whole(hub, tmp_path), result.stderr
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_download_that_is_killed_is_completed_by_the_next_start(hub, tmp_path, share):  # noqa: F811
+    kill_while_downloading(hub, tmp_path, share)
+    result = fetch(MODEL, home=tmp_path, hub=hub.url)
+    assert result.returncode == 0 and is_whole(hub, tmp_path), result.stderr
+
+
+def test_a_hub_that_answers_after_five_seconds_each_time_is_waited_for(hub, tmp_path):  # noqa: F811
+    real = hub.finish_request
+
+    def slowly(request, address):
+        time.sleep(5)
+        real(request, address)
+
+    hub.finish_request = slowly
+    result = fetch(MODEL, home=tmp_path, hub=hub.url)
+    assert result.returncode == 0 and is_whole(hub, tmp_path), result.stderr
