@@ -59,8 +59,13 @@ def plain(text: str) -> str:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if token := os.environ.get(name, "").strip():
             text = text.replace(token, "[hidden]")
-    text = "".join(c if c.isprintable() else "\ufffd" for c in text[: LONGEST + 1])
+    text = printable(text[: LONGEST + 1])
     return text if len(text) <= LONGEST else text[:LONGEST] + "..."
+
+
+def printable(text: str, besides: str = "") -> str:
+    """`text` without what a terminal would obey, but for the characters in `besides`."""
+    return "".join(c if c.isprintable() or c in besides else "\ufffd" for c in text)
 
 
 def listed(problems: Iterable[str], most: int = 6) -> str:

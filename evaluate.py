@@ -26,7 +26,7 @@ from data.gsm8k import EXAMPLES
 from data.rows import Message, Problem, Source, fingerprint, read_problems
 from data.split import split_problems
 from data.tasks import load_source
-from errors import BadData, BadOption, BadRun, run_script
+from errors import BadData, BadOption, BadRun, printable, run_script
 from evaluation.answers import Asking, answers, read_answers
 from evaluation.generative import choose_scorers
 from evaluation.summary import Completions, difference, figures, table, transcripts
@@ -324,7 +324,7 @@ def ask(
                 tokens += [] if token in eos_ids else [token]
                 text = chat.decode(tokens)
                 if not text.endswith("\ufffd") or ended:  # half of a character may be still to come
-                    print(text[len(shown) :], end="", flush=True)
+                    print(printable(text[len(shown) :], "\n\t"), end="", flush=True)
                     shown = text
         print()
 
@@ -339,7 +339,7 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     for example in result["examples"]:
         print(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
         for name in result["contestants"]:
-            print(f"  {name}: {' '.join(example[name].split())[:300]}")
+            print(f"  {name}: {printable(' '.join(example[name].split())[:300])}")
     print(f"\nresults in {folder}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from errors import HubError, plain
 
-TRIES, PATIENCE = 3, 8  # requests for one address in a row, seconds that each may be silent
+TRIES, PATIENCE = 3, 7  # requests for one address in a row, seconds that each may be silent
 
 LARGEST_JSON = 2**26  # bytes; the largest that are published, tokenizers, have a sixth of that
 

@@ -113,6 +113,18 @@ def test_what_is_torn_off_a_log_is_answered_again(trained, tmp_path):  # noqa: F
     assert again["contestants"]["tuned"]["right"] == whole["contestants"]["tuned"]["right"]
 
 
+def test_what_models_write_is_printed_without_what_a_terminal_would_obey(
+    trained, tmp_path, capsys  # noqa: F811
+):  # fmt: skip
+    result = evaluated(trained, tmp_path, "--limit", "1")
+    for example in result["examples"]:
+        example["base"] = "18\x1b]0;title\x07\x9b2J\u202e\r\n done"
+    capsys.readouterr()
+    evaluate.print_result(result, tmp_path)
+    said = capsys.readouterr().out
+    assert "]0;title" in said and said.replace("\n", "").isprintable()
+
+
 # Models that never end, or end at once
 
 

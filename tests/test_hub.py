@@ -57,12 +57,11 @@ class StubHandler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(path)
         fault, is_share = self.server.fault, isinstance(self.server.fault, float)
-        if fault and self.server.only in path and (self.command == "GET" or not is_share):
-            self.server.times -= 1
-            if self.server.times < 0:
-                fault = None
-        else:
+        if self.server.only not in path or is_share and self.command == "HEAD":
             fault = None
+        if fault is not None:
+            self.server.times -= 1
+            fault = fault if self.server.times >= 0 else None
         if fault == "silence":
             return self.server.over.wait()
         if isinstance(fault, tuple):
