@@ -19,7 +19,9 @@ from errors import BadCheckpoint, listed
 from hub import read_json
 
 START, END = "<|im_start|>", "<|im_end|>"
-# Qwen2's own split into words, the one expression that a `tokenizer.json` may have run.
+# What a `tokenizer.json` may ask for: Qwen2's own parts, and its own split into words. Others'
+# expressions may run for ever, and others' parts take the whole process down when misused.
+PARTS = ("NFC", "Sequence", "Split", "ByteLevel", "BPE")
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,8 +60,8 @@ class ChatFormat:
         """Read `tokenizer.json` and the chat template; ids must fit the embedding table."""
         path = folder / "tokenizer.json"
         try:
-            if foreign := sorted(set(_expressions(read_json(path))) - {WORDS}):
-                raise ValueError(f"it runs expressions that are not Qwen2's: {listed(foreign, 1)}")
+            if foreign := list(_foreign(read_json(path))):
+                raise ValueError(f"not Qwen2's: {listed(foreign, 1)}")
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BadCheckpoint(
@@ -67,9 +69,10 @@ class ChatFormat:
                 "give a checkpoint with a tokenizer.json of Qwen2's kind",
             ) from None
         chat = cls(tokenizer, read_default_system(folder))
-        if table_rows is not None and chat.vocabulary > table_rows:
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+        if table_rows is not None and largest >= table_rows:
             raise BadCheckpoint(
-                f"{path} has {chat.vocabulary} tokens, and the embedding table {table_rows} rows",
+                f"{path} has a token {largest}, and the embedding table {table_rows} rows",
                 "give a checkpoint with its own tokenizer",
             )
         return chat
@@ -117,15 +120,17 @@ class ChatFormat:
         out.supervised += [supervised] * len(ids)
 
 
-def _expressions(value: object) -> Iterator[str]:
-    """Every regular expression in the JSON of a tokenizer."""
+def _foreign(value: object) -> Iterator[str]:
+    """What the JSON of a tokenizer asks for that Qwen2's does not."""
     if isinstance(value, dict):
-        if isinstance(value.get("Regex"), str):
-            yield value["Regex"]
+        if value.get("type", "BPE") not in PARTS:
+            yield f"part {value['type']}"
+        if value.get("Regex", WORDS) != WORDS:
+            yield f"expression {value['Regex']}"
         value = [part for key, part in value.items() if key not in ("vocab", "merges")]
     if isinstance(value, list):
         for part in value:
-            yield from _expressions(part)
+            yield from _foreign(part)
 
 
 def read_default_system(folder: Path) -> str | None:

@@ -73,6 +73,10 @@ def load_base(folder: Path):
     return load_model(folder, dtype=torch.float32)
 
 
+def from_folder(folder: Path) -> ChatFormat:
+    return ChatFormat.from_folder(folder, toys.TABLE)
+
+
 # Safetensors
 
 
@@ -234,7 +238,7 @@ def test_json_that_is_none_is_refused_wherever_it_stands(base, adapter, content)
     refusal(lambda: read_adapter(adapter, model), BadAdapter)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         with changed(base / name, content):
-            refusal(lambda: ChatFormat.from_folder(base), BadCheckpoint)
+            refusal(lambda: from_folder(base), BadCheckpoint)
     (base / "config.json").write_bytes(content)
     refusal(lambda: load_base(base), BadCheckpoint)
 
@@ -251,7 +255,7 @@ def test_a_json_file_too_large_to_be_one_is_refused_unread(base, adapter):
     for path in (base / "config.json", adapter / CONFIG, base / "tokenizer.json"):
         os.truncate(path, 2**40)  # sparse: it takes no room
     refusal(lambda: read_config(base), BadCheckpoint)
-    refusal(lambda: ChatFormat.from_folder(base), BadCheckpoint)
+    refusal(lambda: from_folder(base), BadCheckpoint)
     refusal(lambda: read_adapter(adapter, None), BadAdapter)
 
 
@@ -328,16 +332,28 @@ def test_every_regular_expression_stands_in_the_source():
     assert not found
 
 
-def test_a_tokenizers_regular_expression_is_qwen2s_own_or_not_run(base):
+@pytest.mark.parametrize(
+    "part, said",
+    [
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|a)*b"}}}, "(a|a)*b"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}}}, "part Replace"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "part FixedLength"),
+        ({"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}]}}, "part Fuse"),
+        ({"model": {"type": ["BPE"], "vocab": {}, "merges": []}}, "part ['BPE']"),
+    ],
+)
+def test_a_tokenizer_has_qwen2s_parts_and_expression_or_is_not_loaded(base, part, said):
     text = json.loads((base / "tokenizer.json").read_text())
-    splitter = text["pre_tokenizer"]["pretokenizers"][0]
-    assert splitter["pattern"]["Regex"] == WORDS
-    slow = {"Regex": "(a|a)*b"}
-    for part in ({"pre_tokenizer": splitter | {"pattern": slow}},
-                 {"normalizer": {"type": "Replace", "pattern": slow, "content": ""}},
-                 {"decoder": {"type": "Replace", "pattern": slow, "content": ""}}):  # fmt: skip
-        toys.write_json(base / "tokenizer.json", text | part)
-        assert "(a|a)*b" in refusal(lambda: ChatFormat.from_folder(base), BadCheckpoint)
+    assert text["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == WORDS
+    toys.write_json(base / "tokenizer.json", text | part)
+    assert said in refusal(lambda: from_folder(base), BadCheckpoint)
+
+
+def test_a_tokenizer_whose_ids_leave_the_embedding_table_is_refused_though_it_is_small(base):
+    text = json.loads((base / "tokenizer.json").read_text())
+    text["model"]["vocab"]["a"] = 10**6
+    toys.write_json(base / "tokenizer.json", text)
+    assert "has a token 1000000" in refusal(lambda: from_folder(base), BadCheckpoint)
 
 
 PICKLE = b"cposix\nsystem\n(S'touch %s'\ntR."
