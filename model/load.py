@@ -165,7 +165,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     else:
         raise BadCheckpoint(f"{folder} holds no model.safetensors and no shard index", REMEDY)
     outside = {n for n in names if os.path.basename(n) != n or not n.endswith(".safetensors")}
-    missing = {n for n in names if not (folder / n).is_file()}
+    missing = {n for n in names if not os.path.isfile(folder / n)}  # False for what is no name
     if bad := sorted(outside | missing):
         raise BadCheckpoint(
             f"{index}: {listed([f'{n} is not a file of this folder' for n in bad])}",

@@ -23,7 +23,7 @@ from data.chat import WORDS, ChatFormat
 from errors import BadAdapter, BadCheckpoint, HubError, TrainingFailed, UserError, run_script
 from lora.inject import LoRAConfig, adapters, inject
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, save_adapter
-from model.load import load_model, read_config
+from model.load import load_model, read_config, read_eos_ids
 from tests import toys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,7 +220,7 @@ def test_an_adapters_rank_is_compared_with_its_file_before_it_is_allocated(base,
     assert not list(adapters(model))
 
 
-JSON_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+JSON_FILES = ["config.json", "generation_config.json", "tokenizer_config.json"]
 NO_JSON = {
     "deep": b'{"a":' * 200_000,
     "deep lists": b"[" * 200_000,
@@ -241,6 +241,31 @@ def test_json_that_is_none_is_refused_wherever_it_stands(base, adapter, content)
             refusal(lambda: from_folder(base), BadCheckpoint)
     (base / "config.json").write_bytes(content)
     refusal(lambda: load_base(base), BadCheckpoint)
+
+
+VALUES = [None, -1, 0, 1, 2, 512, 2**63, 10**50, 1e308, True, "", "x", "../x", "\0.safetensors",
+          "\ud800.safetensors", "a" * 300 + ".safetensors", [], {}, [None], [[]], ["q_proj"],
+          {"a": 1}, {"rope_type": ["default"]}, {"type": {}}, "all-linear", -5.5]  # fmt: skip
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("name", [*JSON_FILES, CONFIG, INDEX])
+def test_random_values_in_a_json_file_are_refused_or_taken_and_never_crash(tmp_path, adapter, name):
+    base = toys.write_checkpoint(tmp_path / "sharded", shards=2)
+    path = (adapter if name == CONFIG else base) / name
+    whole = json.loads(path.read_text())
+    keys = [(whole, key) for key in whole]
+    keys += [(whole["weight_map"], key) for key in whole.get("weight_map", ())]
+    for place, key in keys:
+        for value in random.Random(key).sample(VALUES, 4):
+            before, place[key] = place[key], value
+            toys.write_json(path, whole)
+            with contextlib.suppress(UserError), at_most(seconds=2):
+                from_folder(base), read_eos_ids(base)
+                read_adapter(adapter, load_base(base))
+            place[key] = before
 
 
 @contextlib.contextmanager

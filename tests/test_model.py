@@ -394,7 +394,8 @@ def test_an_untied_checkpoint_needs_its_head(folder):
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "..", "sub/x.safetensors",
-                                   "absent.safetensors", "config.json"])  # fmt: skip
+                                   "absent.safetensors", "config.json",
+                                   "n" * 300 + ".safetensors"])  # fmt: skip
 def test_a_shard_that_is_no_tensor_file_of_the_folder_is_refused(tmp_path, checkpoint, shard):
     shutil.copy(checkpoint / "model.safetensors", tmp_path / "model.safetensors")
     folder = toys.write_checkpoint(tmp_path / "sharded", shards=2)
