@@ -135,7 +135,10 @@ def hub(lively_checkpoint, tmp_path):
         for split in ("train", "test")
     }
     other = {"README.md": b"not asked for", "socratic/train-00000-of-00001.parquet": b"nor this"}
-    stub = StubHub({"models/toy/qwen2": model | other, "datasets/openai/gsm8k": data | other})
+    code = {"pytorch_model.bin": b"a pickle", "modeling_qwen2.py": b"code", "a.pkl": b"a pickle"}
+    stub = StubHub(
+        {"models/toy/qwen2": model | other | code, "datasets/openai/gsm8k": data | other}
+    )
     threading.Thread(target=stub.serve_forever, daemon=True).start()
     yield stub
     stub.over.set()
@@ -176,7 +179,8 @@ def test_a_hub_id_and_gsm8k_are_fetched_and_trained_on_and_again_offline(hub, tm
     adapter = json.loads((out / "best" / "adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == (MODEL, COMMIT)
     assert any(path.endswith(f"/resolve/{COMMIT}/model.safetensors") for path in hub.requests)
-    assert not any("README" in path or "socratic" in path for path in hub.requests)
+    not_asked_for = ("README", "socratic", ".bin", ".py", ".pkl")
+    assert not any(part in path for path in hub.requests for part in not_asked_for)
 
     hub.requests.clear()
     second = python(*TOY, "--out", tmp_path / "again", **place, HF_HUB_OFFLINE="1")
