@@ -3,9 +3,13 @@
 Anything else that goes wrong is a defect of ours and keeps its traceback.
 """
 
+import contextlib
+import errno
 import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 LONGEST = 1500  # characters of a cause
@@ -76,12 +80,48 @@ def listed(problems: Iterable[str], most: int = 6) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """Run a script's `main` and give its exit code; a user's error is printed in two lines."""
+    """Run a script's `main` and give its exit code; a user's error is printed in two lines.
+
+    So is a disk that is full, and a reader of the output that has gone is no defect either.
+    """
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        print(f"error: {error.cause}\n  {error.remedy}", file=sys.stderr)
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _say(f"error: {error.cause}\n  {error.remedy}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped by the keyboard", file=sys.stderr)
+        _say("stopped by the keyboard")
         return 130
+    except BrokenPipeError:  # as of `| head -1`
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if not is_full(error):
+            raise
+        place = plain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+        _say(f"error: the disk is full: {place}\n  make room; the same command then goes on")
+        return 1
+    finally:
+        _flush()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not grow: the disk, the user's share of it, or a limit is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # where nobody can be told, the exit code still tells
+        print(text, file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    """Write out what was printed; what cannot be written is dropped, or Python would complain."""
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)

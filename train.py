@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -176,18 +176,10 @@ def main(argv: list[str] | None = None) -> int:
     changes = check_run(out, saved)  # None: nothing to go on with
     if changes is None:
         check_space(out, trainable)
-    world.wait()
-    if world.is_main:
+    elif world.is_main:
         lock(out)
         repair(out)
     world.wait()
-    done = read_progress(out)
-    if done and done.stopped and not changes:
-        if world.is_main:
-            if not (out / "report.html").exists():
-                write_report(out, config.price_per_hour)
-            print_end(done, out)
-        return 0
 
     if world.is_main:
         print(table(to_json(config)))
@@ -201,6 +193,13 @@ def main(argv: list[str] | None = None) -> int:
         data.train, batch_size=config.batch_size, grad_accum=config.grad_accum,
         epochs=config.epochs, seed=config.seed, rank=world.rank, ranks=world.size,
     )  # fmt: skip
+    done = read_progress(out)
+    if done and why_over(config, done, last_step(config, schedule)) and not changes:
+        if world.is_main:
+            if not (out / "report.html").exists():
+                write_report(out, config.price_per_hour)
+            print_end(done, out)
+        return 0
 
     model = load_model(checkpoint.folder, dtype=DTYPES[precision], device=device)
     lora = LoRAConfig(
@@ -216,9 +215,11 @@ def main(argv: list[str] | None = None) -> int:
             f" ranks = {schedule.examples_per_step} a step;"
             f" {schedule.steps_per_epoch} steps an epoch, {last_step(config, schedule)} in all"
         )
+        lock(out)  # a new folder is made when everything has been read
         facts = {"base": checkpoint.name, "device": describe(device), "versions": versions()}
         write_run(out, saved | facts, data, changes or [])
-        print("\n".join(f"goes on, but {change}" for change in changes or []), end="")
+        for change in changes or []:
+            print(f"goes on, but {change}")
     stop = Stop(config.max_minutes)
     stop.listen()
     progress = train(
@@ -274,8 +275,10 @@ def train(
     leaving = False
     while progress.stopped is None:
         # Validate now and then and at the end, keep the best, stop when it gets no better.
-        due = progress.cursor in eval_at and progress.validated < progress.cursor
-        found = validate(config, model, data, world, stop) if due and not leaving else None
+        due = progress.cursor in eval_at or progress.cursor >= last
+        due = due and progress.validated < progress.cursor
+        fits = replace(config, batch_size=max(1, config.batch_size >> progress.halved))
+        found = validate(fits, model, data, world, stop) if due and not leaving else None
         leaving = leaving or due and found is None
         if found:
             is_best = progress.record_validation(found["val_loss"], found.get("val_exact_match"))
@@ -298,13 +301,15 @@ def train(
         leaving = leaving or progress.stopped is not None
         progress.seconds = seconds_before + time.perf_counter() - resumed_at
         if leaving or world.any(time.perf_counter() - saved_at > config.save_every):
+            saving_at = time.perf_counter()
             if world.is_main:
-                progress.log_bytes = log.bytes
+                progress.log_bytes = log.sync()
                 save_checkpoint(
                     out, progress, parameters=parameters, optimizer=optimizer, scaler=scaler
                 )
             world.wait()
             saved_at = time.perf_counter()
+            stop.took(saved_at - saving_at)
         if leaving:
             break
 
@@ -329,10 +334,10 @@ def train(
                 scaler.scale(nats / step.supervised).backward()
                 sums += torch.stack((nats.detach(), correct))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or world.size > 1:
+            if not is_out_of_memory(error):
                 raise
-            if len(examples) == 1:
-                raise out_of_memory(len(batch.tokens), error) from error
+            if len(examples) == 1 or world.size > 1:  # ranks cannot tell each other in mid-step
+                raise out_of_memory(examples, error) from error
             progress.halved += 1  # the same step again, in micro-batches half as large
             bar.write("out of memory: half as many sequences a micro-batch from here on")
             optimizer.zero_grad()
@@ -457,7 +462,7 @@ def learning_rate(config: TrainConfig, step: int, last: int) -> float:
 
 def why_over(config: TrainConfig, progress: Progress, last: int) -> str | None:
     """Why a run that has just been validated is over; None if it is not."""
-    if progress.cursor == last == progress.validated:
+    if progress.cursor == progress.validated >= last:  # more, if fewer are asked for than before
         return f"all {last} steps done"
     if progress.validations_since_best >= config.patience:
         return f"no better {config.stop_on} in {config.patience} validations"
@@ -515,6 +520,7 @@ def write_run(out: Path, config: dict, data: Data, changes: list[str]) -> None:
     """What the run folder holds from the start; `config.json` first, by which a run is known."""
     path = out / "config.json"
     earlier = json.loads(path.read_text()).get("changes", []) if path.exists() else []
+    (out / "report.html").unlink(missing_ok=True)  # an earlier end's
     write_json(path, config | {"changes": earlier + changes})
     write_json(out / "audit.json", asdict(data.audit))
     rows = [json.dumps(problem.row()) + "\n" for problem in data.held_out]
@@ -561,12 +567,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def out_of_memory(tokens: int, error: Exception) -> TrainingFailed:
+def out_of_memory(examples: list[Example], error: Exception) -> TrainingFailed:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+    lengths = [len(example.tokens) for example in examples]
+    fewer = f"leave such rows out with --max-length {max(lengths) - 1}"
+    if len(lengths) > 1:
+        fewer = f"take a --batch-size below {len(lengths)}"
     return TrainingFailed(
-        f"one sequence of {tokens} tokens does not fit into memory: {reason[-160:]}",
-        f"leave such rows out with --max-length {tokens - 1}, use a smaller --precision,"
-        " or fewer --targets",
+        f"{len(lengths)} sequences of {sum(lengths)} tokens do not fit into memory: {reason[:200]}",
+        f"{fewer}, use a smaller --precision, or fewer --targets",
     )
 
 

@@ -161,8 +161,8 @@ def repair(run: Path) -> None:
     BadRun if every checkpoint is damaged: a run never starts again from nothing by itself.
     """
     folder = run / "checkpoints"
-    clean_up(folder, "step-*")
-    clean_up(run, "best")
+    clean_up(folder, "step-[0-9]*")
+    shutil.rmtree(run / "best.new", ignore_errors=True)
     for checkpoint in reversed(_checkpoints(run)):
         reason = damage(checkpoint)
         if reason is None:
@@ -241,5 +241,5 @@ def read_progress(run: Path) -> Progress | None:
 
 def _checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first; the name holds the step, so clocks do not matter."""
-    found = (p for p in (run / "checkpoints").glob("step-*") if not p.suffix)
+    found = (p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit())
     return sorted(found, key=lambda p: (len(p.name), p.name))  # as numbers, of any length

@@ -6,13 +6,16 @@ Start several with `torchrun --nproc-per-node 2 train.py ...`.
 """
 
 import atexit
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from errors import TrainingFailed
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class World:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        with _all_there():
+            dist.all_reduce(total)
+            return total.tolist()
 
     def any(self, yes: bool) -> bool:
         """Whether any rank says yes: clocks differ, and all ranks must take the same turn."""
@@ -47,14 +51,28 @@ class World:
         parameters = list(parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
+        with _all_there():
+            dist.all_reduce(flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = grad.view_as(p)
 
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.size > 1:
-            dist.barrier()
+            with _all_there():
+                dist.barrier()
+
+
+@contextlib.contextmanager
+def _all_there() -> Iterator[None]:
+    """TrainingFailed if another rank is lost meanwhile: what it failed of, it says itself."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TrainingFailed(
+            f"rank {dist.get_rank()} has lost another rank, and leaves",
+            "the other says why; the same command goes on",
+        ) from error
 
 
 def local_rank() -> int:

@@ -20,6 +20,7 @@ from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_ad
 from model.load import Checkpoint, find_checkpoint, load_model, read_config
 from run.checkpoint import check_place
 from run.device import DTYPES
+from run.files import sync_files, sync_folder
 from run.options import option, parse
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -66,12 +67,15 @@ def publish_best(
     settings = f"Rank {config.r}, alpha {config.alpha:g}, dropout {config.dropout:g}, on {targets}."
     card = CARD.format(base=checkpoint.name, data=data, step=step, loss=loss, settings=settings)
     (beside / "README.md").write_text(card)
-    if not best.exists():
+    sync_files(beside)
+    if best.exists():
+        for name in (WEIGHTS, "README.md"):
+            os.replace(beside / name, best / name)
+        sync_folder(best)
+        shutil.rmtree(beside)
+    else:
         os.rename(beside, best)
-        return
-    for name in (WEIGHTS, "README.md"):
-        os.replace(beside / name, best / name)
-    shutil.rmtree(beside)
+    sync_folder(run)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,10 @@ def clean_up(parent: Path, pattern: str) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that `write_folder` made; None if it is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        raw = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
+        if raw != json_bytes(manifest):
+            return f"{MANIFEST} is not as it was written"
         for name, known in manifest.items():
             data = (folder / name).read_bytes()
             if len(data) != known["bytes"]:
@@ -93,6 +96,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """Force a folder's files and their names to the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -53,6 +53,9 @@ def parse(
         parser.add_argument(
             "--" + field.name.replace("_", "-"), **_argument(field, types[field.name])
         )
+    parser.add_argument(
+        "--debug", action="store_true", help="show where in the code an error came from"
+    )
     argv = sys.argv[1:] if argv is None else argv
     for name, values in presets.items():
         flags = " ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in values.items())
@@ -61,7 +64,8 @@ def parse(
             parser.set_defaults(**values)
             print(f"--{name} stands for {flags}")
     given = vars(parser.parse_args(argv))
-    config = cls(**{name: value for name, value in given.items() if name not in presets})
+    names = {field.name for field in dataclasses.fields(cls)}
+    config = cls(**{name: value for name, value in given.items() if name in names})
     if problems := value_problems(config):
         raise BadOption(listed(problems), f"python {parser.prog} --help lists the options")
     return config

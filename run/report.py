@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from errors import BadRun, run_script
+from errors import BadRun, is_full, run_script
 from evaluation.mistakes import KINDS
 from evaluation.statistics import wilson_interval
 from run.options import option, parse
@@ -96,6 +96,8 @@ def _write(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
+        if is_full(error):
+            raise
         raise BadRun(
             f"{path} cannot be written: {error.strerror}", "make the folder writable"
         ) from None

@@ -4,7 +4,9 @@ A handler only takes note. A second Ctrl-C leaves at once, as it would anywhere.
 those that shells and queues expect: 128 and the signal's number, or 75, "try again", for the clock.
 """
 
+import os
 import signal
+import stat
 import time
 
 STARTED = time.monotonic()  # of the process, but for what it imported before
@@ -35,6 +37,8 @@ class Stop:
     def _take_note(self, number: int, frame: object) -> None:
         self.signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one is not to wait
+        if number == signal.SIGHUP:
+            _leave_the_terminal()
 
     def asked(self) -> bool:
         """A signal came, or another turn as long as the longest would end too late."""
@@ -56,4 +60,14 @@ class Stop:
 
     @property
     def why(self) -> str:
-        return "--max-minutes are over" if self.signal is None else self.signal.name
+        if self.signal is not None:
+            return self.signal.name
+        return "--max-minutes are over" if self.asked() else "another rank was asked to leave"
+
+
+def _leave_the_terminal() -> None:
+    """Write to nowhere what would be written to a terminal: it has gone, and writing would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
