@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -93,10 +94,16 @@ class Child:
         return Ended(code, seconds, _text(self.log, ".out"), _text(self.log, ".err"))
 
 
-def start(flags: list, out: Path, *, fault: Fault | None = None, env: dict | None = None) -> Child:
-    """`train.py --out OUT` in a fork."""
-    rank = (env or {}).get("RANK", "")
-    log = out.parent / f"{out.name}-log{rank}"
+def start(
+    flags: list,
+    out: Path,
+    *,
+    fault: Fault | None = None,
+    log: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> Child:
+    """`train.py --out OUT` in a fork; what it prints goes beside its folder, or to `log`."""
+    log = log or out.with_name(f"{out.name}-log")
     if pid := os.fork():
         return Child(pid, log)
     code = 99
@@ -132,8 +139,8 @@ def be_a_script(argv: list[str], fault: Fault | None, env: dict | None) -> int:
         sys.stderr.flush()
 
 
-def run(flags: list, out: Path, *, fault: Fault | None = None, limit: float = 120) -> Ended:
-    return start(flags, out, fault=fault).wait(limit)
+def run(flags: list, out: Path, *, fault: Fault | None = None, log: Path | None = None) -> Ended:
+    return start(flags, out, fault=fault, log=log).wait()
 
 
 def finish(flags: list, out: Path) -> Ended:
@@ -156,6 +163,16 @@ def await_steps(child: Child, out: Path, steps: int) -> None:
 def steps_logged(out: Path) -> int:
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b'"train_loss"') if path.exists() else 0
+
+
+def slowed(seconds: float) -> Fault:
+    """A fault that is none: each micro-batch takes so long, so that steps can be met."""
+
+    def fault():
+        whole = train.flat_batch
+        train.flat_batch = lambda *a: time.sleep(seconds) or whole(*a)
+
+    return fault
 
 
 # What must hold
@@ -198,8 +215,8 @@ def steps_to_do_again(out: Path) -> int:
 class FileCalls:
     """Counts the calls that change files, and lets one of them end in a fault.
 
-    `happen` is called before the call, in the middle of it if it writes, or after it: the `at`-th
-    of these moments, from 0. Only in calls of `train.<within>` from the `nth` on, if that is given.
+    `happen` is called before the call, or in the middle of it if it writes: at the `at`-th of these
+    moments, from 0. Only in the `nth` call of `train.<within>`, if that is given.
     """
 
     at: int = -1
@@ -249,9 +266,7 @@ class FileCalls:
     def watched(self, function: Callable) -> Callable:
         def call(*args, **options):
             self.moment()
-            result = function(*args, **options)
-            self.moment()
-            return result
+            return function(*args, **options)
 
         return call
 
@@ -260,9 +275,7 @@ class FileCalls:
             if not set(mode) & set("wax+"):
                 return function(file, mode, *args, **options)
             self.moment()
-            result = _Written(function(file, mode, *args, **options), self)
-            self.moment()
-            return result
+            return _Written(function(file, mode, *args, **options), self)
 
         return opened
 
@@ -281,7 +294,6 @@ class _Written:
         self.calls.moment()
         self.file.write(data[half:])
         self.file.flush()
-        self.calls.moment()
         return len(data)
 
     def __getattr__(self, name: str):
@@ -314,10 +326,24 @@ def copy(source: Path, to: Path) -> Path:
 # Ranks
 
 
-def start_ranks(flags: list, out: Path, port: int, fault: Fault | None = None) -> list[Child]:
+def start_ranks(flags: list, out: Path, fault: Fault | None = None) -> list[Child]:
     """Two ranks; `fault` is in the second only."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        start(flags, out, fault=fault if rank else None, env=world | {"RANK": str(rank)})
+        start(
+            flags, out, fault=fault if rank else None, log=out.with_name(f"{out.name}-log-{rank}"),
+            env=world | {"RANK": str(rank)},
+        )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
+
+
+def go_on_with_ranks(flags: list, out: Path) -> None:
+    ended = [rank.wait() for rank in start_ranks(flags, out)]
+    assert [e.code for e in ended] == [0, 0], ended
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,172 @@
+"""Killed and stopped, at length: at random, at every file call, again and again, in time."""
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from lora.peft_format import WEIGHTS
+from run.checkpoint import read_progress, repair
+from tests.campaign.harness import (
+    LONG,
+    FileCalls,
+    await_steps,
+    check_instant,
+    finish,
+    left_behind,
+    run,
+    slowed,
+    start,
+    steps_to_do_again,
+)
+from tests.test_faults import survive_kills
+
+pytestmark = pytest.mark.campaign
+
+
+@pytest.fixture(scope="module")
+def long(tiny):
+    return [*tiny, *LONG]
+
+
+@pytest.fixture(scope="module")
+def reference(long, tmp_path_factory):
+    """(what R leaves behind, the seconds that it takes)."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    ended = finish([*long, "--save-every", 0], out)
+    return left_behind(out), ended.seconds
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_run_killed_at_200_random_moments_comes_to_the_same_end(long, reference, tmp_path, part):
+    seeds = range(50 * part, 50 * part + 50)
+    assert survive_kills(long, tmp_path, seeds, *reference) > 40
+
+
+def test_a_run_killed_25_times_in_a_row_never_goes_back_and_comes_to_the_same_end(
+    long, reference, tmp_path
+):
+    out, rng, reached, killed = tmp_path / "run", random.Random(0), 0, 0
+    command = [*long, "--save-every", 0]
+    while killed < 25:
+        child = start(command, out)
+        if killed % 2:  # else at any moment from its start on
+            await_steps(child, out, reached + 1)
+        time.sleep(rng.uniform(0, 0.03 if killed % 2 else 0.3))
+        child.send(signal.SIGKILL)
+        assert child.wait().code == 137
+        killed += 1
+        check_instant(out)
+        progress = read_progress(out)
+        assert steps_to_do_again(out) <= 1
+        assert (progress.cursor if progress else 0) >= reached
+        reached = progress.cursor if progress else 0
+    assert reached >= 12
+    finish(command, out)
+    assert left_behind(out) == reference[0]
+
+
+@pytest.mark.parametrize(
+    "within, nth, least",
+    [("write_run", 1, 20), ("save_checkpoint", 3, 24), ("publish_best", 1, 20),
+     ("publish_best", 2, 30), ("write_report", 1, 8)],
+)  # fmt: skip
+def test_killed_at_every_file_call_of_a_part_of_the_run(
+    short, expected, tmp_path, within, nth, least
+):  # fmt: skip
+    out, at = tmp_path / "run", 0
+    while run(short, out, fault=FileCalls(at, within=within, nth=nth)).code == 137:
+        check_instant(out)
+        finish(short, out)
+        assert left_behind(out) == expected, f"moment {at}"
+        shutil.rmtree(out)
+        at += 1
+    assert left_behind(out) == expected and at >= least
+    print(f"{within} {nth}: {at} moments")
+
+
+def test_best_loads_and_is_finite_at_every_instant_of_a_run(long, tmp_path):
+    out, reads, seen = tmp_path / "run", 0, set()
+    child = start([*long, "--save-every", 0, "--evals-per-epoch", 12], out)
+    while not child.is_over():
+        if (out / "best").exists():
+            tensors = load_file(out / "best" / WEIGHTS)
+            assert all(t.isfinite().all() for t in tensors.values())
+            seen.add(torch.cat([t.flatten() for t in tensors.values()]).sum().item())
+            reads += 1
+    print(f"{reads} reads of {len(seen)} adapters")
+    assert child.wait().code == 0 and reads > 500 and len(seen) > 10
+
+
+def test_sigterm_at_50_random_moments_loses_no_step(long, reference, tmp_path):
+    command, (whole, seconds) = [*long, "--save-every", 1000], reference
+    codes = []
+    for seed in range(50):
+        out = tmp_path / f"term-{seed}"
+        child = start(command, out)
+        time.sleep(random.Random(seed).uniform(0.05, 0.95) * seconds)
+        child.send(signal.SIGTERM)
+        asked = time.monotonic()
+        ended = child.wait()
+        assert time.monotonic() - asked < 5 and "Traceback" not in ended.err
+        codes.append(ended.code)
+        check_instant(out)
+        assert steps_to_do_again(out) == 0
+        finish(command, out)
+        assert left_behind(out) == whole, f"seed {seed}"
+    print(f"codes {sorted(codes)}")
+    assert set(codes) <= {143, 0} and codes.count(143) >= 45  # 0: it was writing its report
+
+
+def test_sigterm_followed_by_sigkill_leaves_a_whole_checkpoint(long, reference, tmp_path):
+    def slow_disk():
+        whole = train.save_checkpoint
+        train.save_checkpoint = lambda *a, **k: time.sleep(0.2) or whole(*a, **k)
+
+    command = [*long, "--save-every", 0.5]
+    for seed in range(10):
+        out = tmp_path / str(seed)
+        child = start(command, out, fault=slow_disk)
+        await_steps(child, out, 2 + 3 * seed)
+        child.send(signal.SIGTERM)
+        time.sleep(0.3 * random.Random(seed).random())
+        child.send(signal.SIGKILL)
+        assert child.wait().code in (137, 143)
+        repair(out)
+        check_instant(out)
+        finish(command, out)
+        assert left_behind(out) == reference[0]
+
+
+def test_a_run_that_is_paused_and_goes_on_comes_to_the_same_end(long, reference, tmp_path):
+    out = tmp_path / "run"
+    child = start([*long, "--save-every", 0.2], out)
+    for step in (3, 14, 25):
+        await_steps(child, out, step)
+        child.send(signal.SIGSTOP)
+        time.sleep(1)
+        assert not child.is_over()
+        child.send(signal.SIGCONT)
+    assert child.wait().code == 0 and left_behind(out) == reference[0]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_max_minutes_ends_the_run_in_time_and_the_same_command_goes_on(
+    long, reference, tmp_path, share
+):
+    slowly = slowed(0.03)
+    command = [*long, "--save-every", 1]
+    seconds = run(command, tmp_path / "slow", fault=slowly).seconds
+    limited = [*command, "--max-minutes", share * seconds / 60]
+    ended = run(limited, tmp_path / "run", fault=slowly)
+    print(f"R takes {seconds:.1f} s; left after {ended.seconds / seconds:.2f} of that")
+    assert ended.code == 75 and ended.seconds < share * seconds
+    assert "--max-minutes are over: stopped after step" in ended.out
+    assert steps_to_do_again(tmp_path / "run") == 0
+    finish(command, tmp_path / "run")
+    assert left_behind(tmp_path / "run") == reference[0]
