@@ -78,7 +78,7 @@ def survive_kills(flags: list, folder: Path, seeds: range, expected: dict, secon
 
 
 def test_a_run_killed_at_random_moments_comes_to_the_same_end(tiny, expected, tmp_path):
-    assert survive_kills([*tiny, *SHORT], tmp_path, range(8), expected, seconds=0.6) > 0
+    assert survive_kills([*tiny, *SHORT], tmp_path, range(12), expected, seconds=0.35) > 6
 
 
 def killed_in(action, at: int) -> bool:
@@ -189,8 +189,7 @@ def in_the_third_save(signals: list[int]) -> FileCalls:
 @pytest.mark.parametrize(
     "signals, code, cursor",
     [
-        ([signal.SIGTERM], 143, 3),  # step 2 is saved, then a step is taken and saved too
-        ([signal.SIGTERM] * 3, 143, 3),
+        ([signal.SIGTERM] * 3, 143, 3),  # step 2 is saved, then a step is taken and saved too
         ([signal.SIGINT], 130, 3),
         ([signal.SIGINT, signal.SIGINT], 130, 1),  # at once
         ([signal.SIGTERM, signal.SIGINT], 130, 1),
@@ -282,7 +281,7 @@ def test_the_newest_checkpoint_is_known_by_its_step_whatever_clocks_say(short, e
 def test_a_disk_that_fills_up_is_told_in_two_lines_and_the_command_goes_on(
     short, expected, tmp_path
 ):
-    for at in (0, 6, 40, 100, 170):
+    for at in (0, 6, 60, 170):
         out = tmp_path / str(at)
         ended = run(short, out, fault=FileCalls(at, disk_full))
         assert ended.code == 1 and "the disk is full" in ended.in_two_lines(), at
@@ -291,7 +290,7 @@ def test_a_disk_that_fills_up_is_told_in_two_lines_and_the_command_goes_on(
         assert left_behind(out) == expected
 
 
-@pytest.mark.parametrize("most", [1_000, 2_000, 16_000])
+@pytest.mark.parametrize("most", [1_000, 16_000])
 def test_files_that_may_not_grow_are_a_full_disk(short, expected, tmp_path, most):
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
     ended = run(short, tmp_path / "run", fault=limit)
@@ -591,7 +590,7 @@ def test_where_fp16_overflows_the_scale_halves_and_a_killed_run_comes_to_the_sam
     short, tmp_path
 ):
     flags, ends = [*short, "--precision", "fp16"], []
-    for name, kills in (("whole", 0), ("killed", 3)):
+    for name, kills in (("whole", 0), ("killed", 2)):
         out = tmp_path / name
         for i in range(kills):
             child = start(flags, out, fault=overflowing)

@@ -45,7 +45,9 @@ def reference(long, tmp_path_factory):
 @pytest.mark.parametrize("part", range(4))
 def test_a_run_killed_at_200_random_moments_comes_to_the_same_end(long, reference, tmp_path, part):
     seeds = range(50 * part, 50 * part + 50)
-    assert survive_kills(long, tmp_path, seeds, *reference) > 40
+    met = survive_kills(long, tmp_path, seeds, *reference)
+    print(f"{met} of 50 were killed before their end")
+    assert met > 40
 
 
 def test_a_run_killed_25_times_in_a_row_never_goes_back_and_comes_to_the_same_end(
@@ -54,7 +56,7 @@ def test_a_run_killed_25_times_in_a_row_never_goes_back_and_comes_to_the_same_en
     out, rng, reached, killed = tmp_path / "run", random.Random(0), 0, 0
     command = [*long, "--save-every", 0]
     while killed < 25:
-        child = start(command, out)
+        child = start(command, out, fault=slowed(0.01))
         if killed % 2:  # else at any moment from its start on
             await_steps(child, out, reached + 1)
         time.sleep(rng.uniform(0, 0.03 if killed % 2 else 0.3))
@@ -66,6 +68,7 @@ def test_a_run_killed_25_times_in_a_row_never_goes_back_and_comes_to_the_same_en
         assert steps_to_do_again(out) <= 1
         assert (progress.cursor if progress else 0) >= reached
         reached = progress.cursor if progress else 0
+    print(f"{killed} kills, step {reached} of 36 reached")
     assert reached >= 12
     finish(command, out)
     assert left_behind(out) == reference[0]
@@ -104,12 +107,12 @@ def test_best_loads_and_is_finite_at_every_instant_of_a_run(long, tmp_path):
 
 
 def test_sigterm_at_50_random_moments_loses_no_step(long, reference, tmp_path):
-    command, (whole, seconds) = [*long, "--save-every", 1000], reference
-    codes = []
+    command, slowly, codes = [*long, "--save-every", 1000], slowed(0.005), []
+    seconds = run(command, tmp_path / "slow", fault=slowly).seconds
     for seed in range(50):
         out = tmp_path / f"term-{seed}"
-        child = start(command, out)
-        time.sleep(random.Random(seed).uniform(0.05, 0.95) * seconds)
+        child = start(command, out, fault=slowly)
+        time.sleep(random.Random(seed).uniform(0, 0.95) * seconds)
         child.send(signal.SIGTERM)
         asked = time.monotonic()
         ended = child.wait()
@@ -118,9 +121,9 @@ def test_sigterm_at_50_random_moments_loses_no_step(long, reference, tmp_path):
         check_instant(out)
         assert steps_to_do_again(out) == 0
         finish(command, out)
-        assert left_behind(out) == whole, f"seed {seed}"
-    print(f"codes {sorted(codes)}")
-    assert set(codes) <= {143, 0} and codes.count(143) >= 45  # 0: it was writing its report
+        assert left_behind(out) == reference[0], f"seed {seed}"
+    print(f"{codes.count(143)} of 50 were stopped")
+    assert set(codes) <= {143, 0} and codes.count(143) >= 45  # 0: it was done, but for its report
 
 
 def test_sigterm_followed_by_sigkill_leaves_a_whole_checkpoint(long, reference, tmp_path):
