@@ -1,7 +1,10 @@
 """Shared by all tests: one thread, and what is only read, written once a session."""
 
+import threading
+
 import pytest
 import torch
+from tqdm import tqdm
 
 from tests import toys
 from tests.campaign.harness import (
@@ -15,6 +18,8 @@ from tests.campaign.harness import (
 )
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
+# tqdm's own lock is shared with forks: one that is killed while it holds it would stop the others.
+tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(scope="session")

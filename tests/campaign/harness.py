@@ -156,7 +156,9 @@ def _text(log: Path, ending: str) -> str:
 
 def await_steps(child: Child, out: Path, steps: int) -> None:
     """Return when the log has a line of so many steps, or the run is over."""
+    until = time.monotonic() + 120
     while not child.is_over() and steps_logged(out) < steps:
+        assert time.monotonic() < until, f"no step {steps} in 120 s"
         time.sleep(0.0005)
 
 
