@@ -5,6 +5,8 @@ the child before its run: it sets limits, or puts something between the run and 
 """
 
 import builtins
+import contextlib
+import ctypes
 import errno
 import io
 import os
@@ -31,6 +33,7 @@ from tests import toys
 # 3 epochs of 12 steps of 4 micro-batches, dropout, a validation every 6 steps.
 LONG = "--batch-size 2 --grad-accum 4 --epochs 3 --r 2 --evals-per-epoch 2".split()
 SHORT = [*LONG, "--limit", "40", "--epochs", "2"]  # 2 epochs of 5 steps
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 CLOCKS = {"tokens_per_second", "peak_memory_gb"}
 Fault = Callable[[], object]
 
@@ -108,6 +111,8 @@ def start(
         return Child(pid, log)
     code = 99
     try:
+        with contextlib.suppress(AttributeError):  # on Linux it does not outlive a test that fails
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for ending, number in ((".out", 1), (".err", 2)):
             os.dup2(os.open(f"{log}{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         code = be_a_script([*map(str, flags), "--out", str(out)], fault, env)
