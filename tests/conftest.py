@@ -71,9 +71,9 @@ def expected(whole):
 
 @pytest.fixture
 def half(short, tmp_path):
-    """The folder of a run that was killed after three steps, of which two were saved."""
+    """The folder of a run that was killed after four steps, of which three were saved."""
     out = tmp_path / "half"
-    assert run(short, out, fault=FileCalls(within="save_checkpoint", nth=4, at=0)).code == 137
+    assert run(short, out, fault=FileCalls(within="save_checkpoint", nth=5, at=0)).code == 137
     return out
 
 

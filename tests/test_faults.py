@@ -6,6 +6,7 @@ A short sample of the campaign in tests/campaign, which calls the functions here
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -611,14 +612,14 @@ def test_where_fp16_overflows_the_scale_halves_and_a_killed_run_comes_to_the_sam
 # Out of memory
 
 
-def memory_for(tokens: int):
-    """A fault: memory for so many tokens of a micro-batch, and for no more."""
+def memory_for(tokens: int, spared: int = 0):
+    """A fault: memory for so many tokens of a micro-batch, but for the first `spared` of a run."""
 
     def fault():
-        whole = train.linear_cross_entropy
+        whole, calls = train.linear_cross_entropy, itertools.count()
 
         def limited(hidden, *rest):
-            if len(hidden) > tokens:
+            if len(hidden) > tokens and next(calls) >= spared:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 98765 bytes")
             return whole(hidden, *rest)
 
@@ -627,15 +628,15 @@ def memory_for(tokens: int):
     return fault
 
 
+@pytest.mark.parametrize("batch, accum, spared, halved", [(8, 1, 0, 2), (4, 2, 1, 1)])
 def test_out_of_memory_halves_the_micro_batches_as_if_the_run_had_started_so(
-    tiny, expected, tmp_path
+    tiny, expected, tmp_path, batch, accum, spared, halved
 ):
-    flags = [*tiny, *SHORT, "--batch-size", 8, "--grad-accum", 1, "--save-every", 0]
-    ended = run(flags, tmp_path / "run", fault=memory_for(150))
-    assert ended.code == 0 and ended.out.count("out of memory: half as many") == 2
-    found = left_behind(tmp_path / "run")
-    assert found["progress"]["halved"] == 2
-    assert found == expected | {"progress": expected["progress"] | {"halved": 2}}
+    flags = [*tiny, *SHORT, "--batch-size", batch, "--grad-accum", accum, "--save-every", 0]
+    ended = run(flags, tmp_path / "run", fault=memory_for(150, spared))
+    assert ended.code == 0 and ended.out.count("out of memory: half as many") == halved
+    progress = expected["progress"] | {"halved": halved}
+    assert left_behind(tmp_path / "run") == expected | {"progress": progress}
 
 
 def test_one_example_that_does_not_fit_ends_the_run_with_bytes_length_and_remedies(short, tmp_path):
