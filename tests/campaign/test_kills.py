@@ -56,10 +56,10 @@ def test_a_run_killed_25_times_in_a_row_never_goes_back_and_comes_to_the_same_en
     out, rng, reached, killed = tmp_path / "run", random.Random(0), 0, 0
     command = [*long, "--save-every", 0]
     while killed < 25:
-        child = start(command, out, fault=slowed(0.01))
+        child = start(command, out, fault=slowed(0.03))
         if killed % 2:  # else at any moment from its start on
-            await_steps(child, out, reached + 1)
-        time.sleep(rng.uniform(0, 0.03 if killed % 2 else 0.3))
+            await_steps(child, out, reached + 2)  # one more than the log may have had
+        time.sleep(rng.uniform(0, 0.03 if killed % 2 else 0.2))
         child.send(signal.SIGKILL)
         assert child.wait().code == 137
         killed += 1
