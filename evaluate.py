@@ -1,5 +1,6 @@
 """What the tuning is worth: base and tuned answer the same problems, by the same code.
 
+    python evaluate.py --demo                                            # after train.py --demo
     python evaluate.py --adapter out/qwen2-0.5b-instruct-gsm8k/best      # base against tuned
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --limit 100      # one model by itself
     python evaluate.py --adapter out/.../best --ask "What is 3 + 4?"     # both answer, as you watch

@@ -1,5 +1,6 @@
 """Fine-tune Qwen2 on worked answers through low-rank adapters, with the whole loop in plain sight.
 
+    python train.py --demo                         # all of it, offline, in two minutes
     python train.py --epochs 3                     # Qwen2-0.5B-Instruct on GSM8K, both from the Hub
     python train.py --model FOLDER --data FOLDER   # the same from local files
     torchrun --nproc-per-node 2 train.py           # on two devices
@@ -16,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors
@@ -31,7 +32,7 @@ from data.encode import Example, encode_problems
 from data.rows import Problem, Source, fingerprint
 from data.split import split_problems
 from data.tasks import load_source
-from errors import BadData, TrainingFailed, run_script
+from errors import BadData, TrainingFailed, printable, run_script
 from evaluation.answers import Asking, answers
 from evaluation.generative import choose_scorers
 from evaluation.teacher_forced import teacher_forced
@@ -124,10 +125,10 @@ class TrainConfig:
     show_example: bool = option(False, "print one example, what is supervised marked, and leave")
 
 
-# `--demo`: the whole way in two minutes, offline. A small base takes, and needs, a higher rate.
+# `--demo`: the whole way in two minutes, offline. A base so small needs a higher rate.
 DEMO = {
-    "model": "demo", "data": "demo", "out": "out/demo", "epochs": 3, "batch_size": 16,
-    "learning_rate": 5e-3, "dropout": 0.0, "max_new_tokens": 160,
+    "model": "demo", "data": "demo", "out": "out/demo", "epochs": 2, "learning_rate": 2e-2,
+    "max_new_tokens": 160,
 }  # fmt: skip
 
 
@@ -220,17 +221,16 @@ def main(argv: list[str] | None = None) -> int:
         write_run(out, saved | facts, data, changes or [])
         for change in changes or []:
             print(f"goes on, but {change}")
-    stop = Stop(config.max_minutes)
-    stop.listen()
-    progress = train(
-        config, schedule, data,
-        model=model, lora=lora, checkpoint=checkpoint, scaled=precision == "fp16",
-        device=device, world=world, out=out, stop=stop,
-    )  # fmt: skip
+    with Stop(config.max_minutes) as stop:
+        progress = train(
+            config, schedule, data,
+            model=model, lora=lora, checkpoint=checkpoint, scaled=precision == "fp16",
+            device=device, world=world, out=out, stop=stop,
+        )  # fmt: skip
     if progress.stopped is None:
         if world.is_main:
-            done, last = progress.cursor, last_step(config, schedule)
-            print(f"{stop.why}: stopped after step {done} of {last}; the same command goes on")
+            place = f"step {progress.cursor} of {last_step(config, schedule)}"
+            print(f"{stop.why}: stopped after {place}; the same command goes on")
         return stop.exit_code
     if world.is_main:
         print(f"report in {write_report(out, config.price_per_hour)}")
@@ -276,26 +276,23 @@ def train(
     while progress.stopped is None:
         # Validate now and then and at the end, keep the best, stop when it gets no better.
         due = progress.cursor in eval_at or progress.cursor >= last
-        due = due and progress.validated < progress.cursor
-        fits = replace(config, batch_size=max(1, config.batch_size >> progress.halved))
-        found = validate(fits, model, data, world, stop) if due and not leaving else None
-        leaving = leaving or due and found is None
-        if found:
-            is_best = progress.record_validation(found["val_loss"], found.get("val_exact_match"))
-            progress.stopped = why_over(config, progress, last)
-        if found and world.is_main:
-            if is_best:
-                publish_best(
-                    model, out, lora,
-                    checkpoint=checkpoint, data=config.data, step=progress.step,
-                    loss=found["val_loss"],
-                )  # fmt: skip
-            log.write(
-                step=progress.step,
-                epoch=progress.cursor / schedule.steps_per_epoch,
-                **found,
-            )
-            bar.write(validation_line(progress.step, found, is_best))
+        if due and progress.validated < progress.cursor and not leaving:
+            found = validate(config, progress, model, data, world, stop)
+            leaving = found is None  # asked to, meanwhile: it is done again
+            if found:
+                loss, exact_match = found["val_loss"], found.get("val_exact_match")
+                is_best = progress.record_validation(loss, exact_match)
+                progress.stopped = why_over(config, progress, last)
+            if found and world.is_main:
+                if is_best:
+                    publish_best(
+                        model, out, lora,
+                        checkpoint=checkpoint, data=config.data, step=progress.step, loss=loss,
+                    )  # fmt: skip
+                log.write(
+                    step=progress.step, epoch=progress.cursor / schedule.steps_per_epoch, **found
+                )
+                bar.write(validation_line(progress.step, found, is_best))
 
         # Save all that is needed to go on from here, and leave if the run is over or asked to.
         leaving = leaving or progress.stopped is not None
@@ -321,12 +318,9 @@ def train(
             for examples in step.micro_batches:
                 batch = flat_batch(examples, device)
                 seed_dropout(
-                    model,
-                    seed=config.seed,
-                    epoch=step.epoch,
-                    rows=batch.rows,
-                    positions=batch.positions,
-                )
+                    model, seed=config.seed, epoch=step.epoch,
+                    rows=batch.rows, positions=batch.positions,
+                )  # fmt: skip
                 hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
                 nats, correct = linear_cross_entropy(
                     hidden, model.head_weight, batch.targets, batch.supervised
@@ -341,6 +335,7 @@ def train(
             progress.halved += 1  # the same step again, in micro-batches half as large
             bar.write("out of memory: half as many sequences a micro-batch from here on")
             optimizer.zero_grad()
+            batch = hidden = nats = correct = None  # or they keep what the smaller ones need
             continue
 
         # Gradients: all ranks' together, unscaled, clipped.
@@ -389,7 +384,7 @@ def train(
 
 
 def validate(
-    config: TrainConfig, model: Qwen2, data: Data, world: World, stop: Stop
+    config: TrainConfig, progress: Progress, model: Qwen2, data: Data, world: World, stop: Stop
 ) -> dict[str, float] | None:
     """Loss and teacher-forced token accuracy over every validation row; answers too, if asked for.
 
@@ -397,41 +392,31 @@ def validate(
     asked meanwhile; several ranks see that after their step only, all at the same.
     """
     look = stop.look if world.size == 1 else bool
+    batch_size = max(1, config.batch_size >> progress.halved)
+    mine = data.validation[world.rank :: world.size]
+    supervised = sum(e.supervised for e in data.validation)
     try:
-        return measure(config, model, data, world, look)
+        sums = teacher_forced(model, mine, batch_size, quiet=not world.is_main, look=look)
+        nats, correct = world.sum(*sums)
+        found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
+        if config.stop_on == "exact-match":
+            problems = data.held_out[: config.exact_match_problems]
+            mine = problems[world.rank :: world.size]
+            asking = Asking(max_new_tokens=config.max_new_tokens, batch_size=batch_size)
+            (right,) = world.sum(exact_matches(asking, model, data, mine, look))
+            found["val_exact_match"] = right / len(problems)
+        return found
     except Leave:
         model.train()
         return None
 
 
-def measure(
-    config: TrainConfig, model: Qwen2, data: Data, world: World, look: Callable[[], object]
-) -> dict[str, float]:
-    """`validate`, uninterrupted."""
-    mine = data.validation[world.rank :: world.size]
-    sums = teacher_forced(model, mine, config.batch_size, quiet=not world.is_main, look=look)
-    nats, correct = world.sum(*sums)
-    supervised = sum(e.supervised for e in data.validation)
-    found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
-    if config.stop_on == "exact-match":
-        problems = data.held_out[: config.exact_match_problems]
-        mine = problems[world.rank :: world.size]
-        (right,) = world.sum(exact_matches(config, model, data, mine, look))
-        found["val_exact_match"] = right / len(problems)
-    return found
-
-
 def exact_matches(
-    config: TrainConfig,
-    model: Qwen2,
-    data: Data,
-    problems: list[Problem],
-    look: Callable[[], object],
+    asking: Asking, model: Qwen2, data: Data, problems: list[Problem], look: Callable[[], object]
 ) -> int:
     """How many of `problems` the model answers right by itself, greedily."""
     is_right = next(iter(choose_scorers([p.answer for p in data.held_out]).values()))
     gold = {p.id: p.answer for p in problems}
-    asking = Asking(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     model.eval()
     given = answers(model, data.chat, problems, asking, eos_ids=data.eos_ids, look=look)
     right = sum(
@@ -529,7 +514,7 @@ def write_run(out: Path, config: dict, data: Data, changes: list[str]) -> None:
 
 def fingerprint_base(folder: Path) -> str:
     """Of a base without a commit: a hash of all that a run reads of it."""
-    patterns = ("*.safetensors", "config.json", "tokenizer*.json", "chat_template.jinja")
+    patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja")
     return hash_files([path for pattern in patterns for path in folder.glob(pattern)])
 
 
@@ -541,6 +526,7 @@ def show_example(problem: Problem, chat: ChatFormat) -> None:
     pairs = zip(encoded.supervised, encoded.tokens)
     for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
         text = chat.tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+        text = printable(text, "\n\t")
         print(before + text + after if supervised else text, end="")
     print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised)} supervised (marked)")
 
@@ -562,9 +548,10 @@ def gave_up(progress: Progress, rows: list[int], out: Path) -> TrainingFailed:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, which PyTorch has three ways to say."""
+    """Whether memory ran out, which each kind of device says in its own words."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def out_of_memory(examples: list[Example], error: Exception) -> TrainingFailed:
@@ -575,7 +562,7 @@ def out_of_memory(examples: list[Example], error: Exception) -> TrainingFailed:
         fewer = f"take a --batch-size below {len(lengths)}"
     return TrainingFailed(
         f"{len(lengths)} sequences of {sum(lengths)} tokens do not fit into memory: {reason[:200]}",
-        f"{fewer}, use a smaller --precision, or fewer --targets",
+        f"{fewer}, use a smaller --precision, or fewer --targets, in another --out",
     )
 
 

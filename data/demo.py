@@ -2,8 +2,8 @@ r"""Generated word problems in GSM8K's form: for the demo, and for trying things
 
     {"question": "Ann has 24 pens. She gives a third of them to Ben, and then she finds 5 more. How
                   many pens does Ann have now?",
-     "answer": "Ann gives away 24/3=<<24/3=8>>8 pens.\nShe keeps 24-8=<<24-8=16>>16 pens.\nNow she
-                has 16+5=<<16+5=21>>21 pens.\n#### 21",
+     "answer": "Ann gives away 24/3 = <<24/3=8>>8 pens.\nShe keeps 24-8 = <<24-8=16>>16 pens.\nNow
+                she has 16+5 = <<16+5=21>>21 pens.\n#### 21",
      "category": "fractions"}
 
 Eight kinds of stories of two to four steps, `KINDS`, each with two ways to ask. Every problem has
@@ -78,7 +78,7 @@ class Story:
     def solution(self) -> str:
         """The answer as GSM8K writes it, each sum a second time for the calculator."""
         lines = [
-            f"{s.before} {s.sum}=<<{s.sum}={s.result}>>{s.result} {s.after}." for s in self.steps
+            f"{s.before} {s.sum} = <<{s.sum}={s.result}>>{s.result} {s.after}." for s in self.steps
         ]
         return "\n".join([*lines, f"#### {self.answer}"])
 

@@ -162,9 +162,8 @@ def parse_row(row: object, id: str) -> Problem:
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object")
-    category = row.get("category")
-    if category is not None:
-        _text(category, "category")
+    category = row.get("category")  # only counted by, so a row is not refused for it
+    category = category if isinstance(category, str) and category.strip() else None
     if "messages" in row:
         return Problem(id, _parse_messages(row["messages"]), category)
     turns = (("user", row.get("question"), "question"), ("assistant", row.get("answer"), "answer"))

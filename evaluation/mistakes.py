@@ -415,8 +415,9 @@ def _verdict(value: Fraction, operators: str, result: _Expression) -> str:
     if value == result.value or (result.operators and value == first.value):
         return "right"
     place = Fraction(1, 10 ** (first.decimals + 2 * first.percent))
-    gap = abs(value - first.value)
-    if first.value and (gap < place if "/" in operators else gap <= place / 2):
+    written = first.value if result.operators else result.value  # the latter has its sign
+    gap = abs(value - written)
+    if written and (gap < place if "/" in operators else gap <= place / 2):
         return "rounded"
     if result.operators and abs(value - result.value) * 100 < abs(result.value):
         return "rounded"

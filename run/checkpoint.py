@@ -5,6 +5,7 @@
         metrics.jsonl       a line a step, a line a validation
         validation.jsonl    the rows that were held out
         audit.json          what is in the data
+        lock                which process is at work here
         best/               the adapter that validated best (loss, or exact match), in PEFT's format
         evaluation/         what evaluate.py measured, a folder for each of its settings
         report.html, .md    all of it in a page
@@ -14,6 +15,7 @@ A checkpoint is a folder published whole, with the hashes of its files: `run/fil
 Order and dropout are functions of (seed, epoch, row): there is no generator's state to keep.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -136,6 +138,10 @@ def lock(folder: Path) -> None:
         raise BadRun(
             f"{folder} is in use by {owner}", "wait for it, stop it, or give another --out"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"{folder} is on a disk without locks: nothing keeps a second trainer out")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%F %T}\n")
     file.flush()

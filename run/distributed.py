@@ -70,7 +70,7 @@ def _all_there() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise TrainingFailed(
-            f"rank {dist.get_rank()} has lost another rank, and leaves",
+            f"rank {dist.get_rank()} has lost another rank, and leaves: {str(error)[:100]}",
             "the other says why; the same command goes on",
         ) from error
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from errors import BadOption, run_script
+from errors import BadOption, listed, run_script
 from lora.inject import LoRAConfig, merge, unwrapped_state
 from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_adapter
 from model.load import Checkpoint, find_checkpoint, load_model, read_config
@@ -103,13 +103,18 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
     read_adapter(Path(config.adapter), model)
     lost = merge(model, dtype)  # a base of another dtype is rounded here for the first time
+    state = {k: t.to(dtype).contiguous() for k, t in unwrapped_state(model).items()}
+    if bad := [name for name, t in state.items() if not t.isfinite().all()]:
+        raise BadOption(
+            f"merged, {listed(bad)} would hold numbers that {config.dtype} cannot",
+            "use --dtype bf16",
+        )
     beside = out.with_name(out.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(
         checkpoint.folder, beside, ignore=lambda _, names: [n for n in names if "safetensors" in n]
     )
     _set_dtype(beside / "config.json", str(dtype).removeprefix("torch."))
-    state = {k: t.to(dtype).contiguous() for k, t in unwrapped_state(model).items()}
     save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
     (beside / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
     os.rename(beside, out)

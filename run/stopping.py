@@ -26,17 +26,22 @@ class Stop:
         self.until = None if minutes is None else STARTED + 60 * minutes
         self.longest = 0.0  # seconds of a turn, all that lies between two looks
 
-    def listen(self) -> None:
-        """From now on signals are taken note of; a signal that was ignored, as under nohup, stays
-        so.
-        """
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+    def __enter__(self) -> "Stop":
+        """Signals are taken note of; one that was ignored, as under nohup, stays ignored."""
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN:
                 signal.signal(number, self._take_note)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _take_note(self, number: int, frame: object) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one is not to wait
+        if self.before[signal.SIGINT] != signal.SIG_IGN:  # a second Ctrl-C is not to wait
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGHUP:
             _leave_the_terminal()
 
@@ -46,8 +51,12 @@ class Stop:
         return late or self.signal is not None
 
     def look(self) -> None:
-        """Leave if it is asked for: for loops that have nothing to finish first."""
-        if self.asked():
+        """Leave if it is asked for: for loops that have nothing to finish first.
+
+        The clock does not end what a sitting begins with, or sittings that are too short for it
+        would begin it for ever.
+        """
+        if self.signal is not None or self.longest and self.asked():
             raise Leave
 
     def took(self, seconds: float) -> None:

@@ -778,6 +778,17 @@ def test_the_merged_folder_in_bf16_is_ours_again_complete_and_readable_by_all(tm
         assert stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044, path.name
 
 
+def test_a_merge_that_fp16_cannot_hold_is_refused_and_named(tmp_path):
+    base = toys.write_checkpoint(tmp_path / "base", dtype=torch.float32)
+    model = adapted(base)
+    model.model.layers[1].self_attn.v_proj.lora_A.data.fill_(3e3)
+    model.model.layers[1].self_attn.v_proj.lora_B.data.fill_(3e3)
+    save_adapter(model, tmp_path / "adapter", LoRAConfig(4, 8), base=str(base), revision=None)
+    with pytest.raises(BadOption, match=r"v_proj\.weight would hold numbers that fp16 cannot"):
+        run_export(tmp_path, "fp16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_exporting_writes_over_nothing_and_leaves_nothing_half_done(tmp_path, folder):
     (tmp_path / "out").mkdir()
     with pytest.raises(BadOption, match="exists already"):

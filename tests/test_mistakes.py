@@ -227,6 +227,10 @@ def test_a_step_knows_its_operands_its_exact_value_and_what_was_written():
     assert step.text.startswith("1,200.50 * 10% = $120") and step.start == 12
 
 
+def test_a_result_with_the_wrong_sign_is_wrong_and_not_rounded():
+    assert verdicts("0 + 5 = -5") == verdicts("2 - 7 = 5") == ["wrong"]
+
+
 @given(st.lists(st.integers(0, 99), min_size=2, max_size=6), st.data())
 def test_a_random_expression_comes_to_what_python_says(values, data):
     operators = [data.draw(st.sampled_from("+-*")) for _ in values[1:]]
