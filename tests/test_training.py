@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,35 @@ def test_a_run_that_is_stopped_at_every_step_still_comes_to_the_same_end(
             run(tmp_path / "run", toy, *SHORT)
     run(tmp_path / "run", toy, *SHORT)
     assert left_behind(tmp_path / "run") == uninterrupted
+
+
+def test_sittings_that_are_always_too_short_still_come_to_the_end(tmp_path, toy, uninterrupted):
+    flags = [*toy, *SHORT, "--out", tmp_path / "run", "--max-minutes", 1e-4]
+    codes = [train.main([str(flag) for flag in flags]) for _ in range(16)]
+    assert codes[0] == 75 and codes[-1] == 0 and set(codes) == {0, 75}
+    assert left_behind(tmp_path / "run") == uninterrupted
+
+
+def test_what_did_not_fit_into_memory_is_let_go_before_it_is_tried_in_halves(
+    tmp_path, toy, monkeypatch
+):
+    held, alive = [], []
+    loss, seed = train.linear_cross_entropy, train.seed_dropout
+
+    def too_large(hidden, *more):
+        held.append(weakref.ref(hidden.grad_fn))
+        if len(held) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GB")
+        return loss(hidden, *more)
+
+    def before_each_forward_pass(*args, **options):
+        alive.append(bool(held) and held[0]() is not None)
+        return seed(*args, **options)
+
+    monkeypatch.setattr(train, "linear_cross_entropy", too_large)
+    monkeypatch.setattr(train, "seed_dropout", before_each_forward_pass)
+    run(tmp_path / "run", toy, "--limit", 20, "--max-steps", 1, "--batch-size", 4)
+    assert alive == [False] * 3  # the whole micro-batch, then its two halves
 
 
 def test_the_same_command_after_the_end_does_nothing(tmp_path, toy, capsys):
