@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     source = load_source(config.data, config.data_revision)
     checkpoint = find_checkpoint(config.model, config.revision)
     base = read_config(checkpoint.folder)
-    trainable = check_targets(base, config.r, config.targets)
+    adapter_numbers = check_targets(base, config.r, config.targets)
     chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
     if config.show_example:
         show_example(source.train[0], chat)
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     saved = {"options": to_json(config), "identity": identity}
     changes = check_run(out, saved)  # None: nothing to go on with
     if changes is None:
-        check_space(out, trainable)
+        check_space(out, adapter_numbers)
     elif world.is_main:
         lock(out)
         repair(out)

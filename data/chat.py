@@ -28,7 +28,6 @@ WORDS = (
 )
 # The literal system prompt of a template; its newline is a character, or still Jinja's escape.
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"]{1,2000}?)<\|im_end\|>")
-
 LONGEST_TEMPLATE = 2**17  # characters that are read; published ones have some 5,000
 
 

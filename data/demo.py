@@ -109,6 +109,7 @@ def stories(seed: int) -> Iterator[Story]:
 
 
 def purchase(rng: random.Random) -> Story:
+    """Two kinds of things, each at its price; what they cost together."""
     (who, he), (one, other) = _person(rng), rng.sample(THINGS, 2)
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     p, q = rng.randint(2, 12), rng.randint(2, 12)
@@ -127,6 +128,7 @@ def purchase(rng: random.Random) -> Story:
 
 
 def change(rng: random.Random) -> Story:
+    """Things bought from a sum of money; what is left of it."""
     (who, he), thing = _person(rng), rng.choice(THINGS)
     a, p = rng.randint(2, 9), rng.randint(2, 9)
     m = a * p + rng.randint(1, 60)
@@ -141,6 +143,7 @@ def change(rng: random.Random) -> Story:
 
 
 def fractions(rng: random.Random) -> Story:
+    """A fraction given away, and some found; how many there are then."""
     ((who, he), (friend, _)), thing = _people(rng, 2), rng.choice(THINGS + FRUITS)
     d, part, m = rng.choice((2, 3, 4, 5)), rng.randint(2, 12), rng.randint(2, 40)
     n = d * part
@@ -159,6 +162,7 @@ def fractions(rng: random.Random) -> Story:
 
 
 def weeks(rng: random.Random) -> Story:
+    """So many a day for some weeks, and some more."""
     (who, _), (verb, thing) = _person(rng), rng.choice(DAILY)
     w, a, m = rng.randint(2, 4), rng.randint(2, 9), rng.randint(2, 40)
     told = f"{who} {verb} {a} {thing} a day for {w} weeks, and {m} more {thing} on the last day."
@@ -173,6 +177,7 @@ def weeks(rng: random.Random) -> Story:
 
 
 def wages(rng: random.Random) -> Story:
+    """Hours on two days at a wage, and something spent."""
     (who, he), (one, other) = _person(rng), rng.sample(DAYS, 2)
     a, b, p = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 12)
     s = rng.randint(1, (a + b) * p - 1)
@@ -194,6 +199,7 @@ def wages(rng: random.Random) -> Story:
 
 
 def comparison(rng: random.Random) -> Story:
+    """Three people, one with a multiple, one with fewer; all together."""
     (who, _), (friend, _), (third, _) = _people(rng, 3)
     thing = rng.choice(THINGS + FRUITS)
     n, k = rng.randint(3, 12), rng.randint(2, 5)
@@ -218,6 +224,7 @@ def comparison(rng: random.Random) -> Story:
 
 
 def sharing(rng: random.Random) -> Story:
+    """What two have, shared equally."""
     (who, _), (friend, _) = _people(rng, 2)
     thing, k, each = rng.choice(FRUITS), rng.randint(3, 9), rng.randint(2, 12)
     a = rng.randint(1, k * each - 1)
@@ -236,6 +243,7 @@ def sharing(rng: random.Random) -> Story:
 
 
 def dozens(rng: random.Random) -> Story:
+    """Some dozens and some more, less what was eaten."""
     (who, he), fruit = _person(rng), rng.choice(FRUITS)
     k, p = rng.randint(2, 9), rng.randint(1, 60)
     eaten = rng.randint(1, min(60, 12 * k - 1))

@@ -15,14 +15,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
+from data.chat import WORDS
+
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the tokenizer's last ids, as in Qwen2
 TOKENS = 300  # entries of the tokenizer, the special ones included
 TABLE = 308  # rows of the embedding table: more than the tokenizer has, as in Qwen2
 ENDOFTEXT, IM_START, IM_END = range(TOKENS - 3, TOKENS)
-WORDS = (  # Qwen2's own split into words
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SYSTEM = "You are a helpful assistant."
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
