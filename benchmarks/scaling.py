@@ -14,7 +14,6 @@ CUDA `max_memory_allocated` above what lay there. The weights are in neither.
 Legend: T tokens, N supervised, C hidden, F MLP, K = G x D key/value size, L layers, V vocabulary.
 """
 
-import gc
 import json
 import os
 import statistics
@@ -66,6 +65,10 @@ class Point:
     precision: str = "bf16"
 
     @property
+    def supervised(self) -> int:
+        return sum(n // 2 for n in self.lengths)
+
+    @property
     def config(self) -> Qwen2Config:
         return Qwen2Config(
             hidden_size=self.hidden, intermediate_size=3 * self.hidden,
@@ -104,7 +107,7 @@ def flop(p: Point) -> float:
     frozen = 2 * C * C + 2 * C * K + 3 * C * F  # q, o; k, v; gate, up, down
     trained = p.rank * (2 * (C + C) + 2 * (C + K))
     pairs = sum(n * (n + 1) // 2 for n in p.lengths)
-    head = 4 * C * p.vocabulary * supervised(p)
+    head = 4 * C * p.vocabulary * p.supervised
     return L * ((4 * frozen + 6 * trained) * T + 12 * C * pairs) + head
 
 
@@ -115,16 +118,12 @@ def peak_bytes(p: Point) -> float:
     their masks (a byte a channel) and their r numbers, q, k, v and attention's result, and the
     MLP's gate and up.
     """
-    C, F, K, T, N = p.hidden, 3 * p.hidden, 128, sum(p.lengths), supervised(p)
+    C, F, K, T, N = p.hidden, 3 * p.hidden, 128, sum(p.lengths), p.supervised
     size = DTYPES[p.precision].itemsize
     kept = size * (2 * C + 4 * C + 4 * p.rank + 2 * C + 2 * K + 2 * F) + 4 * C
     logits = min(CHUNK_BYTES, size * N * p.vocabulary)
     probabilities = min(BLOCK_BYTES, 4 * N * p.vocabulary)
     return p.layers * T * kept + logits + probabilities
-
-
-def supervised(p: Point) -> int:
-    return sum(n // 2 for n in p.lengths)
 
 
 class Step:
@@ -192,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(points: dict[str, Point], repeat: int, device: torch.device) -> dict[str, Found]:
-    """One step that is not timed, one whose memory is watched, then timed ones in turns."""
+    """One step to warm up, one whose memory is watched, then timed ones in turns."""
     found = {name: Found(point) for name, point in points.items()}
     steps = {name: Step(point, device) for name, point in points.items()}
     for name, step in steps.items():
@@ -210,7 +209,6 @@ def measure(points: dict[str, Point], repeat: int, device: torch.device) -> dict
 def watched_memory(device: torch.device) -> Iterator[list[int]]:
     """Yields a list that afterwards holds the peak, in bytes above what lay there before."""
     peak: list[int] = []
-    gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -286,18 +284,15 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
         )
     if wide := by_name.get(("precision", "fp32")):
         narrow = by_name["precision", "bf16"]
-        said.append(
-            f"fp32 against bf16: {wide['seconds']['median'] / narrow['seconds']['median']:.1f}"
-            f" times the time, {wide['peak_bytes'] / narrow['peak_bytes']:.1f} times the memory"
-        )
+        slower = wide["seconds"]["median"] / narrow["seconds"]["median"]
+        larger = wide["peak_bytes"] / narrow["peak_bytes"]
+        said.append(f"fp32 against bf16: {slower:.1f} times the time, {larger:.1f} the memory")
     for row in rows:
         for cost in ("time", "memory"):
             over = row[f"{cost}_growth"]  # between precisions, time is the hardware's affair
             if over > WORSE and (row["axis"], cost) != ("precision", "time"):
-                said.append(
-                    f"{row['axis']}, {row['name']}: {cost} grows worse than the arithmetic"
-                    f" ({over:.1f} times)"
-                )
+                point = f"{row['axis']}, {row['name']}"
+                said.append(f"{point}: {cost} grows worse than the arithmetic ({over:.1f} times)")
     return said
 
 
