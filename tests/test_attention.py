@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from model import attention
-from model.attention import FlatAttention, attend_each, attend_varlen, varlen_works
+from model.attention import (
+    FlatAttention,
+    attend_by_products,
+    attend_each,
+    attend_one,
+    attend_varlen,
+    varlen_works,
+)
 
 LENGTHS = [5, 1, 9]
 
@@ -78,3 +85,27 @@ def test_fp32_takes_the_plain_form():
 def test_the_kernel_of_this_gpu_agrees_with_the_plain_form():
     varlen_works.cache_clear()
     assert varlen_works(torch.device("cuda", 0), torch.bfloat16, (14, 64), (2, 64))
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (4, 4)])
+def test_products_written_out_are_softmax_attention_and_its_gradients(length, heads):
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(length, heads[0], 16), (length, heads[1], 16), (length, heads[1], 16)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    inputs = [x.requires_grad_() for x in inputs]
+    weights = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+    found = []
+    for attend in (attend_one, attend_by_products):
+        y = attend(*inputs)
+        found.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
+    for plain, written_out in zip(*found):
+        torch.testing.assert_close(written_out, plain, rtol=2e-6, atol=2e-6)  # its sums are fp32
+
+
+def test_large_scores_keep_their_digits_in_half_precision():
+    q = torch.full((2, 1, 64), 8.0)
+    k = torch.stack([torch.full((1, 64), 8.0), torch.full((1, 64), 8.03)])  # 4096 and 4111 / 8
+    v = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 1, 64).bfloat16()
+    exact = torch.sigmoid(torch.tensor(64 * 8 * 0.03 / 8))
+    assert abs(attend_by_products(q, k, v)[1, 0, 0].item() - exact) < 0.005
