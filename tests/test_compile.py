@@ -1,6 +1,7 @@
 """Compiled layers compute what the plain ones do, and one graph serves all micro-batches."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from model.compile import check_compiler, compile_layers
 from model.generate import generate
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
+from run.metrics import read_metrics
 
 LENGTHS = ([5, 4], [7, 2, 9], [4], [11, 12, 1, 1], [2, 2], [30], [6, 5, 4, 3, 2, 1], [2, 1],
            [17, 3], [40, 1])  # fmt: skip
@@ -124,3 +126,18 @@ def test_without_a_compiler_a_run_ends_before_it_begins(tmp_path):
         with pytest.raises(BadOption, match="compiled for cpu here: .*No working C") as error:
             train.main(flags)
     assert "g++" in error.value.remedy and not (tmp_path / "run").exists()
+
+
+def test_a_compiled_run_learns_what_a_plain_one_does(monkeypatch, tmp_path, checkpoint, arithmetic):
+    monkeypatch.setattr(train, "check_compiler", lambda device: None)
+    monkeypatch.setattr(train, "compile_layers", partial(compile_layers, backend="eager"))
+    flags = ["--model", checkpoint, "--data", arithmetic, "--device", "cpu", "--precision", "fp32",
+             "--max-steps", 2, "--batch-size", 4, "--limit", 20]  # fmt: skip
+    losses = []
+    for name in ("plain", "compile"):
+        more = ["--out", tmp_path / name, *(["--compile"] if name == "compile" else [])]
+        train.main([str(flag) for flag in [*flags, *more]])
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses.append([line.get("train_loss") or line["val_loss"] for line in lines])
+        assert (counters["stats"]["unique_graphs"] > 0) == (name == "compile")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
