@@ -27,7 +27,7 @@ from model.qwen2 import Qwen2, Qwen2Config
 from run.metrics import read_metrics
 
 LENGTHS = ([5, 4], [7, 2, 9], [4], [11, 12, 1, 1], [2, 2], [30], [6, 5, 4, 3, 2, 1], [2, 1],
-           [17, 3], [40, 1])  # fmt: skip
+           [170, 3], [400])  # fmt: skip
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 
 
