@@ -45,6 +45,7 @@ from lora.inject import (
     target_names,
     trained_parameters,
 )
+from model.compile import check_compiler, compile_layers
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
@@ -117,6 +118,7 @@ class TrainConfig:
 
     precision: str = option("auto", "of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    compile: bool = option(False, "torch.compile the layers, for a GPU; not measured on one yet")
     price_per_hour: float | None = option(None, "of the machine in dollars, to report", least=0)
     save_every: float = option(60.0, "seconds between checkpoints", least=0)
     max_minutes: float | None = option(
@@ -152,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(config.device, distributed.local_rank())
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)
+    if config.compile:
+        check_compiler(device)
     out = Path(config.out or default_out(config))
     check_place(out)
     source = load_source(config.data, config.data_revision)
@@ -208,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
         targets=config.targets, bias=config.bias, rslora=config.rslora,
     )  # fmt: skip
     inject(model, lora, seed=config.seed)
+    if config.compile:
+        compile_layers(model)
     if world.is_main:
         trainable, total = count(model)
         print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
@@ -344,8 +350,10 @@ def train(
         grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
 
         # Step, unless a number overflowed: a skipped step moves neither weights, moments nor rate.
-        nats, correct, asked = world.sum(*sums.tolist(), stop.asked())
-        finite = math.isfinite(nats) and math.isfinite(grad_norm.item())
+        # What the host needs to know comes from the device at once, in the one wait of a step.
+        nats, correct, grad_norm = torch.cat((sums, grad_norm[None])).tolist()
+        nats, correct, asked = world.sum(nats, correct, stop.asked())
+        finite = math.isfinite(nats) and math.isfinite(grad_norm)
         rate = learning_rate(config, progress.step, last)
         if finite:
             for group in optimizer.param_groups:
@@ -372,7 +380,7 @@ def train(
                 train_loss=train_loss,
                 train_token_accuracy=correct / step.supervised,
                 learning_rate=rate,
-                grad_norm=grad_norm.item(),
+                grad_norm=grad_norm,
                 tokens_per_second=speed,
                 peak_memory_gb=peak_memory_gb(device),
                 **({} if finite else {"skipped_rows": step.rows}),

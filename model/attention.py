@@ -23,7 +23,8 @@ class FlatAttention:
         self.offsets = None
         if device.type == "cuda":
             ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self.offsets = F.pad(ends, (1, 0)).to(device, non_blocking=True)  # (examples + 1,)
+            offsets = F.pad(ends, (1, 0)).pin_memory()  # unpinned, the host would wait
+            self.offsets = offsets.to(device, non_blocking=True)  # (examples + 1,)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, D), (T, G, D), (T, G, D) -> (T, H, D)."""
@@ -155,7 +156,7 @@ def varlen_works(
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """All examples in one call of the variable-length flash kernel (CUDA, half precision)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (T, H, D)
-    # window (-1, 0): all earlier tokens, no later one
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))
+    # window (-1, 0): all earlier tokens, no later one; a group's keys and values are not copied
+    return varlen_attn(
+        q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=True
+    )

@@ -17,10 +17,11 @@ from model.attention import (
 LENGTHS = [5, 1, 9]
 
 
-def slow_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size):
+def slow_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size, enable_gqa):
     """What `torch.nn.attention.varlen.varlen_attn` documents, token by token."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     assert window_size == (-1, 0) and longest_q == longest_k == max(LENGTHS)
-    assert starts_q.dtype == starts_k.dtype == torch.int32 and q.shape == k.shape == v.shape
+    assert starts_q.dtype == starts_k.dtype == torch.int32 and enable_gqa
     out = torch.empty_like(q)
     for start, end in zip(starts_q.tolist(), starts_q.tolist()[1:]):
         for t in range(start, end):
@@ -44,11 +45,19 @@ def test_the_call_for_all_examples_is_one_call_an_example(monkeypatch):
 
 
 def test_one_call_an_example_is_softmax_over_the_earlier_tokens():
-    q, k, v = inputs()
-    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     starts = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
-    slow = slow_varlen(q, k, v, starts, starts, 9, 9, window_size=(-1, 0))
+    slow = slow_varlen(*inputs(), starts, starts, 9, 9, window_size=(-1, 0), enable_gqa=True)
     torch.testing.assert_close(attend_each(*inputs(), LENGTHS), slow)
+
+
+def test_this_pytorch_has_the_call_for_all_examples_as_it_is_made():
+    q, k, v = (x.to("meta", torch.bfloat16).requires_grad_() for x in inputs())
+    offsets = torch.empty(4, dtype=torch.int32, device="meta")
+    y = attend_varlen(q, k, v, offsets, 9)
+    shapes = [g.shape for g in torch.autograd.grad(y.sum(), (q, k, v))]
+    assert y.shape == q.shape and shapes == [q.shape, k.shape, v.shape]
+    with torch.inference_mode():
+        assert attend_varlen(q, k, v, offsets, 9).shape == q.shape
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no kernel"), TypeError("no such argument")])
@@ -64,10 +73,11 @@ def test_a_kernel_that_does_not_run_is_not_used_and_that_is_said(monkeypatch, ca
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_kernel_is_used_only_if_it_agrees_with_the_plain_form(monkeypatch, causal):
-    def kernel(q, k, v, *_, window_size):
+    def kernel(q, k, v, *_, window_size, enable_gqa):
         both = zip(*(x.split([40, 3]) for x in (q, k, v)))
         each = [[x.transpose(0, 1)[None] for x in example] for example in both]
-        ys = [F.scaled_dot_product_attention(*e, is_causal=causal)[0] for e in each]
+        how = {"is_causal": causal, "enable_gqa": enable_gqa}
+        ys = [F.scaled_dot_product_attention(*example, **how)[0] for example in each]
         return torch.cat([y.transpose(0, 1) for y in ys])
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
