@@ -9,6 +9,7 @@ The one idea: a step's loss is the sum over all its supervised tokens divided by
 whatever micro-batches and ranks they are spread over. `main` is the contents, `train` the loop.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -148,6 +150,7 @@ class Data:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, check, train: each chapter prints what it chose."""
+    gc.freeze()  # what was imported is no garbage, and takes long to search for it
     config = parse(
         TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.", presets={"demo": DEMO}
     )
@@ -162,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = find_checkpoint(config.model, config.revision)
     base = read_config(checkpoint.folder)
     adapter_numbers = check_targets(base, config.r, config.targets)
+    base_sha256 = ThreadPoolExecutor(1).submit(fingerprint_base, checkpoint)  # beside what follows
     chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
     if config.show_example:
         show_example(source.train[0], chat)
@@ -170,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     world = distributed.join(device)
     identity = {
         "base_commit": checkpoint.commit,
-        "base_sha256": None if checkpoint.commit else fingerprint_base(checkpoint.folder),
+        "base_sha256": base_sha256.result(),
         "base_sizes": asdict(base),
         "data_commit": source.commit,
         "data_sha256": fingerprint(source.train[: config.limit]),
@@ -520,10 +524,12 @@ def write_run(out: Path, config: dict, data: Data, changes: list[str]) -> None:
     write_file(out / "validation.jsonl", "".join(rows).encode())
 
 
-def fingerprint_base(folder: Path) -> str:
+def fingerprint_base(checkpoint: Checkpoint) -> str | None:
     """Of a base without a commit: a hash of all that a run reads of it."""
+    if checkpoint.commit:
+        return None
     patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja")
-    return hash_files([path for pattern in patterns for path in folder.glob(pattern)])
+    return hash_files([path for pattern in patterns for path in checkpoint.folder.glob(pattern)])
 
 
 def show_example(problem: Problem, chat: ChatFormat) -> None:
