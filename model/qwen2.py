@@ -83,7 +83,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, C)
-        # Layers add to x in fp32 at least: in bf16 each of 48 sums would round all that came before.
+        # fp32 at least: in bf16 each of 48 sums would round all that came before it.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta)
         for layer in self.layers:
