@@ -7,6 +7,7 @@ taken for it; otherwise that is not read, since what is held out is a share of t
 """
 
 import glob
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -45,8 +46,10 @@ def parse_columns(given: tuple[str, ...]) -> dict[str, str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` may be a dataset of the Hub: owner/name, or owner/name/folder."""
-    return HUB_ID.fullmatch(name) is not None and not name.endswith((*FILES, ".json", ".csv"))
+    """Whether `name` is no path and may be a dataset of the Hub: owner/name, or .../folder."""
+    if HUB_ID.fullmatch(name) is None or name.endswith((*FILES, ".json", ".csv")):
+        return False
+    return not os.path.exists(name)
 
 
 def load_path(path: Path, columns: Mapping[str, str] = SAME) -> Source:

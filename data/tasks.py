@@ -22,11 +22,10 @@ def load_source(
         if columns:
             raise BadOption(f"--columns makes no sense for the task {name}", "leave it out")
         return TASKS[name](revision)
-    path = Path(os.path.expanduser(name))
-    is_path = os.path.exists(path)  # unlike pathlib's, False for names that no file can have
-    if not is_path and is_hub_id(name):
+    if is_hub_id(name):
         return load_hub(name, revision, columns)
-    if not is_path:
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path):  # unlike pathlib's, False for names that no file can have
         raise BadData(
             f"--data {name} is neither a task ({', '.join(TASKS)}) nor a file or folder, nor a"
             " dataset of the Hub (owner/name)",
