@@ -1,5 +1,6 @@
 """What is in the data, said before the first step: rows, lengths, supervision, duplicates."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -21,12 +22,12 @@ class Audit:
     tokens: dict[str, int]  # of the training rows: total, mean, median, p99, longest
     supervised: int  # tokens of the training rows
     duplicates: dict[str, dict[str, int]]  # where -> exact, case and space, numbers masked
-    # Of several sources: name -> its own audit, and "weight" and "rows an epoch".
+    # Of several sources, or one with a weight: name -> its own audit, and "weight" and "rows an epoch".
     sources: dict[str, dict] = field(default_factory=dict)
 
 
 def audit_mixture(parts: Sequence[Encoded]) -> Audit:
-    """Of all sources together, and of each, if there are several."""
+    """Of all sources together, and of each, if there are several or one has a weight."""
 
     def of(some: Sequence[Encoded]) -> Audit:
         return audit(
@@ -38,7 +39,8 @@ def audit_mixture(parts: Sequence[Encoded]) -> Audit:
         )
 
     whole = of(parts)
-    for part in parts if len(parts) > 1 else ():
+    plain = [part.share.weight for part in parts] == [1]
+    for part in () if plain else parts:
         weight = {"weight": float(part.share.weight), "rows an epoch": part.share.taken(1)}
         whole.sources[part.name] = asdict(of([part])) | weight
     return whole
@@ -54,12 +56,15 @@ def audit(
 ) -> Audit:
     """`examples` are the encoded training rows; `left_out` says why a row is in none of them."""
     lengths = np.array([len(e.tokens) for e in examples] or [0])
+    sides = {"train": train, "validation": validation, "test": test}
     forms = {"exact": str, "case and space": normal, "numbers masked": masked}
-    pairs = {"train and validation": (train, validation), "train and test": (train, test),
-             "validation and test": (validation, test)}  # fmt: skip
-    duplicates = {"within train": {k: repeated(train, form) for k, form in forms.items()}}
-    for name, (a, b) in pairs.items():
-        duplicates[name] = {k: shared(a, b, form) for k, form in forms.items()}
+    questions = {
+        kind: {side: [form(p.question) for p in problems] for side, problems in sides.items()}
+        for kind, form in forms.items()
+    }
+    duplicates = {"within train": {k: repeated(q["train"]) for k, q in questions.items()}}
+    for a, b in itertools.combinations(sides, 2):
+        duplicates[f"{a} and {b}"] = {k: shared(q[a], q[b]) for k, q in questions.items()}
     return Audit(
         rows={"train": len(train), "validation": len(validation), "test": len(test)},
         left_out=left_out,
