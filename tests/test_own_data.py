@@ -215,7 +215,7 @@ def test_a_hub_dataset_that_is_unclear_or_missing_is_refused_in_two_lines(own_hu
         "toy/none": "dataset toy/none was not found on the Hub",
     }.items():
         found = python("-c", LOAD, name, **place)
-        assert found.returncode == 2 and cause in found.stderr, found.stderr
+        assert found.returncode == 2 and found.stderr.startswith(f"error: {cause}"), found.stderr
         assert len(found.stderr.splitlines()) == 2
     assert not any("/resolve/" in path for path in own_hub.requests)
 
