@@ -22,7 +22,7 @@ class Audit:
     tokens: dict[str, int]  # of the training rows: total, mean, median, p99, longest
     supervised: int  # tokens of the training rows
     duplicates: dict[str, dict[str, int]]  # where -> exact, case and space, numbers masked
-    # Of several sources, or one with a weight: name -> its own audit, and "weight" and "rows an epoch".
+    # Of several sources, or of one with a weight: name -> its own audit, weight, rows an epoch.
     sources: dict[str, dict] = field(default_factory=dict)
 
 
