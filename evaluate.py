@@ -24,6 +24,8 @@ from typing import Any
 from data.chat import ChatFormat
 from data.encode import encode_problems
 from data.gsm8k import EXAMPLES
+from data.mixture import source_names
+from data.own import parse_columns
 from data.rows import Message, Problem, Source, fingerprint, read_problems
 from data.split import split_problems
 from data.tasks import load_source
@@ -56,6 +58,7 @@ class EvalConfig:
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
     data: str | None = option(None, "as for train.py (default: what the adapter's run used)")
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
+    columns: tuple[str, ...] = option((), "what own data call theirs: question=problem,answer=text")
     split: str = option(
         "test", "validation: the rows held out in training", choices=("test", "validation", "train")
     )
@@ -183,14 +186,17 @@ def base_checkpoint(config: EvalConfig) -> Checkpoint:
 def find_problems(config: EvalConfig) -> tuple[list[Problem], list[Problem], str]:
     """(problems, solved ones to show, what they are), by default from the run's own data."""
     run = training_options(config)
-    data = config.data or run.get("data", "gsm8k")
+    (data, *others) = source_names(config.data or run.get("data", "gsm8k"))
     revision = config.data_revision or (None if config.data else run.get("data_commit"))
     held_out = Path(config.adapter or ".").parent / "validation.jsonl"
     is_own = config.adapter and not config.data and held_out.exists()
     if config.split == "validation" and is_own and not config.shots:
         problems, _ = read_problems(held_out)
         return problems[: config.limit], [], f"{data}, the rows held out by the adapter's run"
-    source = load_source(data, revision)
+    if others:
+        raise BadOption("the adapter's run learned from several sources", "name one with --data")
+    columns = config.columns or (() if config.data else tuple(run.get("columns", ())))
+    source = load_source(data, revision, parse_columns(columns))
     problems = split_of(source, config.split, run)
     asked = {p.id for p in problems}
     shots = [p for p in source.train if p.id not in asked][: config.shots]

@@ -565,7 +565,8 @@ def command(run: Run) -> str:
     """The call of train.py with every option that has a value, and the commits resolved."""
     options = dict(run.options)
     for name, commit in (("revision", "base_commit"), ("data_revision", "data_commit")):
-        options[name] = run.identity.get(commit) or options.get(name)
+        resolved = run.identity.get(commit)  # of several sources each has its own
+        options[name] = resolved if isinstance(resolved, str) else options.get(name)
     options["out"] = clean(f"{options.get('out') or run.folder.name}-again")  # beside this run
     ranks = numbers(run.identity).get("ranks", 1)
     words = [f"torchrun --nproc-per-node {ranks:.0f} train.py" if ranks > 1 else "python train.py"]
@@ -573,7 +574,7 @@ def command(run: Run) -> str:
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(shlex.quote(flag if value else f"--no-{flag[2:]}"))
-        elif value is not None:
+        elif value not in (None, []):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             joint = "=" if text.startswith("-") else " "
             words.append(shlex.quote(flag) + joint + shlex.quote(text))
@@ -587,6 +588,8 @@ def shown(value: Any) -> str:
     """A JSON value for people."""
     if isinstance(value, list):
         return ", ".join(map(shown, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {shown(v)}" for k, v in value.items()) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

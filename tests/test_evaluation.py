@@ -10,7 +10,8 @@ import torch
 
 import evaluate
 from data.chat import ChatFormat
-from data.rows import Message, Problem, load_path
+from data.own import load_path
+from data.rows import Message, Problem
 from errors import BadData, BadOption
 from evaluation.answers import Asking, Completion, answers
 from evaluation.prompts import before_stop, prompt_tokens
