@@ -7,7 +7,7 @@ and more than 1 % of them is an error.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +27,23 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Choices:
+    """A question as lm-evaluation-harness asks it: which text goes on best after the context?"""
+
+    context: str  # plain text, up to where a space and then one of the options follow
+    options: tuple[str, ...]
+    right: int  # which of them, from 0
+    head: str = ""  # said once, before the solved questions and this one
+
+
+@dataclass(frozen=True)
 class Problem:
     """One row: where it is from, and its turns, the last of which is the answer to learn."""
 
     id: str  # "train.jsonl:12": the line, or in parquet the row, from 1
     messages: tuple[Message, ...]
     category: str | None = None  # what kind of problem it is, where the row says so
+    choices: Choices | None = None  # of a task that is scored by what is likeliest
 
     @property
     def question(self) -> str:
@@ -49,6 +60,10 @@ class Problem:
         return {"id": self.id, "messages": [m._asdict() for m in self.messages]} | kind
 
 
+# (problems, how many) -> the solved ones to show before each of them
+Shots = Callable[[list[Problem], int], list[list[Problem]]]
+
+
 @dataclass
 class Source:
     """Where problems come from: those to learn and hold out, and those to be tested on."""
@@ -58,6 +73,7 @@ class Source:
     test: list[Problem] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)  # "train.jsonl:12: question is empty"
     commit: str | None = None  # of a Hub dataset
+    shots: Shots | None = None  # of a task with choices
 
 
 def load_path(path: Path) -> Source:
@@ -92,7 +108,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
 def read_problems(path: Path) -> tuple[list[Problem], list[str]]:
     """(problems, what is wrong with the rows left out) of a .jsonl or .parquet file."""
     problems, bad = [], []
-    for number, row in _read_rows(path):
+    for number, row in read_rows(path):
         try:
             problems.append(parse_row(row, f"{path.name}:{number}"))
         except ValueError as error:
@@ -107,7 +123,7 @@ def read_problems(path: Path) -> tuple[list[Problem], list[str]]:
     return problems, bad
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
+def read_rows(path: Path) -> Iterator[tuple[int, object]]:
     """(line or row number from 1, row) of the file; a line that is no JSON comes as its error."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:

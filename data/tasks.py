@@ -1,13 +1,21 @@
 """The table of data sources that have a name; any other `--data` is a folder or a file."""
 
 import os
+from functools import partial
 from pathlib import Path
 
-from data import demo, gsm8k
+from data import demo, gsm8k, multiple_choice
 from data.rows import Source, load_path
 from errors import BadData
 
-TASKS = {"gsm8k": gsm8k.load, "demo": demo.load}
+TASKS = {
+    "gsm8k": gsm8k.load,
+    "arc-easy": partial(multiple_choice.load, "arc-easy"),
+    "arc-challenge": partial(multiple_choice.load, "arc-challenge"),
+    "mmlu": partial(multiple_choice.load, "mmlu"),
+    "hellaswag": partial(multiple_choice.load, "hellaswag"),
+    "demo": demo.load,
+}
 
 
 def load_source(name: str, revision: str | None = None) -> Source:
