@@ -343,7 +343,7 @@ def find_task(config: EvalConfig, name: str, run: dict) -> Task:
         enough = len(shots) == config.shots
         if config.keep_correct:
             problems = [p for p in source.train if p not in shots]
-            data += " with those held out: train.py will hold the same ones out again"
+            data += ", held-out rows too"  # train.py holds the same ones out again
         problems = problems[: config.limit]
     else:
         problems = problems[: config.limit]

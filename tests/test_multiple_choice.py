@@ -56,8 +56,9 @@ def hellaswag_row(rng: random.Random, i: int) -> dict:
     """With WikiHow's marks, at the end of the context too."""
     marks = rng.choice(("", " [title] How", " [step]", "  then [substeps] ", " [open"))
     after = rng.choice(("", "THE Cat"))
-    return {"ind": i, "activity_label": "Making Tea", "ctx_a": f" {said(rng)}{marks}", "ctx_b": after,
-            "ctx": "unused", "endings": [f"{said(rng)}. [step] {j}" for j in range(4)],
+    endings = [f"{said(rng)}. [step] {j}" for j in range(4)]
+    return {"ind": i, "activity_label": "Making Tea", "ctx_a": f" {said(rng)}{marks}",
+            "ctx_b": after, "ctx": "unused", "endings": endings,
             "label": str(rng.randrange(4))}  # fmt: skip
 
 
@@ -250,7 +251,6 @@ def test_a_context_is_computed_once_and_last_tokens_not_at_all(model, chat, monk
 
 
 def test_white_space_at_the_contexts_end_goes_to_the_choices(chat):
-    row = arc_row(random.Random(2), 0)
     p = parse_hellaswag(
         hellaswag_row(random.Random(2), 0) | {"ctx_a": "Tea [x]", "ctx_b": ""}, "t:1"
     )
@@ -258,7 +258,6 @@ def test_white_space_at_the_contexts_end_goes_to_the_choices(chat):
     question = encode(p, chat)
     assert chat.decode(question.context) == "Making Tea: Tea"
     assert chat.decode(question.continuations[0]) == "  " + p.choices.options[0]
-    assert row
 
 
 # Rows
