@@ -80,6 +80,7 @@ def splits(name: str) -> dict[str, list[dict]]:
     """The rows of each split that the Hub has; HellaSwag's test has no labels."""
     found = {split: rows_of(name, split) for split in ("train", "validation", "test")}
     if name == "mmlu":
+        found["test"].sort(key=lambda row: row["subject"])
         found["dev"] = rows_of(name, "dev", 15)
         found["auxiliary_train"] = [row | {"subject": ""} for row in found.pop("train")]
     if name == "hellaswag":
@@ -358,16 +359,19 @@ def test_the_first_of_the_largest_counts_and_nothing_that_is_no_number():
     choices = parse_arc(ARC, "t:1").choices  # "x" and "y y", the second is right
     assert not acc([-2.0, -2.0], choices) and acc([-2.0, -1.0], choices)
     assert acc_norm([-2.0, -3.0], choices) and not acc([-2.0, -3.0], choices)
-    assert not acc([float("nan"), 0.0], choices) and not acc([-1.0, float("nan")], choices)
+    first = parse_arc(ARC | {"answerKey": "1"}, "t:1").choices
+    assert acc([0.0, -1.0], first) and not acc([float("nan"), -1.0], first)
 
 
 def test_what_is_torn_off_a_log_of_scores_is_not_read(tmp_path):
     line = json.dumps({"id": "t:1", "scores": [-1.0, -2.0], "seconds": 0.1}).encode() + b"\n"
-    (tmp_path / "base.jsonl").write_bytes(line * 2 + line[:-9])
-    assert read_scores(tmp_path / "base.jsonl") == (
-        [Scored("t:1", [-1.0, -2.0], 0.1)] * 2,
-        2 * len(line),
-    )
+    for torn in (line[:-9], line[:-1], b"\0\n", b"[" * 99_999 + b"\n", b"{}\n" + line):
+        (tmp_path / "base.jsonl").write_bytes(line * 2 + torn)
+        kept, size = read_scores(tmp_path / "base.jsonl")
+        assert kept == [Scored("t:1", [-1.0, -2.0], 0.1)] * 2 and size == 2 * len(line)
+
+
+def test_weights_of_a_mixture_are_no_part_of_its_sources_names():
     assert evaluate.source_names(["gsm8k", "arc-challenge:0.5", "a:b.jsonl:2"]) == [
         "gsm8k", "arc-challenge", "a:b.jsonl"
     ]  # fmt: skip
