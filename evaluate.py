@@ -309,7 +309,7 @@ def find_tasks(config: EvalConfig) -> list[Task]:
     for task in tasks:
         if not task.problems and (config.data or not found):
             raise BadData(
-                f"{task.name} has no {config.split} problems", "use another --split or --data"
+                f"{task.name} has 0 {config.split} problems", "use another --split or --data"
             )
         if not task.problems:
             print(f"{task.name} has no {config.split} problems: not measured")
@@ -358,9 +358,11 @@ def find_task(config: EvalConfig, name: str, run: dict) -> Task:
     return Task(name, problems, shots, data)
 
 
-def source_names(data: str | list[str]) -> list[str]:
+def source_names(data: object) -> list[str]:
     """The sources that a run learned from, without the weights that they had: "mine.jsonl:2"."""
     specs = [data] if isinstance(data, str) else data
+    if not isinstance(specs, list) or not specs or not all(isinstance(s, str) for s in specs):
+        raise BadRun(f"the adapter's run names its data as {data!r}", "give it with --data")
     return [re.sub(r":[0-9.]+$", "", spec) for spec in specs]
 
 

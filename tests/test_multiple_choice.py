@@ -13,7 +13,7 @@ import evaluate
 from data import multiple_choice
 from data.chat import ChatFormat
 from data.multiple_choice import FORMS, load, parse_arc, parse_hellaswag, parse_mmlu
-from errors import BadData
+from errors import BadData, BadRun
 from evaluation import multiple_choice as scoring
 from evaluation.multiple_choice import (
     Scored,
@@ -375,3 +375,6 @@ def test_weights_of_a_mixture_are_no_part_of_its_sources_names():
     assert evaluate.source_names(["gsm8k", "arc-challenge:0.5", "a:b.jsonl:2"]) == [
         "gsm8k", "arc-challenge", "a:b.jsonl"
     ]  # fmt: skip
+    for odd in (None, [], 5, ["gsm8k", 5]):
+        with pytest.raises(BadRun, match="names its data as"):
+            evaluate.source_names(odd)

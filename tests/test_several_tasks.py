@@ -56,7 +56,7 @@ def test_several_tasks_stand_in_one_table_each_with_its_verdict(hub, trained, tm
     assert set(found["mmlu"]["contestants"]["tuned"]["by"]) == {"area", "subject"}
 
 
-def test_a_task_is_measured_alike_alone_and_beside_others(hub, trained, tmp_path):  # noqa: F811
+def test_a_task_is_measured_alike_alone_and_beside_others(hub, trained, tmp_path, capsys):  # noqa: F811
     several = measured(trained, tmp_path / "a", "--data", str(trained / "sums"), "arc-easy")
     alone = measured(trained, tmp_path / "b", "--data", "arc-easy")
     assert alone["arc-easy"]["settings"] == several["arc-easy"]["settings"]
@@ -64,6 +64,10 @@ def test_a_task_is_measured_alike_alone_and_beside_others(hub, trained, tmp_path
         one, other = (r["arc-easy"]["contestants"][name] for r in (alone, several))
         assert one["outcomes"] == other["outcomes"]
         assert one["right_choice_nats"] == other["right_choice_nats"]
+    paths = [str(next(tmp_path.glob(f"{x}/evaluation/arc-easy-*/result.json"))) for x in "ab"]
+    evaluate.main(["--compare", *paths])
+    told = capsys.readouterr().out
+    assert "choices right, acc_norm" in told and "B against A: +0.0 points" in told
     both = alone["arc-easy"]["contestants"]
     assert both["base"]["right_choice_nats"] != both["tuned"]["right_choice_nats"]
 
@@ -114,7 +118,7 @@ def test_by_default_a_run_is_measured_on_all_that_it_learned_from(hub, trained, 
     assert len(evaluations) == 2 and (run / "report.html").exists()
     report = (run / "report.md").read_text()
     assert "Learned and forgotten" in report and "choices are scored" in report
-    with pytest.raises(BadData, match="has no test problems"):
+    with pytest.raises(BadData, match="has 0 test problems"):
         evaluate.main(["--adapter", str(run / "best"), "--data", str(own), "arc-easy", *COMMON])
 
 
