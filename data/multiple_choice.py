@@ -96,10 +96,7 @@ FORMS = {
 
 
 def load(name: str, revision: str | None = None) -> Source:
-    """The splits of a task in `FORMS` to learn from and be tested on, and their commit.
-
-    MMLU's subjects take turns, so that the first so many rows are as many of each.
-    """
+    """The rows of a task to learn from, and to be tested on: of MMLU each subject's in turn."""
     form = FORMS[name]
     splits = [split for split in (form.train, form.test, form.solved) if split]
     patterns = [f"{form.folder}/{split}-*.parquet" for split in splits]
@@ -110,7 +107,7 @@ def load(name: str, revision: str | None = None) -> Source:
     read = [_read(form, folder / form.folder, split, source.bad) for split in splits]
     source.train, source.test = read[0], _in_turns(read[1])
     drawn = partial(_drawn, source.train, form.test != "test")
-    source.shots = partial(_first_of_subject, read[2]) if form.solved else drawn
+    source.shots = partial(_first, read[2]) if form.solved else drawn
     return source
 
 
@@ -134,7 +131,7 @@ def _read(form: Form, folder: Path, split: str, bad: list[str]) -> list[Problem]
 
 
 def _in_turns(problems: list[Problem]) -> list[Problem]:
-    """The first of each subject, then the second of each, and so on."""
+    """The first of each subject, then the second of each: so any first rows are of all subjects."""
     seen: Counter[str | None] = Counter()
 
     def turn(problem: Problem) -> int:
@@ -144,10 +141,8 @@ def _in_turns(problems: list[Problem]) -> list[Problem]:
     return sorted(problems, key=turn)
 
 
-def _first_of_subject(
-    solved: list[Problem], problems: list[Problem], count: int
-) -> list[list[Problem]]:
-    """The harness's `first_n`."""
+def _first(solved: list[Problem], problems: list[Problem], count: int) -> list[list[Problem]]:
+    """The harness's `first_n`: of the same subject."""
     return [[s for s in solved if s.category == p.category][:count] for p in problems]
 
 
