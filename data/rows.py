@@ -43,6 +43,16 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Choices:
+    """A question as lm-evaluation-harness asks it: which text goes on best after the context?"""
+
+    context: str  # plain text, up to where a space and then one of the options follow
+    options: tuple[str, ...]
+    right: int  # which of them, from 0
+    head: str = ""  # said once, before the solved questions and this one
+
+
+@dataclass(frozen=True)
 class Problem:
     """One row: where it is from, and its turns, the last of which is the answer to learn."""
 
@@ -50,6 +60,7 @@ class Problem:
     messages: tuple[Message, ...]
     category: str | None = None  # what kind of problem it is, where the row says so
     stem: str | None = None  # the problem itself, where the user's turns hold more than that
+    choices: Choices | None = None  # of a task that is scored by what is likeliest
 
     @property
     def question(self) -> str:
@@ -68,6 +79,10 @@ class Problem:
         return row | {k: v for k, v in more.items() if v is not None}
 
 
+# (problems, how many) -> the solved ones to show before each of them
+Shots = Callable[[list[Problem], int], list[list[Problem]]]
+
+
 @dataclass
 class Source:
     """Where problems come from: those to learn and hold out, and those to be tested on."""
@@ -77,6 +92,7 @@ class Source:
     test: list[Problem] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)  # "train.jsonl:12: question is empty"
     commit: str | None = None  # of a Hub dataset
+    shots: Shots | None = None  # of a task with choices
     note: str = ""  # how its rows were understood, where that was not known beforehand
 
 
@@ -95,7 +111,7 @@ def read_problems(
     """
     parse = parse or parse_row
     problems, bad = [], []
-    for number, row in _read_rows(path):
+    for number, row in read_rows(path):
         try:
             problems.append(parse(row, f"{path.name}:{number}"))
         except ValueError as error:
@@ -111,7 +127,7 @@ def read_problems(
     return problems, bad
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
+def read_rows(path: Path) -> Iterator[tuple[int, object]]:
     """(line or row number from 1, row) of the file; a line that is no JSON comes as its error."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:

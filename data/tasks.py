@@ -2,14 +2,23 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from data import demo, gsm8k, socratic
+from data import demo, gsm8k, multiple_choice, socratic
 from data.own import is_hub_id, load_hub, load_path
 from data.rows import SAME, Source
 from errors import BadData, BadOption
 
-TASKS = {"gsm8k": gsm8k.load, "gsm8k-socratic": socratic.load, "demo": demo.load}
+TASKS = {
+    "gsm8k": gsm8k.load,
+    "gsm8k-socratic": socratic.load,
+    "arc-easy": partial(multiple_choice.load, "arc-easy"),
+    "arc-challenge": partial(multiple_choice.load, "arc-challenge"),
+    "mmlu": partial(multiple_choice.load, "mmlu"),
+    "hellaswag": partial(multiple_choice.load, "hellaswag"),
+    "demo": demo.load,
+}
 
 
 def load_source(
