@@ -511,7 +511,7 @@ def adapter_settings(config: TrainConfig) -> LoRAConfig:
     values = [
         (f.name, *(getattr(c, f.name) for c in (theirs, usual, asked))) for f in fields(asked)
     ]
-    if refused := [f"its {n} is {t}, not {a}" for n, t, u, a in values if a not in (t, u)]:
+    if refused := [f"{n} is {t} there, {a} here" for n, t, u, a in values if a not in (t, u)]:
         raise BadOption(
             f"--from-adapter {config.from_adapter}: {listed(refused)}",
             "leave those options out: the adapter says what they are",

@@ -33,9 +33,9 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What an adapter is, but for its weights; `targets` are last parts of names, or a group.
+    """What an adapter is, but for its weights; `targets` are ends of names, or a group.
 
-    `ranks` and `alphas` say which layers have others than `r` and `alpha`, by the end of their
+    `ranks` and `alphas` say which layers have others than `r` and `alpha`, by the ends of their
     names: `{"q_proj": 16}`. Of several that match a layer, the first counts, as in PEFT.
     """
 
@@ -91,20 +91,25 @@ def target_names(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     """Full names of the linear layers that `targets` mean, in the model's order."""
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     last_parts = {name.rpartition(".")[2] for name in linear}
-    wanted: set[str] = set()
+    wanted: dict[str, bool] = {}
     for target in targets:
-        wanted |= set(TARGET_GROUPS.get(target, (target,)) or last_parts)
-    if missing := sorted(wanted - last_parts):
+        wanted |= dict.fromkeys(TARGET_GROUPS.get(target, (target,)) or last_parts, True)
+    if missing := [end for end in sorted(wanted) if not any(ends_in(n, end) for n in linear)]:
         raise BadOption(
             f"--targets: no linear layer is named {', '.join(missing)}",
             f"use {', '.join(TARGET_GROUPS)}, or some of: {', '.join(sorted(last_parts))}",
         )
-    return [name for name in linear if name.rpartition(".")[2] in wanted]
+    return [name for name in linear if of_layer(name, wanted, False)]
 
 
 def of_layer(name: str, values: dict[str, T], usual: T) -> T:
     """The first of `values` whose key `name` ends in, in whole parts; `usual` if none does."""
-    return next((v for end, v in values.items() if f".{name}".endswith(f".{end}")), usual)
+    return next((value for end, value in values.items() if ends_in(name, end)), usual)
+
+
+def ends_in(name: str, end: str) -> bool:
+    """Whether `end` is the last part of a layer's `name`, or the last few: `self_attn.q_proj`."""
+    return f".{name}".endswith(f".{end}")
 
 
 def layer_ranks(model: nn.Module, config: LoRAConfig) -> dict[str, int]:
@@ -114,8 +119,7 @@ def layer_ranks(model: nn.Module, config: LoRAConfig) -> dict[str, int]:
     """
     names = target_names(model, config.targets)
     for option, values in (("--rank", config.ranks), ("--alphas", config.alphas)):
-        unused = [end for end in values if not any(of_layer(n, {end: True}, False) for n in names)]
-        if unused:
+        if unused := [end for end in values if not any(ends_in(n, end) for n in names)]:
             raise BadOption(
                 f"{option}: no adapted layer is named {', '.join(unused)}",
                 f"adapted are {', '.join(sorted({n.rpartition('.')[2] for n in names}))}",

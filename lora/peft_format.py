@@ -89,6 +89,9 @@ def save_adapter(
             f"the adapter is not written to {folder}: {listed(bad)}",
             "lower --learning-rate, or use --precision fp32",
         )
+    layers = [n.removesuffix(".lora_A") for n in parameters if n.endswith(".lora_A")]
+    if not any("." in target for target in config.targets):  # or not all that are called so
+        layers = {name.rpartition(".")[2] for name in layers}
     more_rank, more_alpha = plain_growth(config.init, config.rslora)
     settings = {
         "peft_type": "LORA",
@@ -99,7 +102,7 @@ def save_adapter(
         "lora_alpha": more_alpha * config.alpha,
         "lora_dropout": config.dropout,
         "bias": config.bias,
-        "target_modules": sorted({n.split(".")[-2] for n in parameters if n.endswith("lora_A")}),
+        "target_modules": sorted(layers),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -194,12 +197,13 @@ def _is_alpha(value: object) -> bool:
 def _is_pattern(value: object, is_number: Callable[[object], bool]) -> bool:
     """Whether `value` has a number for ends of names; PEFT would take others for expressions."""
     return isinstance(value, dict) and all(
-        all(map(_is_name, end.split("."))) and is_number(number) for end, number in value.items()
+        _is_name(end) and is_number(number) for end, number in value.items()
     )
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and value.replace("_", "a").isalnum()
+    parts = value.split(".") if isinstance(value, str) else [""]
+    return all(part.replace("_", "a").isalnum() for part in parts)
 
 
 def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None) -> LoRAConfig:
