@@ -88,9 +88,9 @@ class TrainConfig:
     out: str | None = option(None, "run folder (default: out/<model>-<data>)")
 
     r: int = option(8, "rank: more holds more, and costs little", least=1)
-    rank: tuple[str, ...] = option((), "rank by target, as in q_proj=16,default=8")
+    rank: str | None = option(None, "rank by target, as in q_proj=16,default=8")
     alpha: float = option(16.0, "scaling is alpha / r", above=0)
-    alphas: tuple[str, ...] = option((), "alpha by target, as in q_proj=32,default=16")
+    alphas: str | None = option(None, "alpha by target, as in q_proj=32,default=16")
     dropout: float = option(0.1, "share of an adapter's inputs dropped", least=0, below=1)
     targets: tuple[str, ...] = option(("attention",), "attention, all-linear, or layer names")
     bias: str = option("none", "biases to train as well", choices=BIASES)
@@ -523,7 +523,8 @@ def adapter_options(lora: LoRAConfig) -> dict[str, object]:
     """The options that say `lora`, each in one way."""
     names = ("r", "alpha", "targets", "bias", "rslora", "dora", "init")
     rank, alphas = (
-        tuple(f"{end}={v}" for end, v in values.items()) for values in (lora.ranks, lora.alphas)
+        ",".join(f"{end}={v}" for end, v in values.items()) or None
+        for values in (lora.ranks, lora.alphas)
     )
     return {name: getattr(lora, name) for name in names} | {"rank": rank, "alphas": alphas}
 

@@ -142,11 +142,11 @@ def added_numbers(model: nn.Module, config: LoRAConfig) -> int:
     return sum(r * sum(shapes[n]) + config.dora * shapes[n][0] for n, r in ranks.items())
 
 
-def by_target(option: str, entries: tuple[str, ...], kind: type[T]) -> dict[str, T]:
-    """`("q_proj=16", "default=8")` as a dict; BadOption names all entries that are not so."""
+def by_target(option: str, text: str | None, kind: type[T]) -> dict[str, T]:
+    """`q_proj=16,default=8` as a dict; BadOption names all entries that are not so."""
     found, bad = {}, []
-    for entry in filter(None, entries):
-        name, equals, number = entry.partition("=")
+    for entry in text.split(",") if text else []:
+        name, _, number = entry.partition("=")
         try:
             value = kind(number)
         except ValueError:

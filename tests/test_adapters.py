@@ -441,9 +441,10 @@ def test_a_rank_or_alpha_of_what_is_not_adapted_is_refused(folder, name):
 @pytest.mark.parametrize("entry", ["8", "q_proj=", "q_proj=x", "=8", "q_proj=0", "q_proj=-1",
                                    "q_proj=1.5", "q_proj=inf", "a=1,a=2"])  # fmt: skip
 def test_entries_that_are_no_name_and_number_are_refused(entry):
-    assert by_target("--rank", ("q_proj=16", "default=8", ""), int) == {"q_proj": 16, "default": 8}
+    assert by_target("--rank", "q_proj=16,default=8", int) == {"q_proj": 16, "default": 8}
+    assert by_target("--rank", None, int) == {}
     with pytest.raises(BadOption, match="--rank .*not a name and a number above 0"):
-        by_target("--rank", tuple(entry.split(",")), int)
+        by_target("--rank", entry, int)
 
 
 def test_an_adapter_file_that_claims_huge_ranks_is_refused_before_there_are_as_many(
@@ -596,7 +597,7 @@ def test_a_run_goes_on_from_pefts_adapter_with_its_settings(tmp_path, toy, given
     before, after = load_file(given_adapter / WEIGHTS), load_file(out / "best" / WEIGHTS)
     assert equal(before, after)
     options = json.loads((out / "config.json").read_text())["options"]
-    taken = {"r": 4, "alpha": 8, "dora": True, "rank": ["v_proj=3"], "alphas": []}
+    taken = {"r": 4, "alpha": 8, "dora": True, "rank": "v_proj=3", "alphas": None}
     assert {key: options[key] for key in taken} == taken
     assert set(options["targets"]) == {"up_proj", "v_proj"}
     assert json.loads((out / "best" / CONFIG).read_text())["lora_dropout"] == 0.25
