@@ -633,6 +633,7 @@ def refused(flags: list, capsys) -> str:
     ("--rank 8", "--rank 8: not a name and a number above 0"),
     ("--rank q_proj=1.5,default=x", "--rank q_proj=1.5, default=x: not a name and a number"),
     ("--alphas q_proj=0", "--alphas q_proj=0: not a name and a number above 0"),
+    ("--alphas q_proj=inf,k_proj=nan", "--alphas q_proj=inf, k_proj=nan: not a name and a number"),
     ("--targets q_proj --alphas v_proj=4", "--alphas: no adapted layer is named v_proj"),
     ("--r 4 --rank default=6", "--r 4, --alpha 16 and default=6 of --rank"),
     ("--init svd", "--init: invalid choice: 'svd'"),
