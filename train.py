@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
     model = load_model(checkpoint.folder, dtype=DTYPES[precision], device=device)
     if config.from_adapter:
-        read_adapter(Path(config.from_adapter), model, dropout=config.dropout)
+        lora = read_adapter(Path(config.from_adapter), model, dropout=config.dropout)
     else:
         inject(model, lora, seed=config.seed)
     if world.is_main:

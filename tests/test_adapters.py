@@ -61,6 +61,7 @@ KINDS = {
         "targets": EVERYWHERE, "dora": True, "rslora": True, **MIXED,
     },
     "every linear layer": {"targets": ("all-linear",)},
+    "one layer": {"targets": ("layers.1.self_attn.q_proj",)},
     "PiSSA": {"init": "pissa"},
     "PiSSA, everywhere, rsLoRA, biases": {
         "init": "pissa", "targets": EVERYWHERE, "rslora": True, "bias": "lora_only",
