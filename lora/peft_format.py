@@ -195,10 +195,8 @@ def _is_alpha(value: object) -> bool:
 
 
 def _is_pattern(value: object, is_number: Callable[[object], bool]) -> bool:
-    """Whether `value` has a number for ends of names; PEFT would take others for expressions."""
-    return isinstance(value, dict) and all(
-        _is_name(end) and is_number(number) for end, number in value.items()
-    )
+    """Whether `value` has a number for each name; what PEFT takes for an expression matches none."""
+    return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
 def _is_name(value: object) -> bool:
