@@ -195,7 +195,7 @@ def _is_alpha(value: object) -> bool:
 
 
 def _is_pattern(value: object, is_number: Callable[[object], bool]) -> bool:
-    """Whether `value` has a number for each name; what PEFT takes for an expression matches none."""
+    """Whether `value` has a number for each name; an expression, as PEFT has it, matches none."""
     return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
