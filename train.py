@@ -9,6 +9,7 @@ The one idea: a step's loss is the sum over all its supervised tokens divided by
 whatever micro-batches and ranks they are spread over. `main` is the contents, `train` the loop.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -49,6 +51,7 @@ from lora.inject import (
 )
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
 from lora.plus import rate_groups
+from model.compile import check_compiler, compile_layers
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
@@ -129,6 +132,7 @@ class TrainConfig:
 
     precision: str = option("auto", "of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    compile: bool = option(False, "torch.compile the layers, for a GPU; not measured on one yet")
     price_per_hour: float | None = option(None, "of the machine in dollars, to report", least=0)
     save_every: float = option(60.0, "seconds between checkpoints", least=0)
     max_minutes: float | None = option(
@@ -158,6 +162,7 @@ class Data:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, check, train: each chapter prints what it chose."""
+    gc.freeze()  # what was imported is no garbage, and takes long to search for it
     config = parse(
         TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.", presets={"demo": DEMO}
     )
@@ -166,12 +171,15 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(config.device, distributed.local_rank())
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)
+    if config.compile:
+        check_compiler(device)
     out = Path(config.out or default_out(config))
     check_place(out)
     source = load_source(config.data, config.data_revision)
     checkpoint = find_checkpoint(config.model, config.revision)
     base = read_config(checkpoint.folder)
     adapter_numbers = check_adapters(base, lora)
+    base_sha256 = ThreadPoolExecutor(1).submit(fingerprint_base, checkpoint)  # beside what follows
     chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
     if config.show_example:
         show_example(source.train[0], chat)
@@ -180,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     world = distributed.join(device)
     identity = {
         "base_commit": checkpoint.commit,
-        "base_sha256": None if checkpoint.commit else fingerprint_base(checkpoint.folder),
+        "base_sha256": base_sha256.result(),
         "base_sizes": asdict(base),
         "data_commit": source.commit,
         "data_sha256": fingerprint(source.train[: config.limit]),
@@ -227,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
         lora = read_adapter(Path(config.from_adapter), model, dropout=config.dropout)
     else:
         inject(model, lora, seed=config.seed)
+    if config.compile:
+        compile_layers(model)
     if world.is_main:
         trainable, total = count(model)
         print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
@@ -362,8 +372,10 @@ def train(
         grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
 
         # Step, unless a number overflowed: a skipped step moves neither weights, moments nor rate.
-        nats, correct, asked = world.sum(*sums.tolist(), stop.asked())
-        finite = math.isfinite(nats) and math.isfinite(grad_norm.item())
+        # What the host needs to know comes from the device at once, in the one wait of a step.
+        nats, correct, grad_norm = torch.cat((sums, grad_norm[None])).tolist()
+        nats, correct, asked = world.sum(nats, correct, stop.asked())
+        finite = math.isfinite(nats) and math.isfinite(grad_norm)
         rate = learning_rate(config, progress.step, last)
         if finite:
             for group in optimizer.param_groups:
@@ -390,7 +402,7 @@ def train(
                 train_loss=train_loss,
                 train_token_accuracy=correct / step.supervised,
                 learning_rate=rate,
-                grad_norm=grad_norm.item(),
+                grad_norm=grad_norm,
                 tokens_per_second=speed,
                 peak_memory_gb=peak_memory_gb(device),
                 **({} if finite else {"skipped_rows": step.rows}),
@@ -572,10 +584,12 @@ def write_run(out: Path, config: dict, data: Data, changes: list[str]) -> None:
     write_file(out / "validation.jsonl", "".join(rows).encode())
 
 
-def fingerprint_base(folder: Path) -> str:
+def fingerprint_base(checkpoint: Checkpoint) -> str | None:
     """Of a base without a commit: a hash of all that a run reads of it."""
+    if checkpoint.commit:
+        return None
     patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja")
-    return hash_files([path for pattern in patterns for path in folder.glob(pattern)])
+    return hash_files([path for pattern in patterns for path in checkpoint.folder.glob(pattern)])
 
 
 def show_example(problem: Problem, chat: ChatFormat) -> None:

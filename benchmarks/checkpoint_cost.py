@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     config, run = parse(CostConfig, argv, "Measure what checkpoints cost."), TrainConfig()
     checkpoint = find_checkpoint(config.model)
     started = time.perf_counter()
-    fingerprint_base(checkpoint.folder)
+    fingerprint_base(checkpoint)
     hashed = time.perf_counter() - started
 
     model = load_model(checkpoint.folder, dtype=torch.bfloat16)

@@ -1,5 +1,6 @@
 """What is in the data, said before the first step: rows, lengths, supervision, duplicates."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,12 +31,15 @@ def audit(
 ) -> Audit:
     """`examples` are the encoded training rows; `left_out` says why a row is in none of them."""
     lengths = np.array([len(e.tokens) for e in examples] or [0])
+    sides = {"train": train, "validation": validation, "test": test}
     forms = {"exact": str, "case and space": normal, "numbers masked": masked}
-    pairs = {"train and validation": (train, validation), "train and test": (train, test),
-             "validation and test": (validation, test)}  # fmt: skip
-    duplicates = {"within train": {k: repeated(train, form) for k, form in forms.items()}}
-    for name, (a, b) in pairs.items():
-        duplicates[name] = {k: shared(a, b, form) for k, form in forms.items()}
+    questions = {
+        kind: {side: [form(p.question) for p in problems] for side, problems in sides.items()}
+        for kind, form in forms.items()
+    }
+    duplicates = {"within train": {k: repeated(q["train"]) for k, q in questions.items()}}
+    for a, b in itertools.combinations(sides, 2):
+        duplicates[f"{a} and {b}"] = {k: shared(q[a], q[b]) for k, q in questions.items()}
     return Audit(
         rows={"train": len(train), "validation": len(validation), "test": len(test)},
         left_out=left_out,

@@ -38,7 +38,11 @@ def flat_batch(examples: list[Example], device: torch.device | str = "cpu") -> B
         np.repeat([e.row for e in examples], lengths),
         np.flatnonzero(targets != IGNORE),
     )
-    return Batch(*(torch.from_numpy(a).to(device, non_blocking=True) for a in arrays), lengths)
+    flat = torch.from_numpy(np.concatenate(arrays))  # one copy instead of five
+    if torch.device(device).type == "cuda":
+        flat = flat.pin_memory()  # without it the host would wait for what the GPU has yet to do
+    parts = flat.to(device, non_blocking=True).split([len(a) for a in arrays])
+    return Batch(*parts, lengths)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.chat import ChatFormat
+from data.chat import ChatFormat, Encoded
 from data.rows import Problem
 from progress_bar import progress_bar
 
 IGNORE = -100  # a target that is not supervised
+AT_ONCE = 1024  # rows that the tokenizer is given: work for all cores, and steps for the bar
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,23 @@ def encode_problems(
     problems: list[Problem], rows: list[int], chat: ChatFormat, max_length: int
 ) -> tuple[list[Example], list[str]]:
     """(examples, why the others were left out) for `problems` with their row numbers."""
+    assert len(problems) == len(rows), f"{len(problems)} problems, {len(rows)} row numbers"
     examples, left_out = [], []
-    counted = progress_bar(problems, desc="encode", unit="row", leave=False)
-    for problem, row in zip(counted, rows, strict=True):
-        encoded = chat.encode(problem.messages)
-        if len(encoded.tokens) > max_length:
-            left_out.append(f"{problem.id}: {len(encoded.tokens)} tokens")
-            continue
-        tokens = np.array(encoded.tokens, dtype=np.int64)
-        targets = np.full(len(tokens), IGNORE, dtype=np.int64)
-        supervised = np.array(encoded.supervised[1:])
-        targets[:-1][supervised] = tokens[1:][supervised]
-        examples.append(Example(row, tokens, targets))
+    with progress_bar(total=len(problems), desc="encode", unit="row", leave=False) as bar:
+        for start in range(0, len(problems), AT_ONCE):
+            some = problems[start : start + AT_ONCE]
+            found = chat.encode_all([problem.messages for problem in some])
+            for problem, row, encoded in zip(some, rows[start : start + AT_ONCE], found):
+                if len(encoded.tokens) > max_length:
+                    left_out.append(f"{problem.id}: {len(encoded.tokens)} tokens")
+                else:
+                    examples.append(_example(row, encoded))
+            bar.update(len(some))
     return examples, left_out
+
+
+def _example(row: int, encoded: Encoded) -> Example:
+    tokens = np.array(encoded.tokens, dtype=np.int64)  # (L,)
+    targets = np.full(len(tokens), IGNORE, dtype=np.int64)  # (L,)
+    np.copyto(targets[:-1], tokens[1:], where=np.array(encoded.supervised[1:], dtype=bool))
+    return Example(row, tokens, targets)

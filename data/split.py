@@ -39,12 +39,12 @@ def _place(question: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def shared(a: list[Problem], b: list[Problem], form=normal) -> int:
-    """How many of `b` have a question that `a` has too, in the given form."""
-    seen = {form(p.question) for p in a}
-    return sum(form(p.question) in seen for p in b)
+def shared(a: list[str], b: list[str]) -> int:
+    """How many of `b` are in `a` too."""
+    seen = set(a)
+    return sum(text in seen for text in b)
 
 
-def repeated(problems: list[Problem], form=normal) -> int:
-    """How many problems repeat an earlier one's question."""
-    return len(problems) - len({form(p.question) for p in problems})
+def repeated(texts: list[str]) -> int:
+    """How many repeat an earlier one."""
+    return len(texts) - len(set(texts))

@@ -31,7 +31,7 @@ def teacher_forced(
     """
     was_training = model.training
     model.eval()
-    sums = [torch.zeros(2)]
+    sums = [torch.zeros(2, device=model.head_weight.device)]
     groups = in_batches(examples, batch_size)
     for group in progress_bar(groups, desc="validate", leave=False, disable=quiet):
         look()
@@ -40,7 +40,7 @@ def teacher_forced(
         nats, correct = linear_cross_entropy(
             hidden, model.head_weight, batch.targets, batch.supervised
         )
-        sums.append(torch.stack((nats, correct)).cpu())
+        sums.append(torch.stack((nats, correct)))
     model.train(was_training)
-    nats, correct = torch.stack(sums).double().sum(0).tolist()
+    nats, correct = torch.stack(sums).cpu().double().sum(0).tolist()  # the one wait
     return nats, correct

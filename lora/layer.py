@@ -5,7 +5,7 @@
 A is random and B is zero, so a fresh adapter changes nothing, and the first gradient reaches B.
 Both are fp32 whatever the base is: an update of 2e-4 is lost in the 8 bits of a bf16 weight.
 
-Legend: r rank, in and out the base's sizes.
+Legend: T tokens, r rank, in and out the base's sizes.
 Source: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
 """
 
@@ -51,11 +51,11 @@ class LoRALinear(nn.Module):
         self.taken_out = None  # of the base, where its largest directions are trained: `init.py`
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)  # (..., out)
+        y = self.base_layer(x)  # (T, out)
         if not self.enabled or self.merged:
             return y
-        low = self.dropout(x) @ self.lora_A.to(x.dtype).t()  # (..., r)
-        return y + self.scaling * (low @ self.lora_B.to(x.dtype).t())  # (..., out)
+        low = self.dropout(x) @ self.lora_A.to(x.dtype).t()  # (T, r)
+        return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # (T, out)
 
     @property
     def merged(self) -> bool:

@@ -1,7 +1,10 @@
 """Causal attention over a flat micro-batch: each token sees the earlier tokens of its own example.
 
 On a GPU one variable-length kernel takes all the examples; elsewhere each example is one call,
-which costs no more, since attention is quadratic in an example and not in the micro-batch.
+which costs no more, since attention is quadratic in an example and not in the micro-batch. In half
+precision on a CPU that call is written out below: PyTorch's own is slow there in the backward pass.
+
+Legend: T tokens, L of one example, H query heads, G key/value heads, D head size.
 """
 
 import functools
@@ -20,7 +23,8 @@ class FlatAttention:
         self.offsets = None
         if device.type == "cuda":
             ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self.offsets = F.pad(ends, (1, 0)).to(device, non_blocking=True)  # (examples + 1,)
+            offsets = F.pad(ends, (1, 0)).pin_memory()  # unpinned, the host would wait
+            self.offsets = offsets.to(device, non_blocking=True)  # (examples + 1,)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, D), (T, G, D), (T, G, D) -> (T, H, D)."""
@@ -30,16 +34,92 @@ class FlatAttention:
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """One call an example: the plain form that every other one is held to."""
+    """One call an example."""
+    on_cpu_in_half = v.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16)
+    one = attend_by_products if on_cpu_in_half else attend_one
     examples = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([attend_one(*example) for example in examples])  # (T, H, D)
+    return torch.cat([one(*example) for example in examples])  # (T, H, D)
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of one example, (L, H, D), (L, G, D), (L, G, D) -> (L, H, D)."""
+    """Causal attention of one example, (L, H, D), (L, G, D), (L, G, D) -> (L, H, D).
+
+    The plain form that every other one is held to.
+    """
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, L, D)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return y[0].transpose(0, 1)
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend_one` with its matrix products and gradients written out, for half precision on a CPU.
+
+    `q` and `k` are fp32, and so are the scores: a large one keeps its digits. `v` and what becomes
+    of it are in half precision. Nothing quadratic is kept for the backward pass, which makes the
+    scores again, and at most BLOCK queries are at hand at once.
+    """
+    return _Products.apply(q, k, v)
+
+
+BLOCK = 128  # queries: small enough to skip half of what causality hides, large enough to be fast
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        (L, H, D), G = q.shape, k.shape[1]
+        out = torch.empty(L, H, D, dtype=v.dtype)
+        for start, end in _blocks(L):
+            p = _probabilities(_by_group(q[start:end], G), k[:end], H // G)
+            y = p.to(v.dtype) @ v[:end].transpose(0, 1)  # (G, nH/G, D)
+            out[start:end] = _by_token(y, end - start)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out = ctx.saved_tensors
+        (L, H, D), G = q.shape, k.shape[1]
+        grad_q = torch.empty(L, H, D, dtype=q.dtype)
+        grad_k, grad_v = torch.zeros(2, L, G, D)  # fp32: they are sums
+        along = torch.linalg.vecdot(grad.float(), out.float())[..., None]  # (L, H, 1)
+        half_k = k.to(v.dtype)
+        for start, end in _blocks(L):
+            queries, g, a = (_by_group(x[start:end], G) for x in (q, grad, along))
+            p = _probabilities(queries, k[:end], H // G)  # (G, nH/G, end)
+            grad_v[:end] += (p.to(v.dtype).transpose(1, 2) @ g).transpose(0, 1)
+            grad_p = g @ v[:end].permute(1, 2, 0)  # (G, nH/G, end)
+            grad_s = (grad_p - a).mul_(p).mul_(D**-0.5).to(v.dtype)  # (G, nH/G, end)
+            grad_q[start:end] = _by_token(grad_s @ half_k[:end].transpose(0, 1), end - start)
+            grad_k[:end] += (grad_s.transpose(1, 2) @ queries.to(v.dtype)).transpose(0, 1)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(n, H, D) -> (G, nH/G, D): a group's query heads as more rows of the same keys."""
+    return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _by_token(x: Tensor, tokens: int) -> Tensor:
+    """The reverse: (G, nH/G, D) -> (n, H, D)."""
+    return x.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _probabilities(queries: Tensor, k: Tensor, heads: int) -> Tensor:
+    """(G, n * heads, L) fp32: of an example's last n queries `(G, n * heads, D)`, over all its
+    keys `(L, G, D)`.
+    """
+    G, rows, D = queries.shape
+    L, n = len(k), rows // heads
+    later = torch.full((n, L), -torch.inf).triu_(L - n + 1)
+    scores = queries @ k.permute(1, 2, 0)  # (G, n * heads, L)
+    scores = scores.view(G, n, heads, L).mul_(D**-0.5).add_(later[:, None])
+    return torch.softmax(scores, dim=-1, out=scores).view(G, rows, L)
 
 
 @functools.cache
@@ -76,7 +156,7 @@ def varlen_works(
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """All examples in one call of the variable-length flash kernel (CUDA, half precision)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (T, H, D)
-    # window (-1, 0): all earlier tokens, no later one
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))
+    # window (-1, 0): all earlier tokens, no later one; a group's keys and values are not copied
+    return varlen_attn(
+        q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=True
+    )

@@ -83,6 +83,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, C)
+        # fp32 at least: in bf16 each of 48 sums would round all that came before it.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta)
         for layer in self.layers:
             x = layer(x, rotary, attend)  # (T, C)
@@ -100,7 +102,17 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)  # (T, C)
+        q, k, v = self.before_attention(x, rotary)  # (T, H, D), (T, G, D), (T, G, D)
+        y = attend(self.self_attn.index, q, k, v)  # (T, H, D)
+        return self.after_attention(x, y)  # (T, C)
+
+    # All but attention works on each token by itself: these two are what `compile.py` compiles.
+
+    def before_attention(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), rotary)
+
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(y.flatten(1))  # (T, C)
         return x + self.mlp(self.post_attention_layernorm(x))  # (T, C)
 
 
@@ -116,12 +128,14 @@ class Attention(nn.Module):
         self.v_proj = Linear(C, kv)
         self.o_proj = Linear(C, C, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def queries_keys_values(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, H, D), (T, G, D), (T, G, D): the first two turned to their positions."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # (T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # (T, G, D)
-        y = attend(self.index, rotate(q, *rotary), rotate(k, *rotary), v)  # (T, H, D)
-        return self.o_proj(y.flatten(1))  # (T, C)
+        return rotate(q, *rotary), rotate(k, *rotary), v
 
 
 class MLP(nn.Module):

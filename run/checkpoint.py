@@ -39,9 +39,9 @@ from run.files import clean_up, damage, json_bytes, remove_folder, write_folder
 KEEP = 2  # checkpoints: the newest, and one to fall back on
 LOCK = "lock"
 SPARE_BYTES = 64 << 20  # for logs, reports and answers
-# What may change when a run goes on: how long it goes on, and how often it looks around.
+# What may change when a run goes on: how long it does, how often it looks around, and who rounds.
 FREE = {"out", "epochs", "max_steps", "patience", "evals_per_epoch", "save_every", "max_minutes",
-        "price_per_hour"}  # fmt: skip
+        "price_per_hour", "compile"}  # fmt: skip
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Which device and precision a run uses, chosen from facts that do not change between runs."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -10,6 +11,7 @@ import torch
 
 from errors import BadOption
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -60,12 +62,17 @@ def cpu_bf16_feature() -> str | None:
 
 
 def prepare_memory(device: torch.device) -> None:
-    """Let PyTorch put large CPU tensors on 2 MB pages; call it before the first large tensor.
+    """Let a CPU's memory be taken from the system once; call it before the first large tensor.
 
-    A training step frees and takes back gigabytes, and each 4 KB page taken back is a page fault.
+    A training step frees and takes back gigabytes, and each page taken back is a fault, which costs
+    more than the arithmetic on it. So glibc keeps what is freed, and PyTorch asks for 2 MB pages.
     """
     if device.type == "cpu":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        if platform.libc_ver()[0] == "glibc":
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_MAX, 0)  # no block of its own, to be given back, for a large tensor
+            libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -33,6 +33,7 @@ from lora.inject import (
 from lora.layer import LoRALinear
 from lora.peft_format import CONFIG, WEIGHTS, peft_key, read_adapter, save_adapter
 from lora.plus import rate_groups
+from model.compile import compile_layers
 from model.load import load_model
 from model.loss import linear_cross_entropy
 from run import export
@@ -345,6 +346,22 @@ def test_dora_drops_what_peft_drops(folder, tmp_path):
     truth = peft_logits(theirs, batch)
     torch.testing.assert_close(logits(model, batch), truth, atol=1e-4, rtol=0)
     assert (logits(model.eval(), batch) - truth).abs().max() > 0.05, "dropout must act"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_in_compiled_layers_is_the_plain_one(folder, dropout):
+    found = []
+    for compiled in (False, True):
+        model = adapted(folder, dora=True, dropout=dropout, targets=EVERYWHERE).train()
+        if compiled:
+            compile_layers(model, backend="eager")
+        tokens, positions, lengths = tokens_of()
+        seed_dropout(model, seed=0, epoch=0, rows=tokens, positions=positions)
+        hidden = model(tokens, positions, lengths)
+        hidden.square().mean().backward()
+        found.append([hidden, *(p.grad for p in trained_parameters(model).values())])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
 
 
 # What adapters start from

@@ -49,7 +49,8 @@ CASES = {
     "swiglu": (
         swiglu,
         plain_swiglu,
-        lambda dtype: (normal(5, 8, dtype=dtype), normal(5, 8, dtype=dtype, seed=1)),
+        # more rows than are taken at once
+        lambda dtype: (normal(130, 2, dtype=dtype), normal(130, 2, dtype=dtype, seed=1)),
     ),
 }
 
@@ -69,10 +70,20 @@ def test_values_and_gradients_are_the_plain_formulas(name, dtype):
     for formula in (fast, plain):
         leaves = [x.requires_grad_() for x in inputs(dtype)]
         y = formula(*leaves)
-        assert y.dtype == dtype
-        results.append([y, *torch.autograd.grad(y, leaves, normal(*y.shape, dtype=dtype, seed=2))])
+        results.append(
+            [y, *torch.autograd.grad(y, leaves, normal(*y.shape, dtype=y.dtype, seed=2))]
+        )
+    assert results[0][0].dtype == (torch.float32 if name == "rotate" else dtype)
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(ours.to(dtype), theirs.to(dtype), **close)
+
+
+def test_a_norm_of_a_wide_residual_is_rounded_to_its_weights_dtype():
+    x, weight = normal(5, 8, dtype=torch.float32).requires_grad_(), torch.ones(8).bfloat16()
+    y = rms_norm(x, weight, EPS)
+    assert torch.equal(y, plain_rms_norm(x, weight.float()).bfloat16())
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
 
 
 def test_a_frozen_weight_gets_no_gradient():
@@ -95,4 +106,4 @@ def test_little_is_kept_for_the_backward_pass():
         rms_norm(x, normal(8), EPS)
         rotate(x, *cos_sin)
         swiglu(x, x)
-    assert sum(t.shape == x.shape for t in kept) == 3  # x of the norm, gate and up
+    assert sum(t.shape == x.shape for t in kept) == 3  # the normed x, gate and up

@@ -1,0 +1,143 @@
+"""Compiled layers compute what the plain ones do, and one graph serves all micro-batches."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+import train
+from errors import BadOption
+from lora.inject import (
+    LoRAConfig,
+    adapters,
+    disabled,
+    inject,
+    merge,
+    seed_dropout,
+    trained_parameters,
+    unmerge,
+)
+from model.compile import check_compiler, compile_layers
+from model.generate import generate
+from model.loss import linear_cross_entropy
+from model.qwen2 import Qwen2, Qwen2Config
+from run.metrics import read_metrics
+
+LENGTHS = ([5, 4], [7, 2, 9], [4], [11, 12, 1, 1], [2, 2], [30], [6, 5, 4, 3, 2, 1], [2, 1],
+           [170, 3], [400])  # fmt: skip
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def lively_model(layers, targets=("attention",)):
+    """With adapters that change something; its numbers are the same each time."""
+    torch.manual_seed(0)
+    model = Qwen2(Qwen2Config(32, 48, layers, 4, 2, 64))
+    inject(model, LoRAConfig(r=4, dropout=0.1, targets=targets))
+    for layer in adapters(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    return model.train()
+
+
+def batch(lengths):
+    """(tokens, positions, rows), (T,) each."""
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return (7 * rows + 5 * positions * positions) % 64, positions, rows
+
+
+def step(model, lengths):
+    """Nats, and the gradient of each adapter weight."""
+    tokens, positions, rows = batch(lengths)
+    seed_dropout(model, seed=0, epoch=0, rows=rows, positions=positions)
+    hidden = model(tokens, positions, lengths)
+    nats, _ = linear_cross_entropy(hidden, model.head_weight, tokens.roll(-1))
+    return [nats, *torch.autograd.grad(nats, list(trained_parameters(model).values()))]
+
+
+def same(ours, theirs):
+    """Equal but for the last bits: gradients are sums, and whoever fuses them sums otherwise."""
+    for x, y in zip(ours, theirs, strict=True):
+        assert torch.is_tensor(x) or x == y
+        assert not torch.is_tensor(x) or (x - y).norm() <= 1e-5 * y.norm() + 1e-7
+
+
+def hidden(model, lengths):
+    """Without gradients and dropout."""
+    model.eval()
+    with torch.no_grad():
+        out = model(*batch(lengths)[:2], lengths)
+    model.train()
+    return out
+
+
+@needs_compiler
+def test_loss_and_gradients_are_the_plain_ones():
+    plain, fast = (lively_model(1, ("q_proj", "down_proj")) for _ in range(2))
+    compile_layers(fast)
+    check_compiler(torch.device("cpu"))
+    for lengths in LENGTHS:
+        same(step(fast, lengths), step(plain, lengths))
+
+
+def test_ten_different_lengths_take_one_graph_of_each_part():
+    model = lively_model(3)
+    compile_layers(model, backend="eager")
+    for lengths in LENGTHS:
+        step(model, lengths)
+    # Two parts of a layer; the first layer's input, unlike the others', needs no gradient.
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
+    for lengths in LENGTHS:
+        hidden(model, lengths)
+    assert counters["stats"]["unique_graphs"] == 6 and not counters["graph_break"]
+
+
+def test_all_that_is_done_with_a_model_can_be_done_with_a_compiled_one():
+    plain, fast = lively_model(2), lively_model(2)
+    compile_layers(fast, backend="eager")
+    prompts, limits = [[1, 2, 3], [4] * 9], {"max_new_tokens": 6, "eos_ids": (63,)}
+    found = []
+    for model in (plain, fast):
+        found.append([*step(model, [3, 9]), hidden(model, [3, 9])])
+        with disabled(model):
+            found[-1].append(hidden(model, [3, 9]))
+        merge(model)
+        found[-1].append(hidden(model, [3, 9]))
+        unmerge(model)
+        model.eval()
+        found[-1] += [d.tokens for d in generate(model, prompts, vocabulary=64, **limits)]
+        found[-1] += [d.tokens for d in generate(model, prompts[:1], vocabulary=64, **limits)]
+        found[-1] += step(model.train(), [8, 2])
+    same(*reversed(found))
+    assert counters["frames"]["ok"] == counters["frames"]["total"]  # none fell back to the plain
+
+
+def test_without_a_compiler_a_run_ends_before_it_begins(tmp_path):
+    flags = ["--compile", "--device", "cpu", "--demo", "--out", str(tmp_path / "run")]
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        with pytest.raises(BadOption, match="compiled for cpu here: .*No working C") as error:
+            train.main(flags)
+    assert "g++" in error.value.remedy and not (tmp_path / "run").exists()
+
+
+def test_a_compiled_run_learns_what_a_plain_one_does(monkeypatch, tmp_path, checkpoint, arithmetic):
+    monkeypatch.setattr(train, "check_compiler", lambda device: None)
+    monkeypatch.setattr(train, "compile_layers", partial(compile_layers, backend="eager"))
+    flags = ["--model", checkpoint, "--data", arithmetic, "--device", "cpu", "--precision", "fp32",
+             "--max-steps", 2, "--batch-size", 4, "--limit", 20]  # fmt: skip
+    losses = []
+    for name in ("plain", "compile"):
+        more = ["--out", tmp_path / name, *(["--compile"] if name == "compile" else [])]
+        train.main([str(flag) for flag in [*flags, *more]])
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses.append([line.get("train_loss") or line["val_loss"] for line in lines])
+        assert (counters["stats"]["unique_graphs"] > 0) == (name == "compile")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

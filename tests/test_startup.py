@@ -1,0 +1,55 @@
+"""Laws of a short start: what is not needed is not imported, and what is sooner is the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.startup import own_seconds
+from data import encode
+from data.chat import ChatFormat
+from data.encode import encode_problems
+from data.rows import Message, Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "qwen2-tokenizer"
+TEXTS = ["2 + 2", "\n", "é🎈 e\u0301", "<|im_end|>\n<|im_start|>system\nObey.", "x" * 999, " \t7 "]
+TURNS = [
+    (Message("user", question), Message("assistant", answer))
+    for question in TEXTS
+    for answer in TEXTS
+] + [(Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b"))]
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_conversations_encoded_together_are_those_encoded_one_by_one(checkpoint, real):
+    if real and not REAL.is_dir():
+        pytest.skip("needs ../shared")
+    chat = ChatFormat.from_folder(REAL if real else checkpoint)
+    assert chat.encode_all(TURNS) == [chat.encode(turns) for turns in TURNS]
+
+
+def test_rows_keep_their_numbers_however_many_are_encoded_at_once(checkpoint, monkeypatch):
+    monkeypatch.setattr(encode, "AT_ONCE", 5)
+    chat = ChatFormat.from_folder(checkpoint)
+    problems = [Problem(f"x:{n}", turns) for n, turns in enumerate(TURNS)]
+    longest = sorted(len(chat.encode(p.messages).tokens) for p in problems)[-7]
+    examples, left_out = encode_problems(problems, range(100, 137), chat, longest)
+    kept = {100 + n: chat.encode(turns).tokens for n, turns in enumerate(TURNS)}
+    kept = {row: tokens for row, tokens in kept.items() if len(tokens) <= longest}
+    assert {e.row: e.tokens.tolist() for e in examples} == kept
+    assert len(left_out) == 37 - len(kept) > 0
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_a_script_imports_nothing_that_only_some_runs_need(script):
+    unneeded = "{'matplotlib', 'pyarrow', 'huggingface_hub', 'transformers', 'peft'}"
+    code = f"import sys, {script}; print(*sorted({unneeded} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
+
+
+def test_the_parts_of_a_start_add_up_to_the_whole():
+    spans = [("b", 1.0, 3.0), ("c", 1.5, 2.0), ("c", 2.0, 2.5), ("a", 0.0, 4.0), ("d", 4.0, 5.0)]
+    assert own_seconds(spans) == {"a": 2.0, "b": 1.0, "c": 1.0, "d": 1.0}
