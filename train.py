@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,23 @@ from data.chat import ChatFormat
 from data.encode import Example
 from data.mixture import Part, encode_mixture, load_mixture, mixture_identity, source_names
 from data.rows import Problem
-from errors import TrainingFailed, printable, run_script
+from errors import BadOption, TrainingFailed, listed, printable, run_script
 from evaluation.answers import Asking, answers
 from evaluation.generative import choose_scorers
 from evaluation.teacher_forced import teacher_forced
+from lora.init import INITS
 from lora.inject import (
     BIASES,
     LoRAConfig,
+    added_numbers,
+    by_target,
     count,
     inject,
     seed_dropout,
-    target_names,
     trained_parameters,
 )
+from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
+from lora.plus import rate_groups
 from model.compile import check_compiler, compile_layers
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.loss import linear_cross_entropy
@@ -90,11 +94,16 @@ class TrainConfig:
     out: str | None = option(None, "run folder (default: out/<model>-<data>)")
 
     r: int = option(8, "rank: more holds more, and costs little", least=1)
+    rank: str | None = option(None, "rank by target, as in q_proj=16,default=8")
     alpha: float = option(16.0, "scaling is alpha / r", above=0)
+    alphas: str | None = option(None, "alpha by target, as in q_proj=32,default=16")
     dropout: float = option(0.1, "share of an adapter's inputs dropped", least=0, below=1)
     targets: tuple[str, ...] = option(("attention",), "attention, all-linear, or layer names")
     bias: str = option("none", "biases to train as well", choices=BIASES)
     rslora: bool = option(False, "scaling alpha / sqrt(r): for ranks above 32")
+    dora: bool = option(False, "train directions and lengths apart; slower")
+    init: str = option("kaiming", "what A and B start from", choices=INITS)
+    from_adapter: str | None = option(None, "train on this adapter, with its r, alpha and targets")
 
     epochs: int = option(3, "times that each training row is taken", least=1)
     batch_size: int = option(16, "sequences of a micro-batch on one rank", least=1)
@@ -102,6 +111,9 @@ class TrainConfig:
     learning_rate: float = option(2e-4, "peak of the schedule", least=0)
     schedule: str = option(
         "linear", "shape after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    lora_plus_ratio: float | None = option(
+        None, "LoRA+: B's rate is so many times A's; the paper's is 16", above=0
     )
     warmup: float = option(0.03, "share of the steps that the rate rises over", least=0, below=1)
     weight_decay: float = option(0.0, "AdamW's", least=0)
@@ -158,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(
         TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.", presets={"demo": DEMO}
     )
+    lora = adapter_settings(config)
+    config = replace(config, **adapter_options(lora))  # what is trained, wherever it was said
     device = pick_device(config.device, distributed.local_rank())
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)
@@ -168,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     mixture = load_mixture(config.data, config.data_revision, config.columns)
     checkpoint = find_checkpoint(config.model, config.revision)
     base = read_config(checkpoint.folder)
-    adapter_numbers = check_targets(base, config.r, config.targets)
+    adapter_numbers = check_adapters(base, lora)
     base_sha256 = ThreadPoolExecutor(1).submit(fingerprint_base, checkpoint)  # beside what follows
     chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
     if config.show_example:
@@ -185,6 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         "precision": precision,
         "ranks": world.size,
     }
+    if config.from_adapter:
+        files = [Path(config.from_adapter) / name for name in (CONFIG, WEIGHTS)]
+        identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])
     saved = {"options": to_json(config), "identity": identity}
     changes = check_run(out, saved, to_json(TrainConfig()))  # None: nothing to go on with
     if changes is None:
@@ -200,6 +217,9 @@ def main(argv: list[str] | None = None) -> int:
         for source in (part.source for part in mixture):
             at = f" at {source.commit}" if source.commit else ""
             print(f"data {source.name}{at}" + (f": {source.note}" if source.note else ""))
+        if config.from_adapter:
+            its_base = read_adapter_config(Path(config.from_adapter))[1]
+            print(f"from the adapter in {config.from_adapter}, of {its_base}: {lora}")
         print(f"device {describe(device)}; precision {precision}: {why}")
     data = prepare_data(config, mixture, chat, read_eos_ids(checkpoint.folder))
     if world.is_main:
@@ -218,11 +238,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     model = load_model(checkpoint.folder, dtype=DTYPES[precision], device=device)
-    lora = LoRAConfig(
-        r=config.r, alpha=config.alpha, dropout=config.dropout,
-        targets=config.targets, bias=config.bias, rslora=config.rslora,
-    )  # fmt: skip
-    inject(model, lora, seed=config.seed)
+    if config.from_adapter:
+        lora = read_adapter(Path(config.from_adapter), model, dropout=config.dropout)
+    else:
+        inject(model, lora, seed=config.seed)
     if config.compile:
         compile_layers(model)
     if world.is_main:
@@ -272,10 +291,9 @@ def train(
     """The loop: validate, stop, save where it is due; forward, backward, accumulate, unscale, clip,
     step.
     """
-    parameters = trained_parameters(model)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    groups = rate_groups(trained_parameters(model), config.lora_plus_ratio, config.weight_decay)
+    parameters = {name: p for group in groups for name, p in group["params"]}  # as it counts them
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     scaler.scale(torch.zeros((), device=device))  # or a rank without rows could not unscale
     progress = load_checkpoint(out, parameters=parameters, optimizer=optimizer, scaler=scaler)
@@ -366,7 +384,7 @@ def train(
         rate = learning_rate(config, progress.step, last)
         if finite:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["ratio"]
             scaler.step(optimizer)
             progress.step += 1
         scaler.update()
@@ -495,14 +513,56 @@ def validation_steps(
     return {s for s in steps if 0 < s <= last}
 
 
-def check_targets(base: Qwen2Config, r: int, targets: tuple[str, ...]) -> int:
-    """How many numbers adapters of rank `r` have on such a base; BadOption if a target matches none
-    of its layers. Before its weights are read.
+def adapter_settings(config: TrainConfig) -> LoRAConfig:
+    """What is trained: as the options have it or, with --from-adapter, as the adapter has it.
+
+    BadOption if both say something, and not the same. Dropout is always the options'.
+    """
+    ranks = by_target("--rank", config.rank, int)
+    alphas = by_target("--alphas", config.alphas, float)
+    usual = LoRAConfig(dropout=config.dropout)
+    asked = LoRAConfig(
+        r=ranks.pop("default", config.r), alpha=alphas.pop("default", config.alpha),
+        dropout=config.dropout, targets=config.targets, bias=config.bias, rslora=config.rslora,
+        dora=config.dora, init=config.init, ranks=ranks, alphas=alphas,
+    )  # fmt: skip
+    if config.r not in (usual.r, asked.r) or config.alpha not in (usual.alpha, asked.alpha):
+        raise BadOption(
+            f"--r {config.r}, --alpha {config.alpha:g} and default={asked.r} of --rank,"
+            f" default={asked.alpha:g} of --alphas are not the same",
+            "give each in one way",
+        )
+    if config.from_adapter is None:
+        return asked
+    theirs, _, _ = read_adapter_config(Path(config.from_adapter))
+    theirs = replace(theirs, dropout=config.dropout)
+    values = [
+        (f.name, *(getattr(c, f.name) for c in (theirs, usual, asked))) for f in fields(asked)
+    ]
+    if refused := [f"{n} is {t} there, {a} here" for n, t, u, a in values if a not in (t, u)]:
+        raise BadOption(
+            f"--from-adapter {config.from_adapter}: {listed(refused)}",
+            "leave those options out: the adapter says what they are",
+        )
+    return theirs
+
+
+def adapter_options(lora: LoRAConfig) -> dict[str, object]:
+    """The options that say `lora`, each in one way."""
+    names = ("r", "alpha", "targets", "bias", "rslora", "dora", "init")
+    rank, alphas = (
+        ",".join(f"{end}={v}" for end, v in values.items()) or None
+        for values in (lora.ranks, lora.alphas)
+    )
+    return {name: getattr(lora, name) for name in names} | {"rank": rank, "alphas": alphas}
+
+
+def check_adapters(base: Qwen2Config, lora: LoRAConfig) -> int:
+    """How many numbers such adapters have on such a base; BadOption if they do not fit its layers.
+    Before its weights are read.
     """
     with torch.device("meta"):
-        model = Qwen2(base)
-    layers = [model.get_submodule(name) for name in target_names(model, targets)]
-    return sum(r * sum(layer.weight.shape) for layer in layers)
+        return added_numbers(Qwen2(base), lora)
 
 
 def prepare_data(

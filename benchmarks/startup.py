@@ -34,7 +34,7 @@ PARTS = {
     "load_mixture": "read rows",
     "find_checkpoint": "find the base",
     "read_config": "find the base",
-    "check_targets": "names of layers",
+    "check_adapters": "names of layers",
     "ChatFormat.from_folder": "tokenizer",
     "fingerprint_base": "hash of the base",
     "mixture_identity": "hash of the rows",

@@ -236,7 +236,7 @@ BAD_ADAPTERS = {
     "config is a list": (write(CONFIG, b"[]"), "not a LoRA adapter's"),
     "another method": (change(CONFIG, peft_type="IA3"), "not a LoRA adapter's"),
     "no rank": (change(CONFIG, r=None), "r is None"),
-    "weight-decomposed": (change(CONFIG, use_dora=True), "use_dora is True"),
+    "weight-decomposed": (change(CONFIG, use_dora=True), "lora_magnitude_vector is missing"),
     "a pattern for targets": (change(CONFIG, target_modules=".*(a+)+b"), "target_modules is"),
     "no such targets": (change(CONFIG, target_modules=["c_attn"]), "c_attn"),
     "another rank": (change(CONFIG, r=3), "is (2, 64), not (3, 64)"),
