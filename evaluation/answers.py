@@ -1,4 +1,4 @@
-"""Answers to problems, generated in batches and handed over as they come."""
+"""Answers to problems, generated many at once and handed over as they come."""
 
 import itertools
 import json
@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from data.batches import in_batches
 from data.chat import ChatFormat
 from data.rows import Problem
 from evaluation.conversation import STRIDE, next_turn, turns
 from evaluation.prompts import STOPS, before_stop, prompt_tokens
-from model.generate import Sampling, generate
+from model.generate import Sampling, decode
 from model.qwen2 import Qwen2
 
 STOP_WINDOW = 12  # tokens: what the longest stop may be spread over
@@ -30,7 +29,7 @@ class Asking:
     sampling: Sampling = Sampling()
     samples: int = 1  # answers to each problem
     max_new_tokens: int = 512
-    batch_size: int = 16
+    batch_size: int = 128  # answers in the making at any time
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def answers(
     done: set[tuple[str, int]] = frozenset(),
     look: Callable[[], object] = bool,
 ) -> Iterator[Completion]:
-    """A completion for each problem and sample that is not `done`, shortest prompts first.
+    """A completion for each problem and sample that is not `done`, in the order in which they end.
 
     Those of several turns come last, and are asked turn by turn (`conversation.py`). A sampled
     answer depends on the problem's place in `problems` and the sample, not on its batch. `look` is
@@ -144,7 +143,9 @@ def _answers(
         for sample in range(asking.samples)
         if (problem.id, sample) not in done
     ]
-    asked.sort(key=lambda item: len(item[0]))  # like lengths end at like times
+    # Prompts of like lengths share a cache; long ones tend to have long answers, for which the
+    # others would have to be waited at the end.
+    asked.sort(key=lambda item: -len(item[0]))
 
     def stopped(tokens: list[int]) -> bool:
         look()
@@ -153,20 +154,30 @@ def _answers(
         tail = chat.decode(tokens[-STOP_WINDOW:])
         return any(stop in tail for stop in STOPS[asking.prompt])
 
-    for group in in_batches(asked, asking.batch_size):
-        started = time.perf_counter()
-        decoded = generate(
-            model,
-            [tokens for tokens, _, _ in group],
-            max_new_tokens=asking.max_new_tokens,
-            eos_ids=eos_ids,
-            vocabulary=chat.vocabulary,
-            sampling=asking.sampling,
-            rows=[row * asking.samples + sample for _, row, sample in group],
-            stopped=stopped,
-        )
-        seconds = (time.perf_counter() - started) / len(group)
-        for (_, row, sample), answer in zip(group, decoded):
-            text = before_stop(chat.decode(answer.tokens), asking.prompt)
-            length = len(answer.tokens)
-            yield Completion(problems[row].id, sample, text, length, answer.cut_off, seconds)
+    steps = decode(
+        model,
+        [tokens for tokens, _, _ in asked],
+        max_new_tokens=asking.max_new_tokens,
+        eos_ids=eos_ids,
+        vocabulary=chat.vocabulary,
+        sampling=asking.sampling,
+        rows=[row * asking.samples + sample for _, row, sample in asked],
+        stopped=stopped,
+        at_once=asking.batch_size,
+    )
+    texts: list[list[int]] = [[] for _ in asked]
+    started = time.perf_counter()
+    for emitted in steps:
+        whole = []
+        for place, token, ended in emitted:
+            if token not in eos_ids:
+                texts[place].append(token)
+            if ended or len(texts[place]) == asking.max_new_tokens:
+                whole.append((place, not ended))
+        now = time.perf_counter()
+        for place, cut_off in whole:
+            _, row, sample = asked[place]
+            text = before_stop(chat.decode(texts[place]), asking.prompt)
+            seconds = (now - started) / len(whole)
+            yield Completion(problems[row].id, sample, text, len(texts[place]), cut_off, seconds)
+        started = now if whole else started

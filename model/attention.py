@@ -35,19 +35,29 @@ class FlatAttention:
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """One call an example."""
-    on_cpu_in_half = v.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16)
-    one = attend_by_products if on_cpu_in_half else attend_one
     examples = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([one(*example) for example in examples])  # (T, H, D)
+    return torch.cat([attend_example(*example) for example in examples])  # (T, H, D)
+
+
+def attend_example(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of an example's last L tokens over all its N, by the faster form here.
+
+    (L, H, D), (N, G, D), (N, G, D) -> (L, H, D).
+    """
+    on_cpu_in_half = v.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16)
+    return attend_by_products(q, k, v) if on_cpu_in_half else attend_one(q, k, v)
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of one example, (L, H, D), (L, G, D), (L, G, D) -> (L, H, D).
-
-    The plain form that every other one is held to.
-    """
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, L, D)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    """`attend_example` in the plain form that every other one is held to."""
+    earlier = len(k) - len(q)
+    seen = None
+    if earlier:
+        seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(earlier)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, L or N, D)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True
+    )
     return y[0].transpose(0, 1)
 
 
@@ -68,10 +78,11 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (L, H, D), G = q.shape, k.shape[1]
+        earlier = len(k) - L
         out = torch.empty(L, H, D, dtype=v.dtype)
         for start, end in _blocks(L):
-            p = _probabilities(_by_group(q[start:end], G), k[:end], H // G)
-            y = p.to(v.dtype) @ v[:end].transpose(0, 1)  # (G, nH/G, D)
+            p = _probabilities(_by_group(q[start:end], G), k[: earlier + end], H // G)
+            y = p.to(v.dtype) @ v[: earlier + end].transpose(0, 1)  # (G, nH/G, D)
             out[start:end] = _by_token(y, end - start)
         ctx.save_for_backward(q, k, v, out)
         return out
@@ -80,6 +91,7 @@ class _Products(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out = ctx.saved_tensors
+        assert len(q) == len(k), "no gradient of an example's last tokens alone"
         (L, H, D), G = q.shape, k.shape[1]
         grad_q = torch.empty(L, H, D, dtype=q.dtype)
         grad_k, grad_v = torch.zeros(2, L, G, D)  # fp32: they are sums

@@ -1,6 +1,6 @@
-"""Laws of the network, its loading and its decoding; the truth is transformers, or the plain way.
+"""Laws of the network and its loading; the truth is transformers, or the plain way.
 
-Legend: T tokens, B rows, C hidden size, V vocabulary.
+Legend: T tokens, C hidden size, V vocabulary.
 """
 
 import json
@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from errors import BadCheckpoint
-from model.generate import COMPACT_EVERY, KVCache, Sampling, decode, generate, pick
 from model.load import find_checkpoint, load_model, read_config, read_eos_ids
 from model.qwen2 import Qwen2
 from tests import toys
@@ -128,209 +125,6 @@ def test_bf16_is_fp32_to_its_own_precision(checkpoint):
     half = flat(load_model(checkpoint, dtype=torch.bfloat16), [row])
     assert half.dtype == torch.bfloat16
     assert (half.float() - wide).norm() < 0.03 * wide.norm()
-
-
-# Decoding
-
-
-def answers(model, prompts, **options):
-    """Token lists of `generate`, greedy and without end tokens unless told otherwise."""
-    options = {"max_new_tokens": 24, "eos_ids": (), "vocabulary": toys.TOKENS} | options
-    return [a.tokens for a in generate(model, [p.tolist() for p in prompts], **options)]
-
-
-def test_greedy_text_of_128_tokens_is_transformers(lively_checkpoint, model):
-    prompts = examples([11, 30], seed=4)
-    reference = theirs(lively_checkpoint)
-    for prompt in prompts:
-        whole = reference.generate(
-            prompt[None], do_sample=False, max_new_tokens=128, min_new_tokens=128,
-            repetition_penalty=1.0, suppress_tokens=list(range(toys.TOKENS, toys.TABLE)),
-            eos_token_id=toys.TABLE + 1,
-        )  # fmt: skip
-        truth = whole[0, len(prompt) :].tolist()
-        assert len(truth) == 128 and len(set(truth)) > 30
-        assert answers(model, [prompt], max_new_tokens=128) == [truth]
-
-
-@torch.no_grad()
-def test_cached_decoding_is_the_full_forward(model):
-    prompts = examples()
-    for prompt, answer in zip(prompts, answers(model, prompts), strict=True):
-        whole = torch.cat([prompt, torch.tensor(answer)])
-        picked = logits(model, whole)[len(prompt) - 1 : -1, : toys.TOKENS].argmax(dim=1)
-        assert picked.tolist() == answer and len(set(answer)) > 5
-
-
-@torch.no_grad()
-def test_cached_hidden_states_are_the_full_forwards(model):
-    rows = examples([9, 4])
-    cache = KVCache(model, [6, 1], 3)
-    starts = [row[:n] for row, n in zip(rows, (6, 1), strict=True)]
-    model(torch.cat(starts), torch.cat([torch.arange(6), torch.arange(1)]), [6, 1], cache=cache)
-    for step in range(3):
-        tokens = torch.stack([rows[0][6 + step], rows[1][1 + step]])
-        hidden = model(tokens, cache.advance(), [1, 1], cache=cache)  # (B, C)
-        seen = rows[0][: 7 + step], rows[1][: 2 + step]
-        truth = torch.stack([flat(model, [row])[-1] for row in seen])
-        torch.testing.assert_close(hidden, truth, atol=1e-5, rtol=0)
-
-
-WAYS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=3)}
-
-
-@pytest.mark.parametrize("sampling", WAYS.values(), ids=WAYS.keys())
-def test_batch_size_and_order_do_not_change_a_rows_text(model, sampling):
-    prompts = examples((5, 1, 19, 8, 8, 2, 13), seed=2)
-    eos = (7, 11, 60, 123, 200, 250)  # so that rows end at different steps
-    options = {"eos_ids": eos, "sampling": sampling, "max_new_tokens": 40}
-    alone = [answers(model, [p], rows=[i], **options)[0] for i, p in enumerate(prompts)]
-    assert len({len(a) for a in alone}) > 3, "rows must end at different steps"
-    pairs = [
-        answer
-        for i in range(0, 7, 2)
-        for answer in answers(model, prompts[i : i + 2], rows=list(range(7))[i : i + 2], **options)
-    ]
-    backwards = answers(model, prompts[::-1], rows=list(range(7))[::-1], **options)
-    assert pairs == alone
-    assert answers(model, prompts, **options) == alone
-    assert backwards[::-1] == alone
-
-
-def test_equal_prompts_draw_different_samples_and_a_seed_repeats_them(model):
-    (prompt,) = examples([6])
-    draw = {"sampling": Sampling(temperature=1.0, seed=1), "max_new_tokens": 12}
-    first = answers(model, [prompt] * 4, **draw)
-    assert len(set(map(tuple, first))) == 4
-    assert answers(model, [prompt] * 4, **draw) == first
-    assert answers(model, [prompt] * 4, **draw | {"sampling": Sampling(1.0, seed=2)}) != first
-
-
-def test_a_temperature_near_zero_is_greedy_and_a_high_one_is_not(model):
-    prompts = examples()
-    cold, hot = (answers(model, prompts, sampling=Sampling(t)) for t in (1e-3, 3.0))
-    assert cold == answers(model, prompts) != hot
-
-
-def plain_distribution(row: torch.Tensor, sampling: Sampling) -> dict[int, float]:
-    """Probabilities by token: keep the k likeliest, of these the fewest to reach top_p; rescale."""
-    p = torch.softmax(row.double() / sampling.temperature, dim=0).tolist()
-    kept, mass = {}, 0.0
-    for token in sorted(range(len(p)), key=lambda i: -p[i])[: sampling.top_k or len(p)]:
-        if mass >= sampling.top_p:
-            break
-        kept[token] = p[token]
-        mass += p[token]
-    return {token: share / sum(kept.values()) for token, share in kept.items()}
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.2, 3), st.integers(0, 14), st.floats(0.05, 1))
-def test_sampling_is_top_k_and_top_p_by_the_plain_formula(seed, temperature, top_k, top_p):
-    sampling = Sampling(temperature, top_k, top_p)
-    row = 2 * torch.randn(12, generator=torch.Generator().manual_seed(seed))
-    truth = plain_distribution(row, sampling)
-    n = 2000
-    noise = (torch.arange(n).double() + 0.5) / n  # every part of [0, 1) once: shares, not chances
-    picked = pick(row.expand(n, -1), sampling, noise).bincount(minlength=12) / n
-    assert set(picked.nonzero().flatten().tolist()) <= set(truth)
-    expected = torch.tensor([truth.get(token, 0.0) for token in range(12)])
-    torch.testing.assert_close(picked, expected, atol=1.1 / n, rtol=0)
-
-
-def test_noise_at_the_ends_of_its_range_picks_the_first_and_the_last_allowed_token():
-    row = torch.tensor([[0.0, 3.0, 1.0, 2.0, -200.0]])
-    for noise, token in ((0.0, 1), (1 - 2**-53, 2)):
-        ends = torch.tensor([noise], dtype=torch.float64)
-        assert pick(row, Sampling(1.0, top_k=3), ends).item() == token
-    half = torch.tensor([0.5], dtype=torch.float64)  # where the second of two equal shares begins
-    assert pick(torch.zeros(1, 2), Sampling(1.0), half).item() == 1
-
-
-def test_bf16_logits_are_sampled_in_fp32():
-    row = torch.randn(200, generator=torch.Generator().manual_seed(0)).bfloat16().expand(500, -1)
-    noise, sampling = (torch.arange(500).double() + 0.5) / 500, Sampling(0.7, top_p=0.9)
-    assert torch.equal(pick(row, sampling, noise), pick(row.float(), sampling, noise))
-
-
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(2.0)], ids=["greedy", "sampled"])
-def test_unused_rows_of_the_table_are_never_picked(lively_checkpoint, sampling):
-    model = load_model(lively_checkpoint, dtype=torch.float32)
-    hidden = flat(model, examples()).abs().mean()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
-    model.lm_head.weight[toys.TOKENS :] *= 1e4
-    loudest = logits(model, examples()[2]).argmax(dim=1)
-    assert hidden > 0 and (loudest >= toys.TOKENS).any(), "the unused rows must be tempting"
-    texts = answers(model, examples(), sampling=sampling)
-    assert max(token for text in texts for token in text) < toys.TOKENS
-
-
-def test_an_end_token_ends_a_row_and_the_limit_cuts_it_off(model):
-    prompts = [p.tolist() for p in examples()]
-    free = answers(model, examples())
-    end = free[0][9]
-    ended = generate(
-        model, prompts, max_new_tokens=24, eos_ids=(end, toys.IM_END), vocabulary=toys.TOKENS
-    )
-    for text, answer in zip(free, ended, strict=True):
-        stops = text.index(end) if end in text else len(text)
-        assert answer.tokens == text[:stops]
-        assert answer.cut_off == (end not in text)
-    assert not ended[0].cut_off and ended[0].tokens
-
-
-def test_a_limit_of_n_gives_n_tokens_and_a_limit_of_none_gives_none(model):
-    free = answers(model, examples())
-    for limit in (1, 2, 17):
-        assert answers(model, examples(), max_new_tokens=limit) == [text[:limit] for text in free]
-    (none,) = generate(model, [[1]], max_new_tokens=0, eos_ids=(), vocabulary=toys.TOKENS)
-    assert none.tokens == [] and none.cut_off
-    assert generate(model, [], max_new_tokens=5, eos_ids=(), vocabulary=toys.TOKENS) == []
-
-
-def test_finished_rows_leave_the_batch(model, monkeypatch):
-    prompts, sizes = examples((5, 1, 19, 8, 8, 2, 13), seed=2), []
-    forward = Qwen2.forward
-
-    def counting(self, tokens, positions, lengths, cache=None):
-        sizes.append(len(lengths))
-        return forward(self, tokens, positions, lengths, cache)
-
-    monkeypatch.setattr(Qwen2, "forward", counting)
-    texts = answers(model, prompts, eos_ids=(7, 11, 60, 123, 200, 250), max_new_tokens=100)
-    assert sizes[0] == 7 and sizes == sorted(sizes, reverse=True)
-    live = [sum(len(text) >= step for text in texts) for step in range(len(sizes))]
-    assert all(1 <= n <= size < 2 * n or n == size for n, size in zip(live, sizes, strict=True))
-    assert all(size <= n for n, size in zip(live, sizes[COMPACT_EVERY:], strict=False))
-    assert len(set(sizes)) > 2 and len(set(live)) > 4, "rows must end at different steps"
-
-
-def test_a_row_ends_where_its_caller_says_so_with_the_token_that_ended_it(model):
-    free = answers(model, examples())
-    asked = []
-
-    def stopped(answer):
-        asked.append(list(answer))
-        return answer == free[2][:7]
-
-    prompts = [p.tolist() for p in examples()]
-    ended = generate(
-        model, prompts, max_new_tokens=24, eos_ids=(), vocabulary=toys.TOKENS, stopped=stopped
-    )
-    assert [a.tokens for a in ended] == [*free[:2], free[2][:7], free[3]]
-    assert [a.cut_off for a in ended] == [True, True, False, True]
-    assert free[0][:1] in asked and free[0] in asked and free[2][:8] not in asked
-
-
-def test_each_step_yields_the_live_rows_and_their_tokens_end_tokens_included(model):
-    prompts, end = [p.tolist() for p in examples()], answers(model, examples())[0][3]
-    steps = list(decode(model, prompts, max_new_tokens=8, eos_ids=(end,), vocabulary=toys.TOKENS))
-    ended = set()
-    for step in steps:
-        assert [row for row, _, _ in step] == [row for row in range(4) if row not in ended]
-        assert all(done == (token == end) for _, token, done in step)
-        ended |= {row for row, _, done in step if done}
-    assert 0 in ended and len(steps) <= 8
 
 
 # Loading
