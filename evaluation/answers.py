@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from data.batches import in_batches
 from data.chat import ChatFormat
 from data.rows import Problem
 from evaluation.conversation import STRIDE, next_turn, turns
