@@ -28,6 +28,7 @@ from data.batches import in_batches
 from data.chat import ChatFormat
 from data.rows import Choices, Problem
 from model.attention import FlatAttention
+from model.cache import attend_slots
 from model.qwen2 import Qwen2
 
 HEAD_ROWS = 32  # rows of logits at hand at once: 20 MB in fp32
@@ -173,10 +174,19 @@ class SharedContext:
             start, place = context.stop, own.stop
             if len(mask):
                 seen = [torch.cat((x[context], x[own])) for x in (k, v)]  # (L + t, G, D)
-                parts = (x.transpose(0, 1)[None] for x in (q[own], *seen))
-                found = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
-                y.append(found[0].transpose(0, 1))  # (t, H, D)
+                y.append(attend_masked(q[own], *seen, mask))  # (t, H, D)
         return torch.cat(y)
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Each query over the keys that its row of `mask (t, S)` has.
+
+    (t, H, D), (S, G, D), (S, G, D) -> (t, H, D).
+    """
+    (t, H, D), (S, G, _) = q.shape, k.shape
+    q = q.transpose(0, 1).reshape(G, H // G, t, D)
+    k, v = (x.transpose(0, 1)[:, None].expand(G, H // G, S, D) for x in (k, v))
+    return attend_slots(q, k, v, mask).flatten(0, 1).transpose(0, 1)
 
 
 def read_scores(log: Path) -> tuple[list[Scored], int]:
