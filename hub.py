@@ -9,12 +9,12 @@ import logging
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from errors import HubError, plain
+from errors import HubError, UserError, plain
 
 TRIES, PATIENCE = 3, 7  # requests for one address in a row, seconds that each may be silent
 
@@ -33,12 +33,19 @@ def read_json(path: Path) -> Any:
 
 
 def fetch(
-    repo: str, *, patterns: list[str], revision: str | None = None, repo_type: str = "model"
+    repo: str,
+    *,
+    patterns: list[str],
+    choose: Callable[[list[str]], list[str]] | None = None,
+    revision: str | None = None,
+    repo_type: str = "model",
 ) -> Path:
     """The folder with the files of `repo` that match `patterns`; its name is the resolved commit.
 
-    Downloads what the cache lacks, with progress bars. Where the Hub cannot be reached, a complete
-    cached copy is used and said so. Raises HubError otherwise.
+    Where the patterns depend on what there is, `choose` makes them of the names of all files (or of
+    those in the cache, without a network); its own errors are raised as they are. Downloads what
+    the cache lacks, with progress bars. Where the Hub cannot be reached, a complete cached copy is
+    used and said so. Raises HubError otherwise.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -49,8 +56,12 @@ def fetch(
     with _bounded_patience():
         for wait in (1, 2, 0):
             try:
-                HfApi().repo_info(repo, revision=revision, repo_type=repo_type)
+                info = HfApi().repo_info(repo, revision=revision, repo_type=repo_type)
+                if choose:
+                    wanted["allow_patterns"] = choose([f.rfilename for f in info.siblings or ()])
                 return Path(snapshot_download(repo, **wanted))
+            except UserError:
+                raise
             except Exception as error:  # the client's own, its HTTP library's, or the system's
                 failure = error
             status = getattr(getattr(failure, "response", None), "status_code", 0)
@@ -61,7 +72,14 @@ def fetch(
             print(f"the Hub answered {status} for {what}: trying again in {wait} s", flush=True)
             time.sleep(wait)
     try:
+        if choose:
+            bare = wanted | {"allow_patterns": []}  # for its place, whatever lies there
+            there = Path(snapshot_download(repo, local_files_only=True, **bare))
+            names = [p.relative_to(there).as_posix() for p in there.rglob("*") if p.is_file()]
+            wanted["allow_patterns"] = choose(names)
         folder = Path(snapshot_download(repo, local_files_only=True, **wanted))
+    except UserError:
+        raise
     except Exception:  # nothing usable in the cache: the first error is the cause
         raise _unreachable(what, failure, patterns) from failure
     print(plain(f"the Hub gave no answer ({_reason(failure)}): using the cached copy of {what}"))

@@ -19,34 +19,38 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import tokenizers
 import torch
 from torch import nn
 
-from data.audit import Audit, audit, audit_lines
-from data.batches import Schedule, flat_batch
+from data.audit import Audit, audit_lines, audit_mixture
+from data.batches import Schedule, Share, flat_batch
 from data.chat import ChatFormat
-from data.encode import Example, encode_problems
-from data.rows import Problem, Source, fingerprint
-from data.split import split_problems
-from data.tasks import load_source
-from errors import BadData, TrainingFailed, printable, run_script
+from data.encode import Example
+from data.mixture import Part, encode_mixture, load_mixture, mixture_identity, source_names
+from data.rows import Problem
+from errors import BadOption, TrainingFailed, listed, printable, run_script
 from evaluation.answers import Asking, answers
 from evaluation.generative import choose_scorers
 from evaluation.teacher_forced import teacher_forced
+from lora.init import INITS
 from lora.inject import (
     BIASES,
     LoRAConfig,
+    added_numbers,
+    by_target,
     count,
     inject,
     seed_dropout,
-    target_names,
     trained_parameters,
 )
+from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
+from lora.plus import rate_groups
 from model.compile import check_compiler, compile_layers
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.loss import linear_cross_entropy
@@ -82,16 +86,24 @@ class TrainConfig:
 
     model: str = option("Qwen/Qwen2-0.5B-Instruct", "folder or Hub id of the base")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
-    data: str = option("gsm8k", "a task, a folder with train.jsonl, or a .jsonl or .parquet file")
+    data: tuple[str, ...] = option(
+        ("gsm8k",), "tasks, folders, .jsonl or .parquet files, Hub datasets; name:2 takes one twice"
+    )
+    columns: tuple[str, ...] = option((), "what own data call theirs: question=problem,answer=text")
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
     out: str | None = option(None, "run folder (default: out/<model>-<data>)")
 
     r: int = option(8, "rank: more holds more, and costs little", least=1)
+    rank: str | None = option(None, "rank by target, as in q_proj=16,default=8")
     alpha: float = option(16.0, "scaling is alpha / r", above=0)
+    alphas: str | None = option(None, "alpha by target, as in q_proj=32,default=16")
     dropout: float = option(0.1, "share of an adapter's inputs dropped", least=0, below=1)
     targets: tuple[str, ...] = option(("attention",), "attention, all-linear, or layer names")
     bias: str = option("none", "biases to train as well", choices=BIASES)
     rslora: bool = option(False, "scaling alpha / sqrt(r): for ranks above 32")
+    dora: bool = option(False, "train directions and lengths apart; slower")
+    init: str = option("kaiming", "what A and B start from", choices=INITS)
+    from_adapter: str | None = option(None, "train on this adapter, with its r, alpha and targets")
 
     epochs: int = option(3, "times that each training row is taken", least=1)
     batch_size: int = option(16, "sequences of a micro-batch on one rank", least=1)
@@ -99,6 +111,9 @@ class TrainConfig:
     learning_rate: float = option(2e-4, "peak of the schedule", least=0)
     schedule: str = option(
         "linear", "shape after the warm-up", choices=("constant", "linear", "cosine")
+    )
+    lora_plus_ratio: float | None = option(
+        None, "LoRA+: B's rate is so many times A's; the paper's is 16", above=0
     )
     warmup: float = option(0.03, "share of the steps that the rate rises over", least=0, below=1)
     weight_decay: float = option(0.0, "AdamW's", least=0)
@@ -114,7 +129,7 @@ class TrainConfig:
     exact_match_problems: int = option(64, "held-out problems answered for exact-match", least=1)
     max_new_tokens: int = option(512, "longest answer in that", least=1)
     max_length: int = option(2048, "tokens; longer rows are left out", least=2)
-    limit: int | None = option(None, "use only this many rows", least=2)
+    limit: int | None = option(None, "use only this many rows of each source", least=2)
     max_steps: int | None = option(None, "stop after this many steps", least=1)
     seed: int = option(0, "of order, dropout and the adapters' first values", least=0, below=2**32)
 
@@ -131,7 +146,7 @@ class TrainConfig:
 
 # `--demo`: the whole way in two minutes, offline. A base so small needs a higher rate.
 DEMO = {
-    "model": "demo", "data": "demo", "out": "out/demo", "epochs": 2, "learning_rate": 2e-2,
+    "model": "demo", "data": ("demo",), "out": "out/demo", "epochs": 2, "learning_rate": 2e-2,
     "max_new_tokens": 160,
 }  # fmt: skip
 
@@ -141,7 +156,8 @@ class Data:
     """What a run learns from and is validated on, and what it takes to answer the latter."""
 
     train: list[Example]
-    validation: list[Example]
+    shares: tuple[Share, ...]  # of each source in `train`
+    validation: dict[str, list[Example]]  # by source
     held_out: list[Problem]
     audit: Audit
     chat: ChatFormat
@@ -154,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(
         TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.", presets={"demo": DEMO}
     )
+    lora = adapter_settings(config)
+    config = replace(config, **adapter_options(lora))  # what is trained, wherever it was said
     device = pick_device(config.device, distributed.local_rank())
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)
@@ -161,14 +179,15 @@ def main(argv: list[str] | None = None) -> int:
         check_compiler(device)
     out = Path(config.out or default_out(config))
     check_place(out)
-    source = load_source(config.data, config.data_revision)
+    mixture = load_mixture(config.data, config.data_revision, config.columns)
     checkpoint = find_checkpoint(config.model, config.revision)
     base = read_config(checkpoint.folder)
-    adapter_numbers = check_targets(base, config.r, config.targets)
+    adapter_numbers = check_adapters(base, lora)
     base_sha256 = ThreadPoolExecutor(1).submit(fingerprint_base, checkpoint)  # beside what follows
     chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size)
     if config.show_example:
-        show_example(source.train[0], chat)
+        for part in mixture:
+            show_example(part.source.train[0], chat)
         return 0
 
     world = distributed.join(device)
@@ -176,13 +195,15 @@ def main(argv: list[str] | None = None) -> int:
         "base_commit": checkpoint.commit,
         "base_sha256": base_sha256.result(),
         "base_sizes": asdict(base),
-        "data_commit": source.commit,
-        "data_sha256": fingerprint(source.train[: config.limit]),
+        **mixture_identity(mixture, config.limit),
         "precision": precision,
         "ranks": world.size,
     }
+    if config.from_adapter:
+        files = [Path(config.from_adapter) / name for name in (CONFIG, WEIGHTS)]
+        identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])
     saved = {"options": to_json(config), "identity": identity}
-    changes = check_run(out, saved)  # None: nothing to go on with
+    changes = check_run(out, saved, to_json(TrainConfig()))  # None: nothing to go on with
     if changes is None:
         check_space(out, adapter_numbers)
     elif world.is_main:
@@ -193,14 +214,20 @@ def main(argv: list[str] | None = None) -> int:
     if world.is_main:
         print(table(to_json(config)))
         print(f"base {checkpoint.name} at {checkpoint.commit or checkpoint.folder}")
-        print(f"data {source.name}" + (f" at {source.commit}" if source.commit else ""))
+        for source in (part.source for part in mixture):
+            at = f" at {source.commit}" if source.commit else ""
+            print(f"data {source.name}{at}" + (f": {source.note}" if source.note else ""))
+        if config.from_adapter:
+            its_base = read_adapter_config(Path(config.from_adapter))[1]
+            print(f"from the adapter in {config.from_adapter}, of {its_base}: {lora}")
         print(f"device {describe(device)}; precision {precision}: {why}")
-    data = prepare_data(config, source, chat, read_eos_ids(checkpoint.folder))
+    data = prepare_data(config, mixture, chat, read_eos_ids(checkpoint.folder))
     if world.is_main:
         print("\n".join(audit_lines(data.audit)))
     schedule = Schedule(
         data.train, batch_size=config.batch_size, grad_accum=config.grad_accum,
         epochs=config.epochs, seed=config.seed, rank=world.rank, ranks=world.size,
+        sources=data.shares,
     )  # fmt: skip
     done = read_progress(out)
     if done and why_over(config, done, last_step(config, schedule)) and not changes:
@@ -211,11 +238,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     model = load_model(checkpoint.folder, dtype=DTYPES[precision], device=device)
-    lora = LoRAConfig(
-        r=config.r, alpha=config.alpha, dropout=config.dropout,
-        targets=config.targets, bias=config.bias, rslora=config.rslora,
-    )  # fmt: skip
-    inject(model, lora, seed=config.seed)
+    if config.from_adapter:
+        lora = read_adapter(Path(config.from_adapter), model, dropout=config.dropout)
+    else:
+        inject(model, lora, seed=config.seed)
     if config.compile:
         compile_layers(model)
     if world.is_main:
@@ -265,16 +291,15 @@ def train(
     """The loop: validate, stop, save where it is due; forward, backward, accumulate, unscale, clip,
     step.
     """
-    parameters = trained_parameters(model)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    groups = rate_groups(trained_parameters(model), config.lora_plus_ratio, config.weight_decay)
+    parameters = {name: p for group in groups for name, p in group["params"]}  # as it counts them
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     scaler.scale(torch.zeros((), device=device))  # or a rank without rows could not unscale
     progress = load_checkpoint(out, parameters=parameters, optimizer=optimizer, scaler=scaler)
     log = MetricsLog(out / "metrics.jsonl", keep=progress.log_bytes) if world.is_main else None
     last = last_step(config, schedule)
-    eval_at = validation_steps(schedule.steps_per_epoch, config.evals_per_epoch, last)
+    eval_at = validation_steps(schedule.epoch_start, config.evals_per_epoch, last)
     model.train()
 
     progress.stopped = why_over(config, progress, last)  # or not, with options that allow more
@@ -296,12 +321,10 @@ def train(
             if found and world.is_main:
                 if is_best:
                     publish_best(
-                        model, out, lora,
-                        checkpoint=checkpoint, data=config.data, step=progress.step, loss=loss,
+                        model, out, lora, checkpoint=checkpoint, data=", ".join(config.data),
+                        step=progress.step, loss=loss,
                     )  # fmt: skip
-                log.write(
-                    step=progress.step, epoch=progress.cursor / schedule.steps_per_epoch, **found
-                )
+                log.write(step=progress.step, epoch=schedule.epochs_in(progress.cursor), **found)
                 bar.write(validation_line(progress.step, found, is_best))
 
         # Save all that is needed to go on from here, and leave if the run is over or asked to.
@@ -361,7 +384,7 @@ def train(
         rate = learning_rate(config, progress.step, last)
         if finite:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["ratio"]
             scaler.step(optimizer)
             progress.step += 1
         scaler.update()
@@ -380,7 +403,7 @@ def train(
         if world.is_main:
             log.write(
                 step=progress.step,
-                epoch=progress.cursor / schedule.steps_per_epoch,
+                epoch=schedule.epochs_in(progress.cursor),
                 train_loss=train_loss,
                 train_token_accuracy=correct / step.supervised,
                 learning_rate=rate,
@@ -397,7 +420,7 @@ def train(
 
 def validate(
     config: TrainConfig, progress: Progress, model: Qwen2, data: Data, world: World, stop: Stop
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     """Loss and teacher-forced token accuracy over every validation row; answers too, if asked for.
 
     The keys are those in `metrics.jsonl`. Sums travel between ranks, not means. None if `stop` is
@@ -405,12 +428,16 @@ def validate(
     """
     look = stop.look if world.size == 1 else bool
     batch_size = max(1, config.batch_size >> progress.halved)
-    mine = data.validation[world.rank :: world.size]
-    supervised = sum(e.supervised for e in data.validation)
+    sums: dict[str, list[float]] = {}  # nats, correct tokens, tokens of each source
     try:
-        sums = teacher_forced(model, mine, batch_size, quiet=not world.is_main, look=look)
-        nats, correct = world.sum(*sums)
+        for source, examples in data.validation.items():
+            mine = examples[world.rank :: world.size]
+            own = teacher_forced(model, mine, batch_size, quiet=not world.is_main, look=look)
+            sums[source] = [*world.sum(*own), sum(e.supervised for e in examples)]
+        nats, correct, supervised = map(sum, zip(*sums.values()))
         found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
+        if len(sums) > 1:
+            found["val_loss_by_source"] = {k: nats / n for k, (nats, _, n) in sums.items()}
         if config.stop_on == "exact-match":
             problems = data.held_out[: config.exact_match_problems]
             mine = problems[world.rank :: world.size]
@@ -438,13 +465,16 @@ def exact_matches(
     return right
 
 
-def validation_line(step: int, found: dict[str, float], is_best: bool) -> str:
-    """A validation for people, in 80 columns."""
+def validation_line(step: int, found: dict[str, Any], is_best: bool) -> str:
+    """A validation for people, in lines of 80 columns: the sources' own losses below."""
     line = f"step {step:>5}  val loss {found['val_loss']:.4f}"
     line += f"  token accuracy (teacher-forced) {found['val_token_accuracy']:.1%}"
     if "val_exact_match" in found:
         line += f"  answers right {found['val_exact_match']:.1%}"
-    return line + ("  best" if is_best else "")
+    line += "  best" if is_best else ""
+    for source, loss in found.get("val_loss_by_source", {}).items():
+        line += f"\n{'':12}val loss {loss:.4f}  {printable(source)[-45:]}"
+    return line
 
 
 def learning_rate(config: TrainConfig, step: int, last: int) -> float:
@@ -471,46 +501,87 @@ def last_step(config: TrainConfig, schedule: Schedule) -> int:
     return min(schedule.total_steps, config.max_steps or schedule.total_steps)
 
 
-def validation_steps(steps_per_epoch: int, evals_per_epoch: int, last: int) -> set[int]:
+def validation_steps(
+    epoch_start: Callable[[int], int], evals_per_epoch: int, last: int
+) -> set[int]:
     """After how many steps to validate: evenly in each epoch, at its end, and at the very end."""
-    evenly = {round((k + 1) * steps_per_epoch / evals_per_epoch) for k in range(evals_per_epoch)}
-    epochs = -(-last // steps_per_epoch)
-    steps = {epoch * steps_per_epoch + s for epoch in range(epochs) for s in evenly}
-    return {s for s in steps if 0 < s < last} | {last}
+    steps, epoch = {last}, 0
+    while (start := epoch_start(epoch)) < last:
+        size = epoch_start(epoch + 1) - start
+        steps |= {start + round((k + 1) * size / evals_per_epoch) for k in range(evals_per_epoch)}
+        epoch += 1
+    return {s for s in steps if 0 < s <= last}
 
 
-def check_targets(base: Qwen2Config, r: int, targets: tuple[str, ...]) -> int:
-    """How many numbers adapters of rank `r` have on such a base; BadOption if a target matches none
-    of its layers. Before its weights are read.
+def adapter_settings(config: TrainConfig) -> LoRAConfig:
+    """What is trained: as the options have it or, with --from-adapter, as the adapter has it.
+
+    BadOption if both say something, and not the same. Dropout is always the options'.
+    """
+    ranks = by_target("--rank", config.rank, int)
+    alphas = by_target("--alphas", config.alphas, float)
+    usual = LoRAConfig(dropout=config.dropout)
+    asked = LoRAConfig(
+        r=ranks.pop("default", config.r), alpha=alphas.pop("default", config.alpha),
+        dropout=config.dropout, targets=config.targets, bias=config.bias, rslora=config.rslora,
+        dora=config.dora, init=config.init, ranks=ranks, alphas=alphas,
+    )  # fmt: skip
+    if config.r not in (usual.r, asked.r) or config.alpha not in (usual.alpha, asked.alpha):
+        raise BadOption(
+            f"--r {config.r}, --alpha {config.alpha:g} and default={asked.r} of --rank,"
+            f" default={asked.alpha:g} of --alphas are not the same",
+            "give each in one way",
+        )
+    if config.from_adapter is None:
+        return asked
+    theirs, _, _ = read_adapter_config(Path(config.from_adapter))
+    theirs = replace(theirs, dropout=config.dropout)
+    values = [
+        (f.name, *(getattr(c, f.name) for c in (theirs, usual, asked))) for f in fields(asked)
+    ]
+    if refused := [f"{n} is {t} there, {a} here" for n, t, u, a in values if a not in (t, u)]:
+        raise BadOption(
+            f"--from-adapter {config.from_adapter}: {listed(refused)}",
+            "leave those options out: the adapter says what they are",
+        )
+    return theirs
+
+
+def adapter_options(lora: LoRAConfig) -> dict[str, object]:
+    """The options that say `lora`, each in one way."""
+    names = ("r", "alpha", "targets", "bias", "rslora", "dora", "init")
+    rank, alphas = (
+        ",".join(f"{end}={v}" for end, v in values.items()) or None
+        for values in (lora.ranks, lora.alphas)
+    )
+    return {name: getattr(lora, name) for name in names} | {"rank": rank, "alphas": alphas}
+
+
+def check_adapters(base: Qwen2Config, lora: LoRAConfig) -> int:
+    """How many numbers such adapters have on such a base; BadOption if they do not fit its layers.
+    Before its weights are read.
     """
     with torch.device("meta"):
-        model = Qwen2(base)
-    layers = [model.get_submodule(name) for name in target_names(model, targets)]
-    return sum(r * sum(layer.weight.shape) for layer in layers)
+        return added_numbers(Qwen2(base), lora)
 
 
 def prepare_data(
-    config: TrainConfig, source: Source, chat: ChatFormat, eos_ids: tuple[int, ...]
+    config: TrainConfig, mixture: list[Part], chat: ChatFormat, eos_ids: tuple[int, ...]
 ) -> Data:
-    """Split, encode and audit the rows of `source`; BadData if a side is left without any."""
-    problems = source.train[: config.limit]
-    sides, left_out = [], list(source.bad)
-    for rows in split_problems(problems, config.validation_share):
-        chosen = [problems[row] for row in rows]
-        examples, too_long = encode_problems(chosen, rows, chat, config.max_length)
-        sides.append(examples)
-        left_out += too_long
-    if not all(sides):
-        raise BadData(
-            f"{source.name}: {len(sides[0])} rows to train on and {len(sides[1])} to validate on"
-            f" ({len(left_out)} left out)",
-            "both need at least one: give more rows, or a larger --max-length",
-        )
-    learned, held_out = ([problems[e.row] for e in side] for side in sides)
-    found = audit(
-        train=learned, validation=held_out, test=source.test, examples=sides[0], left_out=left_out
+    """Split, encode and audit the rows of each source; BadData if a side is left without any."""
+    parts = encode_mixture(
+        mixture, chat, limit=config.limit, validation_share=config.validation_share,
+        max_length=config.max_length, epochs=config.epochs,
+    )  # fmt: skip
+    return Data(
+        train=[example for part in parts for example in part.train],
+        shares=tuple(part.share for part in parts),
+        validation={part.name: part.validation for part in parts},
+        held_out=[problem for part in parts for problem in part.held_out],
+        audit=audit_mixture(parts),
+        chat=chat,
+        eos_ids=eos_ids,
     )
-    return Data(*sides, held_out, found, chat, eos_ids)
 
 
 def write_run(out: Path, config: dict, data: Data, changes: list[str]) -> None:
@@ -546,8 +617,8 @@ def show_example(problem: Problem, chat: ChatFormat) -> None:
 
 
 def default_out(config: TrainConfig) -> Path:
-    """out/<model>-<data>, in lower case."""
-    names = [Path(config.model).name, Path(config.data).name]
+    """out/<model>-<data>, in lower case; the data without their weights."""
+    names = [Path(name).name for name in (config.model, *source_names(config.data))]
     stems = [name.removesuffix(".jsonl").removesuffix(".parquet") for name in names]
     return Path("out") / "-".join(stems).lower()
 

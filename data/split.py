@@ -33,6 +33,23 @@ def split_problems(problems: list[Problem], validation_share: float) -> tuple[li
     return [r for r in range(len(problems)) if r not in validation], sorted(validation)
 
 
+def split_sources(
+    sources: list[list[Problem]], validation_share: float
+) -> list[tuple[list[int], list[int]]]:
+    """`split_problems` of each source, but what is held out in one is held out in all."""
+    sides = [split_problems(problems, validation_share) for problems in sources]
+    held_out = {
+        normal(problems[row].question)
+        for problems, (_, validation) in zip(sources, sides)
+        for row in validation
+    }
+    return [
+        tuple([r for r, p in enumerate(problems) if (normal(p.question) in held_out) == side]
+              for side in (False, True))
+        for problems in sources
+    ]  # fmt: skip
+
+
 def _place(question: str) -> float:
     """A number in [0, 1) that is even over questions and the same for equal ones."""
     digest = hashlib.sha256(normal(question).encode()).digest()

@@ -1,18 +1,24 @@
 """Answers to problems, generated many at once and handed over as they come."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+from data.batches import in_batches
 from data.chat import ChatFormat
 from data.rows import Problem
+from evaluation.conversation import STRIDE, next_turn, turns
 from evaluation.prompts import STOPS, before_stop, prompt_tokens
 from model.generate import Sampling, decode
 from model.qwen2 import Qwen2
 
 STOP_WINDOW = 12  # tokens: what the longest stop may be spread over
+BLOCK = 4  # batches of conversations that are asked together: so many are lost if it is stopped
+SILENT = Problem("", ())  # a place where nothing is asked
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,10 @@ class Asking:
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated answer to the problem `id`, its length in tokens, and its share of the time."""
+    """One generated answer to the problem `id`, its length in tokens, and its share of the time.
+
+    Of several turns `text` is the last, which is scored; the rest counts all of them.
+    """
 
     id: str
     sample: int
@@ -37,6 +46,7 @@ class Completion:
     tokens: int
     cut_off: bool  # stopped by the token limit
     seconds: float
+    turns: list[str] = field(default_factory=list)  # all the model said, if that was several
 
 
 def read_answers(log: Path) -> tuple[list[Completion], int]:
@@ -63,9 +73,71 @@ def answers(
 ) -> Iterator[Completion]:
     """A completion for each problem and sample that is not `done`, in the order in which they end.
 
-    A sampled answer depends on the problem's place in `problems` and the sample, not on its batch.
-    `look` is called after each token, and may raise to leave.
+    Those of several turns come last, and are asked turn by turn (`conversation.py`). A sampled
+    answer depends on the problem's place in `problems` and the sample, not on its batch. `look` is
+    called after each token, and may raise to leave.
     """
+    ask = partial(_answers, model, chat, eos_ids=eos_ids, look=look)
+    several = sorted(  # like lengths end at like times
+        (turns(problem, asking.prompt), row * asking.samples + sample)
+        for row, problem in enumerate(problems)
+        for sample in range(asking.samples)
+        if turns(problem, asking.prompt) > 1
+    )
+    keys = {at: (problems[at // asking.samples].id, at % asking.samples) for _, at in several}
+    yield from ask(problems, asking, done={*done, *keys.values()})
+    places = [at for at, key in keys.items() if key not in done]
+    for block in in_batches(places, BLOCK * asking.batch_size):
+        yield from _converse(ask, problems, asking, block)
+
+
+def _converse(
+    ask: Callable[..., Iterator[Completion]],
+    problems: list[Problem],
+    asking: Asking,
+    places: list[int],
+) -> Iterator[Completion]:
+    """The completions of conversations, each round of `ask` all of them a turn further.
+
+    A conversation's place is row * samples + sample, by which sampling knows it in every round.
+    """
+    said: dict[int, list[Completion]] = {at: [] for at in places}
+    for turn in itertools.count():
+        seed = asking.sampling.seed + turn * STRIDE
+        one = replace(asking, samples=1, sampling=replace(asking.sampling, seed=seed))
+        asked = [SILENT] * len(problems) * asking.samples
+        for at, answered in said.items():
+            texts = [c.text for c in answered]
+            asked[at] = replace(next_turn(problems[at // asking.samples], texts), id=str(at))
+        for c in ask(asked, one, done={(SILENT.id, 0)}):
+            at = int(c.id)
+            said[at].append(c)
+            problem = problems[at // asking.samples]
+            if len(said[at]) == turns(problem, asking.prompt):
+                yield _joined(problem.id, at % asking.samples, said.pop(at))
+        if not said:
+            return
+
+
+def _joined(id: str, sample: int, said: list[Completion]) -> Completion:
+    """The turns of a conversation as one completion."""
+    return Completion(
+        id, sample, said[-1].text, sum(c.tokens for c in said), any(c.cut_off for c in said),
+        sum(c.seconds for c in said), [c.text for c in said],
+    )  # fmt: skip
+
+
+def _answers(
+    model: Qwen2,
+    chat: ChatFormat,
+    problems: list[Problem],
+    asking: Asking,
+    *,
+    eos_ids: tuple[int, ...],
+    done: set[tuple[str, int]],
+    look: Callable[[], object],
+) -> Iterator[Completion]:
+    """`answers` to problems of one turn."""
     asked = [
         (prompt_tokens(problem, chat, asking.prompt, list(asking.shots)), row, sample)
         for row, problem in enumerate(problems)

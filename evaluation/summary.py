@@ -147,6 +147,8 @@ def table(result: dict[str, Any]) -> str:
     found, n = result["contestants"], result["problems"]
     columns = list(found.values())
     rows: list[tuple[str, ...]] = [("", *found)]
+    if "right_choice_nats" in columns[0]:
+        return in_columns(rows + choice_rows(columns, n))
     for scorer in columns[0]["right"]:
         rows.append((f"answers right, {scorer}", *(rate(c["right"][scorer], n) for c in columns)))
     for vote in columns[0]["votes"]:
@@ -166,7 +168,56 @@ def table(result: dict[str, Any]) -> str:
         )
     for kind in columns[0]["mistakes"]:
         rows.append((f"answers: {kind}", *(str(c["mistakes"][kind]) for c in columns)))
+    return in_columns(rows)
+
+
+def choice_rows(columns: list[dict[str, Any]], n: int) -> list[tuple[str, ...]]:
+    """What there is to say about the choices of each contestant."""
+    rows = [
+        (f"choices right, {name}", *(rate(c["right"][name], n) for c in columns))
+        for name in columns[0]["right"]
+    ]
+    nats = (f"{c['right_choice_nats']:.4f}" for c in columns)
+    rows.append(("nats of the right choice", *nats))
+    speed = (f"{n / max(c['seconds'], 1e-9):.1f}" for c in columns)
+    rows.append(("questions a second", *speed))
+    for area in columns[0]["by"].get("area", ()):
+        cells = [c["by"]["area"][area] for c in columns]
+        rows.append((f"{area} ({cells[0][1]:,})", *(rate(*cell) for cell in cells)))
+    return rows
+
+
+def in_columns(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"{row[0]:<33}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows)
+
+
+def summary_line(result: dict[str, Any]) -> dict[str, Any]:
+    """One task of several, by what its answers are judged by first: as `outcomes` has it."""
+    found, n = result["contestants"], result["problems"]
+    first = next(iter(found.values()))
+    right = {name: sum(c["outcomes"]) for name, c in found.items()}
+    return {
+        "task": result["task"],
+        "judged_by": next(reversed(first.get("votes") or {}), next(iter(first["right"]))),
+        "problems": n,
+        "right": right,
+        "intervals": {name: wilson_interval(count, n) for name, count in right.items()},
+        "difference": result.get("difference"),
+        "in_words": result.get("in_words"),
+        "folder": result["folder"],
+    }
+
+
+def summary_table(lines: list[dict[str, Any]]) -> str:
+    """Tasks below each other, in 80 columns, each with what its difference is worth."""
+    rows: list[tuple[str, ...]] = [("right, of", *lines[0]["right"])]
+    told = []
+    for line in lines:
+        name = f"{line['task'][-24:]} ({line['problems']:,})"
+        rows.append((name, *(rate(count, line["problems"]) for count in line["right"].values())))
+        if line["in_words"]:
+            told.append(f"{line['task']}, {line['judged_by']}: {line['in_words']}")
+    return "\n".join([in_columns(rows), *told])
 
 
 def rate(right: int, n: int) -> str:

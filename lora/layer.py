@@ -48,6 +48,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=weight.device))
         self.enabled = True
         self.unmerged_weight: Tensor | None = None  # the base's own, while merged
+        self.taken_out = None  # of the base, where its largest directions are trained: `init.py`
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (T, out)
@@ -86,6 +87,10 @@ def init_A(r: int, in_features: int, seed: int, index: int) -> Tensor:
 
     Drawn from its own generator: it depends on (seed, index) alone, not on what was drawn before.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    bound = 1 / math.sqrt(in_features)
+    bound, generator = 1 / math.sqrt(in_features), generator_of(seed, index)
     return torch.empty(r, in_features).uniform_(-bound, bound, generator=generator)
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """The source of one adapter's first values."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)

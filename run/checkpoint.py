@@ -23,9 +23,11 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
@@ -90,17 +92,20 @@ def check_place(folder: Path) -> None:
         raise BadRun(f"--out {folder} cannot be written", "give another --out")
 
 
-def check_run(folder: Path, config: dict[str, Any]) -> list[str] | None:
+def check_run(
+    folder: Path, config: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> list[str] | None:
     """None if `folder` holds no run yet; else what may change and has, of the run to go on with.
 
-    BadRun if the folder holds something else, or a run that differs in more than that.
+    An option that the run did not know yet counts as its default; one that has become a list since,
+    as a list of one. BadRun if the folder holds something else, or a run that differs in more.
     """
     check_place(folder)
     if not folder.exists() or {p.name for p in folder.iterdir()} <= {LOCK, "config.json.new"}:
         return None
     try:
         old = json.loads((folder / "config.json").read_text())
-        old_values, values = ({**c["options"], **c["identity"]} for c in (old, config))
+        old_values, values = ({**defaults, **c["options"], **c["identity"]} for c in (old, config))
     except (OSError, ValueError, KeyError, TypeError):
         raise BadRun(
             f"--out {folder} holds other files, and no run that can go on", "give another --out"
@@ -108,7 +113,7 @@ def check_run(folder: Path, config: dict[str, Any]) -> list[str] | None:
     changed = {
         key: f"{key} was {old_values.get(key)}, is {values.get(key)}"
         for key in sorted(old_values.keys() | values.keys())
-        if old_values.get(key) != values.get(key)
+        if values.get(key) not in (old_values.get(key), [old_values.get(key)])
     }
     if refused := [text for key, text in changed.items() if key not in FREE]:
         raise BadRun(

@@ -63,8 +63,11 @@ def publish_best(
     for name in TOKENIZER_FILES:
         if (checkpoint.folder / name).exists():
             shutil.copyfile(checkpoint.folder / name, beside / name)
-    targets = ", ".join(config.targets)
-    settings = f"Rank {config.r}, alpha {config.alpha:g}, dropout {config.dropout:g}, on {targets}."
+    settings = f"Settings: {config}."
+    if config.init == "pissa":
+        settings += (
+            "\nIt is stored as a plain adapter of twice that rank, for the base as published."
+        )
     card = CARD.format(base=checkpoint.name, data=data, step=step, loss=loss, settings=settings)
     (beside / "README.md").write_text(card)
     sync_files(beside)

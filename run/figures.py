@@ -95,10 +95,9 @@ def speed(points: Points) -> str:
 
 
 @matplotlib.rc_context(STYLE)
-def answer_accuracy(rates: dict[str, Rates], name: str) -> str:
+def answer_accuracy(rates: dict[str, Rates], what: str, name: str) -> str:
     """Each scorer's rate for each contestant, with 95 % Wilson intervals; the headline on top."""
-    title = "Answer accuracy (generated), 95 % intervals"
-    figure, axes = _canvas(title, "% of problems answered right", "scorer")
+    figure, axes = _canvas(f"{what}, 95 % intervals", "% of problems answered right", "scorer")
     _intervals(axes, rates, flat=True)
     axes.invert_yaxis()
     return _svg(figure, name)

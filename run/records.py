@@ -6,7 +6,7 @@ another shape than it should be is not there. No torch: a report can be made on 
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,17 @@ class Evaluation:
     words: str  # what the difference is worth
     transcripts: dict[str, list[dict[str, str]]]
     examples: list[dict[str, str]]
+    task: str = ""  # where there are evaluations of several
 
     @property
     def title(self) -> str:
-        kind = [str(self.settings.get(k) or "") for k in ("split", "prompt")]
+        kind = [self.task, *(str(self.settings.get(k) or "") for k in ("split", "prompt"))]
         return ", ".join(filter(None, kind)) or self.name
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether nothing was generated: the likeliest of given choices was taken."""
+        return self.settings.get("prompt") == "choices"
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,9 @@ def read_run(folder: Path) -> Run:
         )
     rows, torn = _read_log(folder / "metrics.jsonl")
     results = [_evaluation(path.parent) for path in (folder / "evaluation").glob("*/result.json")]
+    tasks = [str(e.settings.get("data")).partition(" at ")[0].partition(", ")[0] for e in results]
+    if len(set(tasks)) > 1:
+        results = [replace(e, task=task) for e, task in zip(results, tasks)]
     return Run(
         folder=folder,
         name=clean(folder.resolve().name),

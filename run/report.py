@@ -117,6 +117,7 @@ def report_blocks(
             Paragraph("No pictures: they need matplotlib (pip install matplotlib).", "note")
         )
     blocks.append(Heading("What the tuning is worth"))
+    blocks += forgetting_table(run)
     for number, evaluation in enumerate(run.evaluations):
         blocks += evaluation_section(evaluation, figures, number)
     blocks += missing_evaluations(run)
@@ -167,6 +168,8 @@ def headline_cards(run: Run, price: float | None) -> Cards:
 def accuracy_card(run: Run) -> tuple[str, str, str]:
     """Base → tuned of the chief evaluation, and what it is worth."""
     label = "Answer accuracy (generated)"
+    if run.evaluations and run.evaluations[0].has_choices:
+        label = "Choice accuracy (the likeliest)"
     if not run.evaluations:
         return label, "not measured", "nothing is known yet about the answers that the model writes"
     chief = run.evaluations[0]
@@ -174,6 +177,19 @@ def accuracy_card(run: Run) -> tuple[str, str, str]:
     rates = [h[1] / chief.problems for h in found if h and chief.problems]
     note = chief.words or f"{', '.join(chief.contestants)} only: nothing to compare with"
     return f"{label}, {chief.title}", arrow(rates), f"{chief.problems:,} problems. {note}"
+
+
+def forgetting_table(run: Run) -> list[Block]:
+    """Every task that base and tuned were measured on: what was learned, and what forgotten."""
+    compared = [e for e in run.evaluations if e.difference]
+    if len({e.task for e in compared}) < 2:
+        return []
+    rows = []
+    for e in compared:
+        right = [h and h[1] for h in (c.headline() for c in e.contestants.values())]
+        rows.append((e.title, count(e.problems), *(rate(n, e.problems) for n in right), e.words))
+    header = ("task", "problems", *compared[0].contestants, "tuned against base")
+    return [Table(header, rows, "Learned and forgotten, with 95 % intervals")]
 
 
 def evaluation_section(e: Evaluation, figures: ModuleType | None, number: int) -> list[Block]:
@@ -186,7 +202,13 @@ def evaluation_section(e: Evaluation, figures: ModuleType | None, number: int) -
         f"Answered by {' and '.join(e.contestants)}: the same {e.problems:,} problems, with the"
         f" same prompts, {decoding}, at most {shown(setting('max_new_tokens'))} new tokens each."
     )
-    blocks: list[Block] = [Heading(f"Answer accuracy: {e.title}", 3), Paragraph(done)]
+    if e.has_choices:
+        done = (
+            f"Asked of {' and '.join(e.contestants)}: the same {e.problems:,} questions, with the"
+            " same contexts; choices are scored by how likely they are, and nothing is generated."
+        )
+    kind = "Choice" if e.has_choices else "Answer"
+    blocks: list[Block] = [Heading(f"{kind} accuracy: {e.title}", 3), Paragraph(done)]
     blocks += [Paragraph(f"Tuned against base: {e.words}.", "lead")] if e.words else []
     blocks += [flips(e)] if e.difference else []
     if any(c.votes for c in e.contestants.values()):
@@ -231,7 +253,8 @@ def evaluation_pictures(e: Evaluation, figures: ModuleType | None, number: int) 
     by_steps = {k: c.by["reasoning steps"] for k, c in of if c.by.get("reasoning steps")}
     wrong = {k: {m: n for m, n in c.mistakes.items() if m != "correct"} for k, c in of}
     if rates:
-        svgs.append(figures.answer_accuracy(rates, f"accuracy-{number}"))
+        what = "Choice accuracy" if e.has_choices else "Answer accuracy (generated)"
+        svgs.append(figures.answer_accuracy(rates, what, f"accuracy-{number}"))
     if by_steps:
         svgs.append(figures.answer_accuracy_by_steps(by_steps, f"steps-{number}"))
     if any(wrong.values()):
@@ -250,12 +273,19 @@ def scorer_table(e: Evaluation) -> Block:
     for name in dict.fromkeys(n for c in columns for n in c.passed):
         rows.append((name, *(maybe(share, c.passed.get(name)) for c in columns), ""))
     header = ("scorer", *e.contestants, "points")
-    return Table(header, rows, "Answer accuracy (generated), with 95 % intervals")
+    what = "Choice accuracy" if e.has_choices else "Answer accuracy (generated)"
+    return Table(header, rows, f"{what}, with 95 % intervals")
 
 
 def answer_table(e: Evaluation) -> Block:
     """What the answers were like, right or wrong; and the two teacher-forced figures."""
     of = [c.figures for c in e.contestants.values()]
+    if e.has_choices:
+        nats = [maybe("{:.4f}".format, f.get("right_choice_nats")) for f in of]
+        header = ("the choices", *e.contestants)
+        return Table(
+            header, [("nats of the right choice", *nats)], "How likely the right choice is"
+        )
     rows = [
         (label, *(rate(f.get(key), e.problems) for f in of))
         for label, key in (
@@ -565,7 +595,8 @@ def command(run: Run) -> str:
     """The call of train.py with every option that has a value, and the commits resolved."""
     options = dict(run.options)
     for name, commit in (("revision", "base_commit"), ("data_revision", "data_commit")):
-        options[name] = run.identity.get(commit) or options.get(name)
+        resolved = run.identity.get(commit)  # of several sources each has its own
+        options[name] = resolved if isinstance(resolved, str) else options.get(name)
     options["out"] = clean(f"{options.get('out') or run.folder.name}-again")  # beside this run
     ranks = numbers(run.identity).get("ranks", 1)
     words = [f"torchrun --nproc-per-node {ranks:.0f} train.py" if ranks > 1 else "python train.py"]
@@ -573,7 +604,7 @@ def command(run: Run) -> str:
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(shlex.quote(flag if value else f"--no-{flag[2:]}"))
-        elif value is not None:
+        elif value not in (None, []):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             joint = "=" if text.startswith("-") else " "
             words.append(shlex.quote(flag) + joint + shlex.quote(text))
@@ -587,6 +618,8 @@ def shown(value: Any) -> str:
     """A JSON value for people."""
     if isinstance(value, list):
         return ", ".join(map(shown, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {shown(v)}" for k, v in value.items()) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

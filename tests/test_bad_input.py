@@ -191,7 +191,7 @@ def test_a_base_that_is_neither_folder_nor_hub_id_is_refused(world, capsys, name
 
 GOOD = b'{"question": "1?", "answer": "1"}\n'
 BAD_DATA = {
-    "missing": ("none.jsonl", None, "neither a task (gsm8k, demo) nor"),
+    "missing": ("none.jsonl", None, "neither a task (gsm8k, "),
     "empty": ("x.jsonl", b"", "x.jsonl has no rows"),
     "no JSON": ("x.jsonl", b"question,answer\n1,2\n", "2 of 2 rows are bad: x.jsonl:1: not JSON"),
     "other keys": ("x.jsonl", b'{"text": "x"}\n' * 9, "9 of 9 rows are bad"),
@@ -236,7 +236,7 @@ BAD_ADAPTERS = {
     "config is a list": (write(CONFIG, b"[]"), "not a LoRA adapter's"),
     "another method": (change(CONFIG, peft_type="IA3"), "not a LoRA adapter's"),
     "no rank": (change(CONFIG, r=None), "r is None"),
-    "weight-decomposed": (change(CONFIG, use_dora=True), "use_dora is True"),
+    "weight-decomposed": (change(CONFIG, use_dora=True), "lora_magnitude_vector is missing"),
     "a pattern for targets": (change(CONFIG, target_modules=".*(a+)+b"), "target_modules is"),
     "no such targets": (change(CONFIG, target_modules=["c_attn"]), "c_attn"),
     "another rank": (change(CONFIG, r=3), "is (2, 64), not (3, 64)"),
@@ -275,7 +275,7 @@ def test_an_adapter_of_another_base_is_refused_with_all_that_differs(world, caps
     [
         ("--data data", "neither --adapter nor --model is given"),
         ("--adapter missing --data data", "missing is no adapter"),
-        ("--adapter run/best --data none.jsonl", "neither a task (gsm8k, demo) nor"),
+        ("--adapter run/best --data none.jsonl", "neither a task (gsm8k, "),
         ("--adapter run/best --data data/train.jsonl", "has 0 test problems"),
         ("--adapter run/best --data data --split all", "--split: invalid choice: 'all'"),
         ("--adapter run/best --data data --limit 0", "--limit 0 is less than 1"),

@@ -19,7 +19,8 @@ from data.audit import audit, audit_lines
 from data.batches import Schedule, epoch_order, flat_batch
 from data.chat import ChatFormat
 from data.encode import IGNORE, Example, encode_problems
-from data.rows import Message, Problem, load_path, parse_row, read_problems
+from data.own import load_path
+from data.rows import Message, Problem, parse_row, read_problems
 from data.split import split_problems
 from errors import BadCheckpoint, BadData
 from tests import toys

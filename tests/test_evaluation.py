@@ -10,7 +10,8 @@ import torch
 
 import evaluate
 from data.chat import ChatFormat
-from data.rows import Message, Problem, load_path
+from data.own import load_path
+from data.rows import Message, Problem
 from errors import BadData, BadOption
 from evaluation.answers import Asking, Completion, answers
 from evaluation.prompts import before_stop, prompt_tokens
@@ -93,10 +94,10 @@ def test_an_answer_ends_where_the_model_begins_the_next_question():
 
 
 def test_shots_are_never_among_the_problems_asked(trained, tmp_path):
-    config = evaluate.EvalConfig(data=str(trained / "sums"), split="train", shots=3)
-    problems, shots, _ = evaluate.find_problems(config)
-    assert len(shots) == 3
-    assert not {p.question for p in shots} & {p.question for p in problems}
+    config = evaluate.EvalConfig(data=(str(trained / "sums"),), split="train", shots=3)
+    (task,) = evaluate.find_tasks(config)
+    assert len(task.shots) == 3
+    assert not {p.question for p in task.shots} & {p.question for p in task.problems}
 
 
 # Answers
@@ -189,8 +190,8 @@ def test_the_validation_split_is_the_rows_that_training_held_out(trained, tmp_pa
     lines = [json.dumps(p.row()) for p in held_out]
     (run / "validation.jsonl").write_text("\n".join(lines) + "\n")
     config = evaluate.EvalConfig(adapter=str(run / "best"), split="validation")
-    problems, _, _ = evaluate.find_problems(config)
-    assert [p.messages for p in problems] == [p.messages for p in held_out]
+    (task,) = evaluate.find_tasks(config)
+    assert [p.messages for p in task.problems] == [p.messages for p in held_out]
 
 
 def test_both_answer_a_question_as_one_watches(trained, capsys):

@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 from data.chat import ChatFormat
-from data.rows import load_path
+from data.own import load_path
 from evaluation.answers import Asking, Completion, answers, read_answers
 from evaluation.generative import SCORERS, had_format
 from evaluation.mistakes import KINDS, classify

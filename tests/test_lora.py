@@ -673,15 +673,15 @@ UNSUPPORTED = {
     "target_modules": ["q_proj", ".*", "(a+)+b", ["q_proj", ".*_proj"], [], [3], None, ["qproj"]],
     "bias": ["some", None, ["all"]],
     "use_rslora": ["no", None],
-    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga"],
+    "init_lora_weights": ["pissa_niter_4", "olora", "loftq", "corda", "lora_ga"],
     "peft_type": ["IA3", None],
-    "use_dora": [True],
+    "use_dora": ["yes", None],
     "fan_in_fan_out": [True],
     "modules_to_save": [["lm_head"]],
     "layers_to_transform": [[0], 0],
     "layers_pattern": ["layers"],
-    "rank_pattern": [{"q_proj": 2}],
-    "alpha_pattern": [{"q_proj": 2}],
+    "rank_pattern": [{"q_proj": 0}, {"q_proj": True}, {"q_.*": 2}, {"up_proj": 2}, ["q_proj"], 3],
+    "alpha_pattern": [{"q_proj": math.nan}, {"(a+)+b": 2}, {"mlp": 2}, [], {"": 2}],
     "exclude_modules": ["k_proj", ["k_proj"]],
     "target_parameters": [["x"]],
     "layer_replication": [[[0, 2]]],
@@ -714,7 +714,7 @@ def test_all_linear_is_the_one_text_that_target_modules_may_be(folder, tmp_path)
 
 
 def test_everything_wrong_with_the_settings_is_listed_at_once(saved, folder):
-    toys.change_json(saved / CONFIG, r="8", lora_alpha=None, use_dora=True, target_modules=".*")
+    toys.change_json(saved / CONFIG, r="8", lora_alpha=None, use_dora="yes", target_modules=".*")
     cause = problem_of(saved, folder)
     assert all(f in cause for f in ("r is", "lora_alpha is", "use_dora is", "target_modules is"))
 

@@ -1,0 +1,380 @@
+"""Laws of tasks with choices; the truth is lm-evaluation-harness's own code, or a plain loop."""
+
+import json
+import random
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+import evaluate
+from data import multiple_choice
+from data.chat import ChatFormat
+from data.multiple_choice import FORMS, load, parse_arc, parse_hellaswag, parse_mmlu
+from errors import BadData, BadRun
+from evaluation import multiple_choice as scoring
+from evaluation.multiple_choice import (
+    Scored,
+    acc,
+    acc_norm,
+    by_subject,
+    choice_figures,
+    encode,
+    log_likelihoods,
+    read_scores,
+    score,
+    with_shots,
+)
+from model.load import load_model
+from tests import toys
+
+WORDS = "the cat sat on a mat and Ice melts when heat is added to it because water boils".split()
+
+
+def said(rng: random.Random, most: int = 8) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+
+def arc_row(rng: random.Random, i: int) -> dict:
+    """Three, four or five choices; labels by letter or by number."""
+    n = rng.choice((3, 4, 4, 4, 5))
+    labels = list(rng.choice(("ABCDE", "12345")))[:n]
+    choices = {"text": [f"{said(rng)} {j}" for j in range(n)], "label": labels}
+    return {"id": f"q{i}", "question": said(rng) + rng.choice(("?", "", " ", ": \n")),
+            "choices": choices, "answerKey": rng.choice(labels)}  # fmt: skip
+
+
+def mmlu_row(rng: random.Random, i: int) -> dict:
+    subjects = ("abstract_algebra", "virology", "high_school_us_history")
+    return {"question": f" {said(rng)} {i}?\n", "subject": subjects[i % 3],
+            "choices": [said(rng, 3) for _ in range(4)], "answer": rng.randrange(4)}  # fmt: skip
+
+
+def hellaswag_row(rng: random.Random, i: int) -> dict:
+    """With WikiHow's marks, at the end of the context too."""
+    marks = rng.choice(("", " [title] How", " [step]", "  then [substeps] ", " [open"))
+    after = rng.choice(("", "THE Cat"))
+    endings = [f"{said(rng)}. [step] {j}" for j in range(4)]
+    return {"ind": i, "activity_label": "Making Tea", "ctx_a": f" {said(rng)}{marks}",
+            "ctx_b": after, "ctx": "unused", "endings": endings,
+            "label": str(rng.randrange(4))}  # fmt: skip
+
+
+ROWS = {"arc-easy": arc_row, "arc-challenge": arc_row, "mmlu": mmlu_row, "hellaswag": hellaswag_row}
+
+
+def rows_of(name: str, split: str, count: int = 12) -> list[dict]:
+    rng = random.Random(f"{name} {split}")
+    return [ROWS[name](rng, i) for i in range(count)]
+
+
+def parquet(rows: list[dict]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def splits(name: str) -> dict[str, list[dict]]:
+    """The rows of each split that the Hub has; HellaSwag's test has no labels."""
+    found = {split: rows_of(name, split) for split in ("train", "validation", "test")}
+    if name == "mmlu":
+        found["test"].sort(key=lambda row: row["subject"])
+        found["dev"] = rows_of(name, "dev", 15)
+        found["auxiliary_train"] = [row | {"subject": ""} for row in found.pop("train")]
+    if name == "hellaswag":
+        found["test"] = [row | {"label": ""} for row in found["test"]]
+    return found
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in the place of the Hub, with the four tasks' files."""
+    for name, form in FORMS.items():
+        write_task(tmp_path / form.repo, name)
+
+    def fetch(repo, *, patterns, revision, repo_type):
+        return tmp_path / repo
+
+    monkeypatch.setattr(multiple_choice, "fetch", fetch)
+    return tmp_path
+
+
+def write_task(folder: Path, name: str) -> None:
+    place = folder / FORMS[name].folder
+    place.mkdir(parents=True)
+    for split, rows in splits(name).items():
+        (place / f"{split}-00000-of-00001.parquet").write_bytes(parquet(rows))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One whose choices differ in likelihood."""
+    return toys.write_checkpoint(tmp_path_factory.mktemp("lively") / "t", std=0.2, tied=False)
+
+
+@pytest.fixture(scope="module")
+def chat(checkpoint):
+    return ChatFormat.from_folder(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint, dtype=torch.float32)
+
+
+# Against lm-evaluation-harness
+
+TASKS = {"arc-easy": "arc/arc_easy", "arc-challenge": "arc/arc_challenge",
+         "hellaswag": "hellaswag/hellaswag", "mmlu": "mmlu/default/mmlu_virology"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def harness(checkpoint):
+    """The harness's model over the same checkpoint."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return huggingface.HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=4, device="cpu")
+
+
+def harness_task(name: str, shots: int):
+    """The harness's own task over the toy rows, as its evaluator sets it up."""
+    datasets = pytest.importorskip("datasets")
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = Path(lm_eval.tasks.__file__).parent / f"{TASKS[name]}.yaml"
+    config = {k: v for k, v in load_yaml(path).items() if k not in ("include", "tag", "task_alias")}
+    rows = splits(name)
+    if name == "mmlu":  # the harness reads a subject's own files
+        rows = {k: [r for r in v if r["subject"] in ("virology", "")] for k, v in rows.items()}
+    sets = {split: datasets.Dataset.from_list(of) for split, of in rows.items()}
+    task = ConfigurableTask(config=config | {"custom_dataset": lambda **_: sets})
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(1234)  # the default of simple_evaluate
+    task.build_all_requests()
+    return task
+
+
+def prompted(name: str, shots: int) -> list:
+    """Our test problems with their contexts complete; of MMLU one subject's."""
+    source = load(name)
+    problems = [p for p in source.test if p.category in (None, "virology")]
+    return [with_shots(p, s) for p, s in zip(problems, source.shots(problems, shots))]
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("name", TASKS)
+def test_contexts_and_continuations_are_the_harness_own(hub, name, shots):
+    theirs = [request.args for request in harness_task(name, shots).instances]
+    ours = [
+        (p.choices.context, " " + option)
+        for p in prompted(name, shots)
+        for option in p.choices.options
+    ]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name, shots", [(name, shots) for name in TASKS for shots in (0, 2)])
+def test_scores_acc_and_acc_norm_are_the_harness_own(hub, harness, model, chat, name, shots):
+    task, problems = harness_task(name, shots), prompted(name, shots)
+    theirs = iter(harness.loglikelihood(task.instances, disable_tqdm=True))
+    scored = {s.id: s for s in score(model, chat, problems, batch_size=5)}
+    results = []
+    for p, doc in zip(problems, task.eval_docs):
+        answers = [next(theirs) for _ in p.choices.options]
+        ours = scored[p.id].scores
+        assert ours == pytest.approx([nats for nats, _ in answers], abs=1e-4)
+        results.append(task.process_results(doc, answers))
+    found = choice_figures(problems, scored)["right"]
+    assert found == {key: sum(r[key] for r in results) for key in found}
+    assert set(found) == set(results[0])
+    assert 0 < found["acc"] < len(problems)
+
+
+def test_the_harness_weighs_subjects_by_size_and_so_is_the_whole_the_rate_of_all():
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    rng = random.Random(0)
+    problems = [parse_mmlu(mmlu_row(rng, i * i), f"t:{i}") for i in range(50)]
+    right = [rng.random() < 0.4 for _ in problems]
+    cells = list(by_subject(problems, right)["subject"].values())
+    rates, sizes = [a / b for a, b in cells], [b for _, b in cells]
+    theirs = metrics.aggregate_subtask_metrics(rates, sizes, weight_by_size=True)
+    assert sum(right) / len(right) == pytest.approx(theirs) and len(cells) > 1
+
+
+def test_areas_are_the_harness_groups():
+    tasks = pytest.importorskip("lm_eval.tasks")
+    folder = Path(tasks.__file__).parent / "mmlu/default"
+    for path in folder.glob("mmlu_*.yaml"):
+        text = path.read_text()
+        subject = path.stem.removeprefix("mmlu_")
+        (tag,) = (line.split('"')[3] for line in text.splitlines() if line.startswith('"tag"'))
+        area = tag.removeprefix("mmlu_").removesuffix("_tasks").replace("_", " ")
+        assert scoring.AREA.get(subject, "other") == area
+
+
+# Computing contexts once
+
+
+def alone(model, question) -> list[float]:
+    """Each choice by itself, in a whole forward pass, by PyTorch's own log-softmax."""
+    found = []
+    for continuation in question.continuations:
+        tokens = torch.tensor(question.context + continuation)
+        hidden = model(tokens, torch.arange(len(tokens)), [len(tokens)])
+        p = (hidden @ model.head_weight.t()).log_softmax(-1)
+        at = range(len(question.context) - 1, len(tokens) - 1)
+        found.append(sum(p[i, tokens[i + 1]].item() for i in at))
+    return found
+
+
+@torch.no_grad()
+def test_choices_that_share_their_context_score_as_each_does_by_itself(hub, model, chat):
+    questions = [encode(p, chat) for name in FORMS for p in load(name).test[:6]]
+    together = log_likelihoods(model, questions)
+    for question, scores in zip(questions, together):
+        assert scores == pytest.approx(alone(model, question), rel=1e-5, abs=1e-5)
+        assert log_likelihoods(model, [question])[0] == pytest.approx(scores, rel=1e-6)
+
+
+def test_a_context_is_computed_once_and_last_tokens_not_at_all(model, chat, monkeypatch):
+    p = parse_arc(arc_row(random.Random(1), 0), "t:1")
+    question, seen = encode(p, chat), []
+    real = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda t, *a: seen.append(len(t)) or real(t, *a))
+    log_likelihoods(model, [question])
+    assert seen == [len(question.context) + sum(len(c) - 1 for c in question.continuations)]
+
+
+def test_white_space_at_the_contexts_end_goes_to_the_choices(chat):
+    p = parse_hellaswag(
+        hellaswag_row(random.Random(2), 0) | {"ctx_a": "Tea [x]", "ctx_b": ""}, "t:1"
+    )
+    assert p.choices.context == "Making Tea: Tea "
+    question = encode(p, chat)
+    assert chat.decode(question.context) == "Making Tea: Tea"
+    assert chat.decode(question.continuations[0]) == "  " + p.choices.options[0]
+
+
+# Rows
+
+
+ARC = {"id": "a", "question": "Why?", "choices": {"text": ["x", "y y"], "label": ["1", "2"]},
+       "answerKey": "2"}  # fmt: skip
+MMLU = {"question": "Why?", "subject": "virology", "choices": ["x", "y", "z"], "answer": 2}
+SWAG = {
+    "activity_label": "Tea",
+    "ctx_a": "He.",
+    "ctx_b": "then",
+    "endings": ["x", "y"],
+    "label": "1",
+}
+
+
+def test_rows_become_chats_with_letters_by_place():
+    assert [m.content for m in parse_arc(ARC, "t:1").messages] == ["Why?\nA. x\nB. y y", "B. y y"]
+    assert [m.content for m in parse_mmlu(MMLU, "t:1").messages] == [
+        "Why?\nA. x\nB. y\nC. z",
+        "C. z",
+    ]
+    asked = "Which ending fits best?\nTea: He. Then\nA. x\nB. y"
+    assert [m.content for m in parse_hellaswag(SWAG, "t:1").messages] == [asked, "B. y"]
+
+
+@pytest.mark.parametrize(
+    "parse, row, cause",
+    [
+        (parse_arc, ARC | {"answerKey": "3"}, "answerKey '3' is none of the labels"),
+        (parse_arc, ARC | {"answerKey": ""}, "answerKey '' is none of the labels"),
+        (parse_arc, ARC | {"choices": {"text": ["x"], "label": ["A"]}}, "no list of 2 to 26 texts"),
+        (parse_arc, ARC | {"choices": None}, "text is no list"),
+        (parse_arc, ARC | {"question": " "}, "question is"),
+        (parse_mmlu, MMLU | {"answer": 3}, "answer 3 is none of its 3 choices, from 0"),
+        (parse_mmlu, MMLU | {"answer": -1}, "answer -1 is none"),
+        (parse_mmlu, MMLU | {"answer": True}, "answer True is none"),
+        (parse_mmlu, MMLU | {"choices": ["x", ""]}, "choices is empty"),
+        (parse_mmlu, MMLU | {"choices": ["x"] * 27}, "no list of 2 to 26"),
+        (parse_hellaswag, SWAG | {"label": ""}, "label is empty, as in the test split"),
+        (parse_hellaswag, SWAG | {"label": "2"}, "label 2 is none of its 2 choices"),
+        (parse_hellaswag, SWAG | {"label": "x"}, "label 'x' is none"),
+        (parse_hellaswag, SWAG | {"endings": ["x", "[y]"]}, "nothing but marks"),
+        (parse_hellaswag, SWAG | {"ctx_b": None}, "is no text"),
+    ],
+)
+def test_an_odd_row_is_refused_with_its_reason(parse, row, cause):
+    with pytest.raises(ValueError, match=cause.replace("[", r"\[")):
+        parse(row, "t:1")
+
+
+def test_marks_in_brackets_are_dropped_as_the_harness_does_and_in_linear_time():
+    utils = pytest.importorskip("lm_eval.tasks.hellaswag.utils")
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choices(["[", "]", "a", " ", "  ", "\n", " [title]", "B"], k=12))
+        assert multiple_choice._cleaned(text) == utils.preprocess(text)
+    assert multiple_choice._cleaned("[" * 10**6) == "[" * 10**6
+
+
+def test_few_odd_rows_are_left_out_with_their_number_and_many_are_an_error(hub):
+    place = hub / "cais/mmlu/all/test-00000-of-00001.parquet"
+    rows = rows_of("mmlu", "test", 200)
+    place.write_bytes(parquet([*rows[:150], rows[150] | {"answer": 4}, *rows[151:]]))
+    source = load("mmlu")
+    assert len(source.test) == 199
+    assert source.bad == [f"{place.name}:151: answer 4 is none of its 4 choices, from 0"]
+    place.write_bytes(parquet([row | {"answer": 4} for row in rows]))
+    with pytest.raises(BadData, match="200 of 200 rows are bad: test-00000-of-00001.parquet:1: "):
+        load("mmlu")
+
+
+def test_subjects_take_turns_and_no_row_is_lost(hub):
+    problems = load("mmlu").test
+    assert [p.category for p in problems[:3]] == [p.category for p in problems[3:6]]
+    assert len({p.category for p in problems[:3]}) == 3 and len({p.id for p in problems}) == 12
+
+
+def test_hellaswag_is_tested_on_its_validation_split_and_says_so(hub, capsys):
+    assert all(p.id.startswith("validation-") for p in load("hellaswag").test)
+    assert (
+        "test split has no labels, so its validation split is the test" in capsys.readouterr().out
+    )
+
+
+def test_a_question_that_is_learned_from_is_not_shown_before_itself(hub):
+    source = load("arc-easy")
+    for p, solved in zip(source.train, source.shots(source.train, 5)):
+        assert len({s.id for s in solved} - {p.id}) == 5
+    assert [len(s) for s in source.shots(source.test[:2], 99)] == [12, 12]  # all that there are
+
+
+# Figures
+
+
+def test_the_first_of_the_largest_counts_and_nothing_that_is_no_number():
+    choices = parse_arc(ARC, "t:1").choices  # "x" and "y y", the second is right
+    assert not acc([-2.0, -2.0], choices) and acc([-2.0, -1.0], choices)
+    assert acc_norm([-2.0, -3.0], choices) and not acc([-2.0, -3.0], choices)
+    first = parse_arc(ARC | {"answerKey": "1"}, "t:1").choices
+    assert acc([0.0, -1.0], first) and not acc([float("nan"), -1.0], first)
+
+
+def test_what_is_torn_off_a_log_of_scores_is_not_read(tmp_path):
+    line = json.dumps({"id": "t:1", "scores": [-1.0, -2.0], "seconds": 0.1}).encode() + b"\n"
+    for torn in (line[:-9], line[:-1], b"\0\n", b"[" * 99_999 + b"\n", b"{}\n" + line):
+        (tmp_path / "base.jsonl").write_bytes(line * 2 + torn)
+        kept, size = read_scores(tmp_path / "base.jsonl")
+        assert kept == [Scored("t:1", [-1.0, -2.0], 0.1)] * 2 and size == 2 * len(line)
+
+
+def test_weights_of_a_mixture_are_no_part_of_its_sources_names():
+    specs = ["gsm8k", "arc-challenge:0.5", "a:b.jsonl:2"]
+    assert evaluate.run_sources({"data": specs}) == ["gsm8k", "arc-challenge", "a:b.jsonl"]
+    assert evaluate.run_sources({"data": "gsm8k"}) == evaluate.run_sources({}) == ["gsm8k"]
+    for odd in (None, [], 5, ["gsm8k", 5]):
+        with pytest.raises(BadRun, match="names its data as"):
+            evaluate.run_sources({"data": odd})

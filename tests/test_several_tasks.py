@@ -1,0 +1,226 @@
+"""Laws of one evaluation over several tasks, and of a model's own solutions as data."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+from data.multiple_choice import FORMS
+from data.own import load_path
+from data.rows import read_problems
+from errors import BadData, BadOption
+from evaluation.generative import had_format
+from evaluation.self_made import right_solutions
+from evaluation.statistics import wilson_interval
+from run.records import read_run
+from tests import test_hub
+from tests.test_evaluation import (  # noqa: F401  # `trained` is a fixture
+    COMMON,
+    completion,
+    completions_of,
+    problem,
+    trained,
+)
+from tests.test_multiple_choice import hub, parquet, splits  # noqa: F401  # `hub` is a fixture
+
+CHOICES = ["arc-easy", "hellaswag", "mmlu"]
+
+
+def measured(trained: Path, out: Path, *flags: str) -> dict[str, dict]:  # noqa: F811
+    """`evaluate.py` of the adapter; its results by task."""
+    evaluate.main(["--adapter", str(trained / "run/best"), "--out", str(out), *COMMON, *flags])
+    results = [json.loads(p.read_text()) for p in out.glob("evaluation/*/result.json")]
+    return {
+        Path(r["settings"]["data"].partition(" at ")[0].partition(",")[0]).name: r for r in results
+    }
+
+
+def test_several_tasks_stand_in_one_table_each_with_its_verdict(hub, trained, tmp_path, capsys):  # noqa: F811
+    sums, out = str(trained / "sums"), tmp_path / "out"
+    found = measured(trained, out, "--data", sums, *CHOICES, "--limit", "6")
+    assert set(found) == {"sums", *CHOICES} and all(r["problems"] == 6 for r in found.values())
+    told = capsys.readouterr().out
+    lines = json.loads((out / "evaluation/summary.json").read_text())["tasks"]
+    assert [line["task"] for line in lines] == [sums, *CHOICES]
+    for line in lines:
+        result = found[Path(line["task"]).name]
+        right = {name: sum(c["outcomes"]) for name, c in result["contestants"].items()}
+        assert line["right"] == right
+        assert line["intervals"]["tuned"] == list(wilson_interval(right["tuned"], 6))
+        assert f"{line['task']}, {line['judged_by']}: {result['in_words']}" in told
+    assert [line["judged_by"] for line in lines] == ["numeric-equal", "acc_norm", "acc_norm", "acc"]
+    assert all(len(row) <= 80 for row in told[told.rindex("right, of") :].splitlines()[:5])
+    assert set(found["mmlu"]["contestants"]["tuned"]["by"]) == {"area", "subject"}
+
+
+def test_a_task_is_measured_alike_alone_and_beside_others(hub, trained, tmp_path, capsys):  # noqa: F811
+    several = measured(trained, tmp_path / "a", "--data", str(trained / "sums"), "arc-easy")
+    alone = measured(trained, tmp_path / "b", "--data", "arc-easy")
+    assert alone["arc-easy"]["settings"] == several["arc-easy"]["settings"]
+    for name in ("base", "tuned"):
+        one, other = (r["arc-easy"]["contestants"][name] for r in (alone, several))
+        assert one["outcomes"] == other["outcomes"]
+        assert one["right_choice_nats"] == other["right_choice_nats"]
+    paths = [str(next(tmp_path.glob(f"{x}/evaluation/arc-easy-*/result.json"))) for x in "ab"]
+    evaluate.main(["--compare", *paths])
+    told = capsys.readouterr().out
+    assert "choices right, acc_norm" in told and "B against A: +0.0 points" in told
+    both = alone["arc-easy"]["contestants"]
+    assert both["base"]["right_choice_nats"] != both["tuned"]["right_choice_nats"]
+
+
+def test_stopped_within_a_task_each_goes_on_where_it_was(hub, trained, tmp_path, monkeypatch):  # noqa: F811
+    flags = ["--data", "arc-easy", "hellaswag", "--batch-size", "2"]
+    whole = measured(trained, tmp_path / "whole", *flags)
+    real, calls = evaluate.score, []
+
+    def counted(model, chat, problems, batch_size, done):
+        calls.append(len(done))
+        for n, scored in enumerate(real(model, chat, problems, batch_size, done)):
+            if len(calls) == 3 and n == 5:  # in hellaswag, of the base
+                raise KeyboardInterrupt
+            yield scored
+
+    monkeypatch.setattr(evaluate, "score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measured(trained, tmp_path / "part", *flags)
+    (log,) = (tmp_path / "part").glob("evaluation/hellaswag-*/base.jsonl")
+    log.write_bytes(log.read_bytes() + b'{"id": "torn')
+    again = measured(trained, tmp_path / "part", *flags)
+    assert calls[3:] == [12, 12, 5, 0]
+    for name in whole:
+        assert again[name]["difference"] == whole[name]["difference"]
+        assert log.read_bytes().count(b"\n") == 12
+
+
+def test_sampling_options_do_not_move_the_results_of_choices(hub, trained, tmp_path, capsys):  # noqa: F811
+    flags = ["--samples", "2", "--temperature", "0.5", "--seed", "3"]
+    measured(trained, tmp_path, "--data", "arc-easy")
+    measured(trained, tmp_path, "--data", "arc-easy", *flags)
+    assert len(list(tmp_path.glob("evaluation/*"))) == 1
+    assert "--temperature are not for arc-easy: its choices are scored" in capsys.readouterr().out
+
+
+def test_by_default_a_run_is_measured_on_all_that_it_learned_from(hub, trained, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run/best", run / "best")
+    own = tmp_path / "own.jsonl"  # a file by itself has no test problems
+    own.write_bytes((trained / "sums/test.jsonl").read_bytes())
+    options = {"data": [str(trained / "sums"), "arc-easy:0.5", f"{own}:2"]}
+    (run / "config.json").write_text(json.dumps({"options": options, "identity": {}}))
+    evaluate.main(["--adapter", str(run / "best"), "--limit", "4", *COMMON])
+    told = capsys.readouterr().out
+    assert f"{own} has no test problems: not measured" in told
+    evaluations = read_run(run).evaluations
+    assert len(evaluations) == 2 and (run / "report.html").exists()
+    report = (run / "report.md").read_text()
+    assert "Learned and forgotten" in report and "choices are scored" in report
+    with pytest.raises(BadData, match="has 0 test problems"):
+        evaluate.main(["--adapter", str(run / "best"), "--data", str(own), "arc-easy", *COMMON])
+
+
+# A model's own solutions
+
+
+def test_right_distinct_whole_answers_are_kept_and_end_as_gold_ones_do():
+    p = problem("3 + 4?", "3+4=7\n#### 7", "t:1")
+    texts = ["It is 7.", "It  is\n7. ", "It is 8.", "3+4=7\n#### 7", "7 <cut>", "", "so\n#### $7"]
+    given = [completion(text, "t:1", i) for i, text in enumerate(texts)]
+    given[4] = given[4].__class__(**{**given[4].__dict__, "text": "is 7", "cut_off": True})
+    rows = list(right_solutions([p], {"t:1": given}))
+    assert [row["sample"] for row in rows] == [0, 3, 6]
+    answers = [row["messages"][-1]["content"] for row in rows]
+    assert answers == ["It is 7.\n#### 7", "3+4=7\n#### 7", "so\n#### $7\n#### 7"]
+    assert all(had_format(answer) for answer in answers) and {row["id"] for row in rows} == {"t:1"}
+
+
+def test_right_answers_are_kept_and_learned_from(trained, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def solver(model, chat, problems, asking, *, eos_ids, done):  # right on every second problem
+        for n, p in enumerate(problems):
+            for sample, before in enumerate(("", " ", "so ")):
+                text = before + (p.answer.partition("\n")[0] if n % 2 else "I do not know.")
+                yield completion(text, p.id, sample)
+
+    monkeypatch.setattr(evaluate, "answers", solver)
+    own, data = tmp_path / "own.jsonl", ["--data", str(trained / "sums")]
+    flags = [
+        "--split",
+        "train",
+        "--samples",
+        "3",
+        "--temperature",
+        "0.7",
+        "--keep-correct",
+        str(own),
+    ]
+    found = measured(trained, tmp_path, *data, *flags)
+    assert "kept 40 right, distinct answers to 20 of 40 problems" in capsys.readouterr().out
+    assert list(found["sums"]["contestants"]) == ["tuned"]  # the base's would not be kept
+    kept, bad = read_problems(own)
+    gold = {p.question: p.answer for p in load_path(trained / "sums").train}
+    assert not bad and all(p.answer.endswith(gold[p.question]) for p in kept)
+    run = [
+        "--model",
+        trained / "base",
+        "--data",
+        own,
+        "--out",
+        tmp_path / "again",
+        "--max-steps",
+        2,
+    ]
+    train.main([*map(str, run), "--device", "cpu"])
+    assert (tmp_path / "again/best/adapter_model.safetensors").exists()
+    with pytest.raises(BadOption, match="exists already, and is not written over"):
+        measured(trained, tmp_path, *data, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, cause",
+    [
+        (("--split", "test"), "of the test problems"),
+        (("--split", "validation"), "of the validation problems"),
+        (("--keep-correct", "own.txt"), "is no .jsonl file"),
+        (("--keep-correct", "nowhere/own.jsonl"), "in a folder that exists"),
+        (("--data", "arc-easy"), "takes one task whose answers have a '#### N', not arc-easy"),
+    ],
+)
+def test_solutions_that_cannot_be_kept_are_refused_before_any_is_made(
+    hub, trained, tmp_path, monkeypatch, flags, cause  # noqa: F811
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    flags = ["--split", "train", "--keep-correct", "own.jsonl", *flags]
+    with pytest.raises(BadOption, match=cause):
+        measured(trained, tmp_path, "--data", str(trained / "sums"), *flags)
+    assert not (tmp_path / "evaluation").exists()
+
+
+# From the Hub
+
+
+def test_every_task_is_fetched_learned_from_and_evaluated(tmp_path, lively_checkpoint, monkeypatch):
+    files = {"models/toy/qwen2": {f.name: f.read_bytes() for f in lively_checkpoint.iterdir()}}
+    for name, form in FORMS.items():
+        of = files.setdefault(f"datasets/{form.repo}", {"README.md": b"not asked for"})
+        for split, rows in splits(name).items():
+            of[f"{form.folder}/{split}-00000-of-00001.parquet"] = parquet(rows)
+    commits = {repo: f"{i}" * 40 for i, repo in enumerate(files, 1)}
+    monkeypatch.setattr(test_hub, "COMMITS", commits)
+    stub = test_hub.StubHub(files)
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    place, out = {"home": tmp_path, "hub": stub.url}, tmp_path / "run"
+    command = [word if word != "gsm8k" else "arc-challenge" for word in test_hub.TOY]
+    learned = test_hub.python(*command, "--out", out, **place)
+    assert learned.returncode == 0, learned.stderr
+    asked = ["--adapter", out / "best", "--data", *FORMS, "--shots", 2, *test_hub.FEW]
+    found = test_hub.python("evaluate.py", *asked, **place)
+    stub.shutdown()
+    stub.server_close()
+    assert found.returncode == 0, found.stderr
+    assert all(commit in found.stdout for commit in commits.values())
+    assert len(list(out.glob("evaluation/*/result.json"))) == 4
+    assert not any("README" in path or "hellaswag/resolve/4/test" in path for path in stub.requests)
