@@ -99,7 +99,7 @@ class EvalConfig:
     keep_correct: str | None = option(
         None, "write right, distinct answers to this .jsonl, to learn from; with --split train"
     )
-    batch_size: int = option(16, "problems answered together; changes no answer in fp32", least=1)
+    batch_size: int = option(128, "answers in the making at once; changes none in fp32", least=1)
 
     precision: str = option("auto", "of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
@@ -108,9 +108,13 @@ class EvalConfig:
     def prompt(self) -> str:
         return "few-shot" if self.shots else "chain-of-thought" if self.cot else "chat"
 
+    @property
+    def read_at_once(self) -> int:
+        return min(16, self.batch_size)  # texts given whole; unlike answers, more are no faster
+
 
 # `--demo`: what `python train.py --demo` has left behind.
-DEMO = {"adapter": "out/demo/best", "max_new_tokens": 160, "batch_size": 50}
+DEMO = {"adapter": "out/demo/best", "max_new_tokens": 160}
 
 
 @dataclass(frozen=True)
@@ -523,8 +527,8 @@ def score_all(bench: Bench, task: Task, log: Path, name: str) -> dict[str, Score
     """The scores of each problem, by id; what `log` holds is not computed again."""
     kept, size = read_scores(log)
     done = {scored.id: scored for scored in kept}
-    out, batch_size = MetricsLog(log, keep=size), bench.config.batch_size
-    rest = score(bench.model, bench.chat, task.problems, batch_size, set(done))
+    out = MetricsLog(log, keep=size)
+    rest = score(bench.model, bench.chat, task.problems, bench.config.read_at_once, set(done))
     initial, total = len(done), len(task.problems)
     for scored in progress_bar(rest, total=total, initial=initial, desc=name, unit="question"):
         out.write(**asdict(scored))
@@ -536,7 +540,7 @@ def measure(bench: Bench, problems: list[Problem]) -> dict[str, float]:
     """Loss and token accuracy of the gold answers, teacher-forced."""
     rows = list(range(len(problems)))
     examples, _ = encode_problems(problems, rows, bench.chat, max_length=2**20)
-    nats, correct = teacher_forced(bench.model, examples, bench.config.batch_size)
+    nats, correct = teacher_forced(bench.model, examples, bench.config.read_at_once)
     supervised = sum(e.supervised for e in examples)
     return {"loss": nats / supervised, "token_accuracy": correct / supervised}
 

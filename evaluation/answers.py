@@ -17,7 +17,6 @@ from model.generate import Sampling, decode
 from model.qwen2 import Qwen2
 
 STOP_WINDOW = 12  # tokens: what the longest stop may be spread over
-BLOCK = 4  # batches of conversations that are asked together: so many are lost if it is stopped
 SILENT = Problem("", ())  # a place where nothing is asked
 
 
@@ -87,7 +86,7 @@ def answers(
     keys = {at: (problems[at // asking.samples].id, at % asking.samples) for _, at in several}
     yield from ask(problems, asking, done={*done, *keys.values()})
     places = [at for at, key in keys.items() if key not in done]
-    for block in in_batches(places, BLOCK * asking.batch_size):
+    for block in in_batches(places, asking.batch_size):
         yield from _converse(ask, problems, asking, block)
 
 
