@@ -15,7 +15,7 @@ an evaluation that was stopped goes on where it was, each task by itself.
     python evaluate.py --adapter out/.../best --split train --samples 4 --temperature 0.7 \\
         --keep-correct own.jsonl
 
-keeps the right solutions, for `train.py --data own.jsonl` to learn from (evaluation/self_made.py).
+keeps the right solutions, for `train.py --data own.jsonl` to learn from (evaluation/rejection.py).
 """
 
 import contextlib
@@ -31,17 +31,17 @@ from data.chat import ChatFormat
 from data.encode import encode_problems
 from data.gsm8k import EXAMPLES
 from data.mixture import source_names
-from data.multiple_choice import FORMS
+from data.multiple_choice import CHOICE_TASKS
 from data.own import parse_columns
 from data.rows import Message, Problem, Source, fingerprint, read_problems
 from data.split import split_sources
 from data.tasks import TASKS, load_source
 from errors import BadData, BadOption, BadRun, listed, printable, run_script
-from evaluation.answers import Asking, answers, read_answers
+from evaluation.answers import GenerationSettings, answers, read_answers
+from evaluation.choices import Scored, choice_figures, read_scores, score, with_shots
 from evaluation.conversation import turns
 from evaluation.generative import SCORERS, choose_scorers
-from evaluation.multiple_choice import Scored, choice_figures, read_scores, score, with_shots
-from evaluation.self_made import right_solutions
+from evaluation.rejection import right_solutions
 from evaluation.summary import (
     Completions,
     difference,
@@ -52,19 +52,18 @@ from evaluation.summary import (
     transcripts,
 )
 from evaluation.teacher_forced import teacher_forced
+from files import JsonLines, write_file, write_json
 from lora.inject import disabled
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
 from model.generate import Sampling, decode
 from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
+from report.__main__ import write_report
 from run.checkpoint import check_place, lock
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
-from run.files import write_file, write_json
-from run.metrics import MetricsLog
 from run.options import option, parse, to_json
 from run.options import table as options_table
-from run.report import write_report
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def measure_answers(
 ) -> dict[str, Any]:
     """`result` with what the contestants generated, counted and compared."""
     config, problems = bench.config, task.problems
-    asking = Asking(
+    asking = GenerationSettings(
         prompt=config.prompt, shots=tuple(task.shots), sampling=sampling(config),
         samples=config.samples, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
     )  # fmt: skip
@@ -307,7 +306,7 @@ def find_tasks(config: EvalConfig) -> list[Task]:
         raise BadOption(f"--columns makes no sense for the task {', '.join(names)}", "leave it out")
     held_out = Path(config.adapter or ".").parent / "validation.jsonl"
     is_own = config.adapter and not config.data and held_out.exists()
-    is_plain = len(names) == 1 and names[0] not in FORMS  # the file holds no choices
+    is_plain = len(names) == 1 and names[0] not in CHOICE_TASKS  # the file holds no choices
     if config.split == "validation" and is_own and is_plain and not config.shots:
         problems, _ = read_problems(held_out)
         data = f"{names[0]}, the rows held out by the adapter's run"
@@ -484,7 +483,7 @@ def answer_all(
     model: Qwen2,
     chat: ChatFormat,
     problems: list[Problem],
-    asking: Asking,
+    asking: GenerationSettings,
     *,
     eos_ids: tuple[int, ...],
     log: Path,
@@ -495,7 +494,7 @@ def answer_all(
     gold = {p.id: p.answer for p in problems}
     kept, size = read_answers(log)
     done = {(c.id, c.sample): c for c in kept}
-    out = MetricsLog(log, keep=size)
+    out = JsonLines(log, keep=size)
     asked = [*problems, *EXAMPLES]
     total = len(asked) * asking.samples
     right = sum(headline(c.text, gold[c.id]) for c in kept if c.id in gold)
@@ -527,7 +526,7 @@ def score_all(bench: Bench, task: Task, log: Path, name: str) -> dict[str, Score
     """The scores of each problem, by id; what `log` holds is not computed again."""
     kept, size = read_scores(log)
     done = {scored.id: scored for scored in kept}
-    out = MetricsLog(log, keep=size)
+    out = JsonLines(log, keep=size)
     rest = score(bench.model, bench.chat, task.problems, bench.config.read_at_once, set(done))
     initial, total = len(done), len(task.problems)
     for scored in progress_bar(rest, total=total, initial=initial, desc=name, unit="question"):
@@ -541,7 +540,7 @@ def measure(bench: Bench, problems: list[Problem]) -> dict[str, float]:
     rows = list(range(len(problems)))
     examples, _ = encode_problems(problems, rows, bench.chat, max_length=2**20)
     nats, correct = teacher_forced(bench.model, examples, bench.config.read_at_once)
-    supervised = sum(e.supervised for e in examples)
+    supervised = sum(e.supervised_count for e in examples)
     return {"loss": nats / supervised, "token_accuracy": correct / supervised}
 
 
@@ -560,7 +559,7 @@ def ask(
         with context():
             steps = decode(
                 model, [prompt], max_new_tokens=config.max_new_tokens, eos_ids=eos_ids,
-                vocabulary=chat.vocabulary, sampling=sampling(config),
+                vocabulary=chat.vocab_size, sampling=sampling(config),
             )  # fmt: skip
             for ((_, token, ended),) in steps:
                 tokens += [] if token in eos_ids else [token]

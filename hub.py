@@ -4,32 +4,16 @@
 by every room; the Hub's client is imported only to fetch something, since a local run needs none.
 """
 
-import json
 import logging
-import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from errors import HubError, UserError, plain
 
 TRIES, PATIENCE = 3, 7  # requests for one address in a row, seconds that each may be silent
-
-LARGEST_JSON = 2**26  # bytes; the largest that are published, tokenizers, have a sixth of that
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in a file that nobody vouches for; OSError or ValueError if it cannot be read."""
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_JSON:
-        raise ValueError(f"it is no file of at most {LARGEST_JSON:,} bytes")
-    try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
 
 
 def fetch(

@@ -35,9 +35,10 @@ from data.encode import Example
 from data.mixture import Part, encode_mixture, load_mixture, mixture_identity, source_names
 from data.rows import Problem
 from errors import BadOption, TrainingFailed, listed, printable, run_script
-from evaluation.answers import Asking, answers
+from evaluation.answers import GenerationSettings, answers
 from evaluation.generative import choose_scorers
 from evaluation.teacher_forced import teacher_forced
+from files import JsonLines, hash_files, write_file, write_json
 from lora.init import INITS
 from lora.inject import (
     BIASES,
@@ -56,6 +57,7 @@ from model.load import Checkpoint, find_checkpoint, load_model, read_config, rea
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
 from progress_bar import progress_bar
+from report.__main__ import write_report
 from run import distributed
 from run.checkpoint import (
     Progress,
@@ -71,11 +73,8 @@ from run.checkpoint import (
 from run.device import DTYPES, describe, peak_memory_gb, pick_device, pick_precision, prepare_memory
 from run.distributed import World
 from run.export import publish_best
-from run.files import hash_files, write_file, write_json
-from run.metrics import MetricsLog
 from run.options import option, parse, table, to_json
-from run.report import write_report
-from run.stopping import Leave, Stop
+from run.stopping import Stop, StopRequested
 
 SKIPS_IN_A_ROW = 5  # steps without a finite gradient, after which the run is given up
 
@@ -297,7 +296,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     scaler.scale(torch.zeros((), device=device))  # or a rank without rows could not unscale
     progress = load_checkpoint(out, parameters=parameters, optimizer=optimizer, scaler=scaler)
-    log = MetricsLog(out / "metrics.jsonl", keep=progress.log_bytes) if world.is_main else None
+    log = JsonLines(out / "metrics.jsonl", keep=progress.log_bytes) if world.is_main else None
     last = last_step(config, schedule)
     eval_at = validation_steps(schedule.epoch_start, config.evals_per_epoch, last)
     model.train()
@@ -339,7 +338,7 @@ def train(
                 )
             world.wait()
             saved_at = time.perf_counter()
-            stop.took(saved_at - saving_at)
+            stop.record(saved_at - saving_at)
         if leaving:
             break
 
@@ -352,13 +351,13 @@ def train(
                 batch = flat_batch(examples, device)
                 seed_dropout(
                     model, seed=config.seed, epoch=step.epoch,
-                    rows=batch.rows, positions=batch.positions,
+                    row_ids=batch.row_ids, positions=batch.positions,
                 )  # fmt: skip
                 hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
                 nats, correct = linear_cross_entropy(
-                    hidden, model.head_weight, batch.targets, batch.supervised
+                    hidden, model.head_weight, batch.targets, batch.supervised_rows
                 )
-                scaler.scale(nats / step.supervised).backward()
+                scaler.scale(nats / step.supervised_count).backward()
                 sums += torch.stack((nats.detach(), correct))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -379,7 +378,7 @@ def train(
         # Step, unless a number overflowed: a skipped step moves neither weights, moments nor rate.
         # What the host needs to know comes from the device at once, in the one wait of a step.
         nats, correct, grad_norm = torch.cat((sums, grad_norm[None])).tolist()
-        nats, correct, asked = world.sum(nats, correct, stop.asked())
+        nats, correct, asked = world.sum(nats, correct, stop.requested())
         finite = math.isfinite(nats) and math.isfinite(grad_norm)
         rate = learning_rate(config, progress.step, last)
         if finite:
@@ -396,8 +395,8 @@ def train(
 
         # Log: one line a step.
         seconds = time.perf_counter() - started
-        stop.took(seconds)
-        train_loss, speed = nats / step.supervised, step.tokens / seconds
+        stop.record(seconds)
+        train_loss, speed = nats / step.supervised_count, step.token_count / seconds
         bar.update()
         bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         if world.is_main:
@@ -405,15 +404,15 @@ def train(
                 step=progress.step,
                 epoch=schedule.epochs_in(progress.cursor),
                 train_loss=train_loss,
-                train_token_accuracy=correct / step.supervised,
+                train_token_accuracy=correct / step.supervised_count,
                 learning_rate=rate,
                 grad_norm=grad_norm,
                 tokens_per_second=speed,
                 peak_memory_gb=peak_memory_gb(device),
-                **({} if finite else {"skipped_rows": step.rows}),
+                **({} if finite else {"skipped_rows": step.row_ids}),
             )
         if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and scaler.get_scale() <= 1:
-            raise gave_up(progress, step.rows, out)
+            raise gave_up(progress, step.row_ids, out)
     bar.close()
     return progress
 
@@ -426,14 +425,14 @@ def validate(
     The keys are those in `metrics.jsonl`. Sums travel between ranks, not means. None if `stop` is
     asked meanwhile; several ranks see that after their step only, all at the same.
     """
-    look = stop.look if world.size == 1 else bool
+    poll = stop.poll if world.size == 1 else bool
     batch_size = max(1, config.batch_size >> progress.halved)
     sums: dict[str, list[float]] = {}  # nats, correct tokens, tokens of each source
     try:
         for source, examples in data.validation.items():
             mine = examples[world.rank :: world.size]
-            own = teacher_forced(model, mine, batch_size, quiet=not world.is_main, look=look)
-            sums[source] = [*world.sum(*own), sum(e.supervised for e in examples)]
+            own = teacher_forced(model, mine, batch_size, quiet=not world.is_main, poll=poll)
+            sums[source] = [*world.sum(*own), sum(e.supervised_count for e in examples)]
         nats, correct, supervised = map(sum, zip(*sums.values()))
         found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
         if len(sums) > 1:
@@ -441,23 +440,27 @@ def validate(
         if config.stop_on == "exact-match":
             problems = data.held_out[: config.exact_match_problems]
             mine = problems[world.rank :: world.size]
-            asking = Asking(max_new_tokens=config.max_new_tokens, batch_size=batch_size)
-            (right,) = world.sum(exact_matches(asking, model, data, mine, look))
+            asking = GenerationSettings(max_new_tokens=config.max_new_tokens, batch_size=batch_size)
+            (right,) = world.sum(exact_matches(asking, model, data, mine, poll))
             found["val_exact_match"] = right / len(problems)
         return found
-    except Leave:
+    except StopRequested:
         model.train()
         return None
 
 
 def exact_matches(
-    asking: Asking, model: Qwen2, data: Data, problems: list[Problem], look: Callable[[], object]
+    asking: GenerationSettings,
+    model: Qwen2,
+    data: Data,
+    problems: list[Problem],
+    poll: Callable[[], object],
 ) -> int:
     """How many of `problems` the model answers right by itself, greedily."""
     is_right = next(iter(choose_scorers([p.answer for p in data.held_out]).values()))
     gold = {p.id: p.answer for p in problems}
     model.eval()
-    given = answers(model, data.chat, problems, asking, eos_ids=data.eos_ids, look=look)
+    given = answers(model, data.chat, problems, asking, eos_ids=data.eos_ids, poll=poll)
     right = sum(
         is_right(c.text, gold[c.id]) for c in progress_bar(given, desc="answer", leave=False)
     )
@@ -608,12 +611,12 @@ def show_example(problem: Problem, chat: ChatFormat) -> None:
     encoded = chat.encode(problem.messages)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-    pairs = zip(encoded.supervised, encoded.tokens)
+    pairs = zip(encoded.supervised_mask, encoded.tokens)
     for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
         text = chat.tokenizer.decode([token for _, token in run], skip_special_tokens=False)
         text = printable(text, "\n\t")
         print(before + text + after if supervised else text, end="")
-    print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised)} supervised (marked)")
+    print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised_mask)} supervised (marked)")
 
 
 def default_out(config: TrainConfig) -> Path:

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     chat = ChatFormat.from_folder(out)
 
     started = time.perf_counter()
-    model = Qwen2(Qwen2Config(**SIZES, vocab_size=chat.vocabulary))
+    model = Qwen2(Qwen2Config(**SIZES, vocab_size=chat.vocab_size))
     initialise(model, config.seed)
     losses = train(config, model, chat, ids[ENDOFTEXT])
     tensors = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
@@ -279,7 +279,7 @@ def measure(model: Qwen2, chat: ChatFormat, ids: dict[str, int], count: int) -> 
         for start in progress_bar(range(0, len(prompts), 50), desc="measure", leave=False):
             some = prompts[start : start + 50]
             found = generate(
-                model, some, max_new_tokens=most, eos_ids=eos_ids, vocabulary=chat.vocabulary
+                model, some, max_new_tokens=most, eos_ids=eos_ids, vocabulary=chat.vocab_size
             )
             given += [chat.decode(answer.tokens) for answer in found]
         return given

@@ -122,12 +122,12 @@ def prepare_job(config: SpeedConfig, device: torch.device, dtype: torch.dtype) -
     if len(problems) < config.problems:
         raise BadData(f"{config.data} has {len(problems)} test problems", "lower --problems")
     prompts = [prompt_tokens(problem, chat, "chat", []) for problem in problems]
-    lengths = [sum(chat.encode(problem.messages).supervised) for problem in problems]
+    lengths = [sum(chat.encode(problem.messages).supervised_mask) for problem in problems]
     if config.lengths == "equal":
         lengths = [round(sum(lengths) / len(lengths))] * len(lengths)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     return Job(folder, [prompts[i] for i in order], [lengths[i] for i in order],
-               chat.vocabulary, device, dtype)  # fmt: skip
+               chat.vocab_size, device, dtype)  # fmt: skip
 
 
 def shortened(job: Job, prompts: int, tokens: int, dtype: torch.dtype | None = None) -> Job:

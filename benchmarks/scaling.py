@@ -107,7 +107,7 @@ def flop(p: Point) -> float:
     frozen = 2 * C * C + 2 * C * K + 3 * C * F  # q, o; k, v; gate, up, down
     trained = p.rank * (2 * (C + C) + 2 * (C + K))
     pairs = sum(n * (n + 1) // 2 for n in p.lengths)
-    head = 4 * C * p.vocabulary * p.supervised
+    head = 4 * C * p.vocabulary * p.supervised_count
     return L * ((4 * frozen + 6 * trained) * T + 12 * C * pairs) + head
 
 
@@ -118,7 +118,7 @@ def peak_bytes(p: Point) -> float:
     their masks (a byte a channel) and their r numbers, q, k, v and attention's result, and the
     MLP's gate and up.
     """
-    C, F, K, T, N = p.hidden, 3 * p.hidden, 128, sum(p.lengths), p.supervised
+    C, F, K, T, N = p.hidden, 3 * p.hidden, 128, sum(p.lengths), p.supervised_count
     size = DTYPES[p.precision].itemsize
     kept = size * (2 * C + 4 * C + 4 * p.rank + 2 * C + 2 * K + 2 * F) + 4 * C
     logits = min(CHUNK_BYTES, size * N * p.vocabulary)
@@ -149,10 +149,10 @@ class Step:
         b = self.batch
         synchronize(self.device)
         started = time.perf_counter()
-        seed_dropout(self.model, seed=0, epoch=0, rows=b.rows, positions=b.positions)
+        seed_dropout(self.model, seed=0, epoch=0, row_ids=b.row_ids, positions=b.positions)
         hidden = self.model(b.tokens, b.positions, b.lengths)  # (T, C)
-        nats, _ = linear_cross_entropy(hidden, self.model.head_weight, b.targets, b.supervised)
-        (nats / len(b.supervised)).backward()
+        nats, _ = linear_cross_entropy(hidden, self.model.head_weight, b.targets, b.supervised_rows)
+        (nats / len(b.supervised_rows)).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -47,7 +47,7 @@ PARTS = {
     "write_run": "run folder",
     "torch.optim.AdamW": "optimizer",
 }
-STEP_BEGINS, STEP_ENDS = "Schedule.step", "MetricsLog.write"  # the first and last call of a step
+STEP_BEGINS, STEP_ENDS = "Schedule.step", "JsonLines.write"  # the first and last call of a step
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor", "pyarrow",
          "matplotlib", "huggingface_hub", "transformers")  # fmt: skip
 

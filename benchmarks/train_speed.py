@@ -132,7 +132,7 @@ class Job:
 
     @property
     def mean_supervised(self) -> float:
-        return statistics.mean(s.supervised for s in self.steps)
+        return statistics.mean(s.supervised_count for s in self.steps)
 
 
 def prepare_job(config: SpeedConfig, device: torch.device) -> Job:
@@ -188,15 +188,15 @@ class Ours:
             batch = flat_batch(examples, self.job.device)
             seed_dropout(
                 self.model, seed=self.job.seed, epoch=step.epoch,
-                rows=batch.rows, positions=batch.positions,
+                row_ids=batch.row_ids, positions=batch.positions,
             )  # fmt: skip
             hidden = self.model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
             nats, _ = linear_cross_entropy(
-                hidden, self.model.head_weight, batch.targets, batch.supervised
+                hidden, self.model.head_weight, batch.targets, batch.supervised_rows
             )
-            (nats / step.supervised).backward()
+            (nats / step.supervised_count).backward()
             total += nats.detach()
-        return total.item() / step.supervised
+        return total.item() / step.supervised_count
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def peer_arguments(job: Job, settings: PeerSettings) -> Any:
     """Our optimizer, schedule, clipping and order; nothing logged, saved or evaluated."""
     from trl import SFTConfig
 
-    batch_size = len(job.steps[0].rows)
+    batch_size = len(job.steps[0].row_ids)
     micro_batch = settings.micro_batch or batch_size
     if batch_size % micro_batch:
         raise BadOption(
@@ -399,7 +399,7 @@ def check_equal_work(
     """Both contestants' work in each precision, against ours in fp32; UnequalWork if it differs."""
     small = replace(job, steps=[first_rows(job.steps[0], CHECKED_ROWS)])
     if settings.micro_batch is not None:
-        most = max(1, len(small.steps[0].rows) // 2)
+        most = max(1, len(small.steps[0].row_ids) // 2)
         settings = replace(settings, micro_batch=min(settings.micro_batch, most))
     reference = our_work(replace(small, precision="fp32"))
     print("equal work: a step without dropout, against ours in fp32")
@@ -425,8 +425,8 @@ def first_rows(step: Step, count: int) -> Step:
         step,
         micro_batches=[examples],
         tokens=sum(len(e.tokens) for e in examples),
-        supervised=sum(e.supervised for e in examples),
-        rows=[e.row for e in examples],
+        supervised=sum(e.supervised_count for e in examples),
+        rows=[e.row_id for e in examples],
     )
 
 
@@ -639,8 +639,8 @@ def useful_flop(model: Qwen2, step: Step) -> float:
     trained = sum(p.numel() for p in trained_parameters(model).values())
     lengths = [len(e.tokens) for micro_batch in step.micro_batches for e in micro_batch]
     pairs = sum(n * (n + 1) // 2 for n in lengths)  # of a token and one that it attends to
-    head = 4 * C * model.config.vocab_size * step.supervised
-    return (4 * frozen + 6 * trained) * step.tokens + 12 * C * layers * pairs + head
+    head = 4 * C * model.config.vocab_size * step.supervised_count
+    return (4 * frozen + 6 * trained) * step.token_count + 12 * C * layers * pairs + head
 
 
 def summary(job: Job, ours: Ours, measured: Measured) -> dict[str, Any]:
@@ -649,7 +649,7 @@ def summary(job: Job, ours: Ours, measured: Measured) -> dict[str, Any]:
     flop = [useful_flop(ours.model, step) for step in timed]
     records = {"ours": measured.ours, "peer": measured.peer}
     rates = {
-        who: [step.tokens / s for step, s in zip(timed, record.seconds)] if record else None
+        who: [step.token_count / s for step, s in zip(timed, record.seconds)] if record else None
         for who, record in records.items()
     }
     contestants = {
@@ -727,7 +727,7 @@ def _range(values: dict[str, float], form: str) -> str:
 
 def trial_changes(first: PeerSettings, job: Job) -> list[dict[str, Any]]:
     """What to try, one after the other; each is kept if it makes the peer faster."""
-    batch_size = len(job.steps[0].rows)
+    batch_size = len(job.steps[0].row_ids)
     sizes = [size for size in (1, batch_size // 2, batch_size) if size]
     changes: list[dict[str, Any]] = [
         {"loss": "transformers" if first.loss == "trl" else "trl"},
@@ -796,7 +796,7 @@ def about(config: SpeedConfig, job: Job, settings: PeerSettings) -> dict[str, An
         "platform": platform.platform(),
         "versions": versions(),
         "start_up": "excluded",
-        "rows": [step.rows for step in job.steps],
+        "rows": [step.row_ids for step in job.steps],
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from data.encode import Example
-from data.mixture import Encoded
+from data.mixture import EncodedSource
 from data.rows import Problem
 from data.split import masked, normal, repeated, shared
 from errors import printable
@@ -26,10 +26,10 @@ class Audit:
     sources: dict[str, dict] = field(default_factory=dict)
 
 
-def audit_mixture(parts: Sequence[Encoded]) -> Audit:
+def audit_mixture(parts: Sequence[EncodedSource]) -> Audit:
     """Of all sources together, and of each, if there are several or one has a weight."""
 
-    def of(some: Sequence[Encoded]) -> Audit:
+    def of(some: Sequence[EncodedSource]) -> Audit:
         return audit(
             train=[p for part in some for p in part.learned],
             validation=[p for part in some for p in part.held_out],
@@ -75,7 +75,7 @@ def audit(
             "p99": int(np.quantile(lengths, 0.99)),
             "longest": int(lengths.max()),
         },
-        supervised=sum(e.supervised for e in examples),
+        supervised=sum(e.supervised_count for e in examples),
         duplicates=duplicates,
     )
 

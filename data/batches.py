@@ -31,8 +31,8 @@ class Batch:
     tokens: Tensor  # (T,) int64
     targets: Tensor  # (T,) int64, IGNORE where silent
     positions: Tensor  # (T,) int64, from 0 in each example
-    rows: Tensor  # (T,) int64: the row number of each token's example
-    supervised: Tensor  # (N,) int64: where targets are not IGNORE
+    row_ids: Tensor  # (T,) int64: the row id of each token's example, which keys its dropout
+    supervised_rows: Tensor  # (N,) int64: indices at which targets are not IGNORE
     lengths: list[int]  # of the examples, T in all
 
 
@@ -44,7 +44,7 @@ def flat_batch(examples: list[Example], device: torch.device | str = "cpu") -> B
         np.concatenate([e.tokens for e in examples]),
         targets,
         np.concatenate([np.arange(n) for n in lengths]),
-        np.repeat([e.row for e in examples], lengths),
+        np.repeat([e.row_id for e in examples], lengths),
         np.flatnonzero(targets != IGNORE),
     )
     flat = torch.from_numpy(np.concatenate(arrays))  # one copy instead of five
@@ -60,9 +60,9 @@ class Step:
 
     epoch: int  # from 0
     micro_batches: list[list[Example]]  # this rank's
-    tokens: int  # of all ranks
-    supervised: int  # of all ranks: what the summed loss is divided by
-    rows: list[int]  # of all ranks
+    token_count: int  # over all ranks
+    supervised_count: int  # over all ranks: the summed loss is divided by it
+    row_ids: list[int]  # over all ranks
 
 
 class Share(NamedTuple):
@@ -135,9 +135,9 @@ class Schedule:
         return Step(
             epoch=epoch,
             micro_batches=in_batches(mine, max(1, self.batch_size >> halved)),
-            tokens=sum(len(e.tokens) for e in group),
-            supervised=sum(e.supervised for e in group),
-            rows=[e.row for e in group],
+            token_count=sum(len(e.tokens) for e in group),
+            supervised_count=sum(e.supervised_count for e in group),
+            row_ids=[e.row_id for e in group],
         )
 
 

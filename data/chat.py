@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from data.rows import Message
 from errors import BadCheckpoint, listed
-from hub import read_json
+from files import read_json
 
 START, END = "<|im_start|>", "<|im_end|>"
 # What a `tokenizer.json` may ask for: Qwen2's own parts, and its own split into words. Others'
@@ -32,11 +32,11 @@ LONGEST_TEMPLATE = 2**17  # characters that are read; published ones have some 5
 
 
 @dataclass
-class Encoded:
+class EncodedChat:
     """Token ids, and for each whether it is supervised."""
 
     tokens: list[int]
-    supervised: list[bool]
+    supervised_mask: list[bool]
 
 
 class ChatFormat:
@@ -58,15 +58,13 @@ class ChatFormat:
     def from_folder(cls, folder: Path, table_rows: int | None = None) -> "ChatFormat":
         """Read `tokenizer.json` and the chat template; ids must fit the embedding table."""
         path = folder / "tokenizer.json"
+        remedy = "give a checkpoint with a tokenizer.json of Qwen2's kind"
+        if foreign := list(_foreign(read_json(path, BadCheckpoint, remedy))):
+            raise BadCheckpoint(f"{path} is not Qwen2's: {listed(foreign, 1)}", remedy)
         try:
-            if foreign := list(_foreign(read_json(path))):
-                raise ValueError(f"not Qwen2's: {listed(foreign, 1)}")
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise BadCheckpoint(
-                f"{path} cannot be read: {str(error)[:100]}",
-                "give a checkpoint with a tokenizer.json of Qwen2's kind",
-            ) from None
+            raise BadCheckpoint(f"{path} cannot be read: {str(error)[:100]}", remedy) from None
         chat = cls(tokenizer, read_default_system(folder))
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
         if table_rows is not None and largest >= table_rows:
@@ -77,15 +75,15 @@ class ChatFormat:
         return chat
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Tokens with a meaning; the embedding table has more rows than that."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, messages: tuple[Message, ...]) -> Encoded:
+    def encode(self, messages: tuple[Message, ...]) -> EncodedChat:
         """A whole conversation; every assistant turn and its end token are supervised."""
         return self._lay_out(messages, self._ids)
 
-    def encode_all(self, conversations: list[tuple[Message, ...]]) -> list[Encoded]:
+    def encode_all(self, conversations: list[tuple[Message, ...]]) -> list[EncodedChat]:
         """`encode` of each, sooner: every text once, on all cores."""
         texts: dict[str, list[int]] = {}
         for messages in conversations:  # only to learn which texts there are
@@ -94,8 +92,10 @@ class ChatFormat:
         texts = {text: encoding.ids for text, encoding in zip(texts, found, strict=True)}
         return [self._lay_out(messages, texts.__getitem__) for messages in conversations]
 
-    def _lay_out(self, messages: tuple[Message, ...], ids: Callable[[str], list[int]]) -> Encoded:
-        out = Encoded([], [])
+    def _lay_out(
+        self, messages: tuple[Message, ...], ids: Callable[[str], list[int]]
+    ) -> EncodedChat:
+        out = EncodedChat([], [])
         for role, content in self._with_system(messages):
             if role == "assistant":
                 self._add(out, [self.start, *ids("assistant\n")], False)
@@ -126,9 +126,9 @@ class ChatFormat:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     @staticmethod
-    def _add(out: Encoded, ids: list[int], supervised: bool) -> None:
+    def _add(out: EncodedChat, ids: list[int], supervised: bool) -> None:
         out.tokens += ids
-        out.supervised += [supervised] * len(ids)
+        out.supervised_mask += [supervised] * len(ids)
 
 
 def _foreign(value: object) -> Iterator[str]:
@@ -152,8 +152,8 @@ def read_default_system(folder: Path) -> str | None:
             with path.open() as file:
                 template = file.read(LONGEST_TEMPLATE)
         elif (path := folder / "tokenizer_config.json").exists():
-            template = read_json(path).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
+            template = read_json(path, BadCheckpoint, "copy it again").get("chat_template")
+    except (OSError, ValueError) as error:
         raise BadCheckpoint(f"{path} cannot be read: {error}", "copy it again") from None
     if not isinstance(template, str):
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.chat import ChatFormat, Encoded
+from data.chat import ChatFormat, EncodedChat
 from data.rows import Problem
 from progress_bar import progress_bar
 
@@ -18,14 +18,14 @@ AT_ONCE = 1024  # rows that the tokenizer is given: work for all cores, and step
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded problem; `row`, its number in the source, keys its order and its dropout."""
+    """One encoded problem; `row_id`, its number in the source, keys its order and its dropout."""
 
-    row: int
+    row_id: int
     tokens: np.ndarray  # (L,) int64
     targets: np.ndarray  # (L,) int64: the next token where that is supervised, else IGNORE
 
     @property
-    def supervised(self) -> int:
+    def supervised_count(self) -> int:
         return int((self.targets != IGNORE).sum())
 
 
@@ -48,8 +48,8 @@ def encode_problems(
     return examples, left_out
 
 
-def _example(row: int, encoded: Encoded) -> Example:
+def _example(row: int, encoded: EncodedChat) -> Example:
     tokens = np.array(encoded.tokens, dtype=np.int64)  # (L,)
     targets = np.full(len(tokens), IGNORE, dtype=np.int64)  # (L,)
-    np.copyto(targets[:-1], tokens[1:], where=np.array(encoded.supervised[1:], dtype=bool))
+    np.copyto(targets[:-1], tokens[1:], where=np.array(encoded.supervised_mask[1:], dtype=bool))
     return Example(row, tokens, targets)

@@ -33,7 +33,7 @@ class Part:
 
 
 @dataclass
-class Encoded:
+class EncodedSource:
     """A part's rows that are learned and held out, as problems and as examples, side by side."""
 
     name: str
@@ -135,7 +135,7 @@ def encode_mixture(
     validation_share: float,
     max_length: int,
     epochs: int,
-) -> list[Encoded]:
+) -> list[EncodedSource]:
     """Each source split and encoded, of its first `limit` rows; BadData if one has too few rows."""
     sources = [part.source.train[:limit] for part in parts]
     first, found = 0, []
@@ -161,9 +161,9 @@ def encode_mixture(
                 f" its {len(train)} rows",
                 "give it a larger weight, or more --epochs",
             )
-        learned, held_out = ([problems[e.row - first] for e in side] for side in examples)
+        learned, held_out = ([problems[e.row_id - first] for e in side] for side in examples)
         found.append(
-            Encoded(part.source.name, share, learned, held_out, part.source.test, train,
+            EncodedSource(part.source.name, share, learned, held_out, part.source.test, train,
                     validation, left_out)
         )  # fmt: skip
         first += len(problems)

@@ -87,7 +87,7 @@ class Form:
     solved: str | None = None  # split of the rows to show before a question; None: drawn from train
 
 
-FORMS = {
+CHOICE_TASKS = {
     "arc-easy": Form("allenai/ai2_arc", "ARC-Easy", parse_arc),
     "arc-challenge": Form("allenai/ai2_arc", "ARC-Challenge", parse_arc),
     "mmlu": Form("cais/mmlu", "all", parse_mmlu, train="auxiliary_train", solved="dev"),
@@ -97,7 +97,7 @@ FORMS = {
 
 def load(name: str, revision: str | None = None) -> Source:
     """The rows of a task to learn from, and to be tested on: of MMLU each subject's in turn."""
-    form = FORMS[name]
+    form = CHOICE_TASKS[name]
     splits = [split for split in (form.train, form.test, form.solved) if split]
     patterns = [f"{form.folder}/{split}-*.parquet" for split in splits]
     folder = fetch(form.repo, patterns=patterns, revision=revision, repo_type="dataset")
@@ -163,7 +163,7 @@ def _problem(
     id: str, asked: str, options: tuple[str, ...], plain: Choices, category: str | None = None
 ) -> Problem:
     """The chat to learn from, beside the plain text to be tested on."""
-    answer = f"{LETTERS[plain.right]}. {options[plain.right].strip()}"
+    answer = f"{LETTERS[plain.gold]}. {options[plain.gold].strip()}"
     turns = (Message("user", f"{asked}\n{_lettered(options)}"), Message("assistant", answer))
     return Problem(id, turns, category, choices=plain)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from data.rows import FORMS, SAME, Reader, Source, read_problems
+from data.rows import ROW_FORMATS, SAME, Reader, Source, read_problems
 from errors import BadData, BadOption, listed
 from hub import fetch
 
@@ -27,7 +27,7 @@ FILES = (".jsonl", ".parquet")
 
 def parse_columns(given: tuple[str, ...]) -> dict[str, str]:
     """`--columns question=problem,answer=solution` as a mapping; BadOption if it can be none."""
-    names = sorted({name for form in FORMS.values() for name in form})
+    names = sorted({name for form in ROW_FORMATS.values() for name in form})
     columns = {}
     for text in given:
         ours, _, theirs = text.partition("=")
@@ -37,10 +37,10 @@ def parse_columns(given: tuple[str, ...]) -> dict[str, str]:
                 "write --columns question=problem,answer=solution",
             )
         columns[ours] = theirs
-    if not any(columns.keys() <= set(form) for form in FORMS.values()):
+    if not any(columns.keys() <= set(form) for form in ROW_FORMATS.values()):
         raise BadOption(
             f"--columns {','.join(given)} mixes the columns of two forms",
-            f"name those of one: {listed(FORMS)}",
+            f"name those of one: {listed(ROW_FORMATS)}",
         )
     return columns
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from errors import BadData, listed, printable
 
 ROLES = ("system", "user", "assistant")
-FORMS = {  # the columns of each
+ROW_FORMATS = {  # the columns of each
     "messages": ("messages",),
     "question/answer": ("question", "answer"),
     "prompt/completion": ("prompt", "completion"),
@@ -48,7 +48,7 @@ class Choices:
 
     context: str  # plain text, up to where a space and then one of the options follow
     options: tuple[str, ...]
-    right: int  # which of them, from 0
+    gold: int  # index of the correct option
     head: str = ""  # said once, before the solved questions and this one
 
 
@@ -121,7 +121,7 @@ def read_problems(
     if len(bad) > BAD_SHARE * (len(problems) + len(bad)):
         raise BadData(
             f"{path}: {len(bad)} of {len(problems) + len(bad)} rows are bad: {listed(bad, 3)}",
-            f"each row needs the columns of one form ({', '.join(FORMS)}), as non-empty text;"
+            f"each row needs the columns of one form ({', '.join(ROW_FORMATS)}), as non-empty text;"
             " others are named as in --columns question=problem,answer=solution",
         )
     return problems, bad
@@ -187,7 +187,7 @@ def parse_row(row: object, id: str, columns: Mapping[str, str] = SAME) -> Proble
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object")
     form = form_of(row, columns)
-    values = {name: row.get(columns.get(name, name)) for name in FORMS[form]}
+    values = {name: row.get(columns.get(name, name)) for name in ROW_FORMATS[form]}
     category = row.get("category")  # only counted by, so a row is not refused for it
     category = category if isinstance(category, str) and category.strip() else None
     if form == "messages":
@@ -206,11 +206,11 @@ def parse_row(row: object, id: str, columns: Mapping[str, str] = SAME) -> Proble
 
 
 def form_of(row: dict, columns: Mapping[str, str] = SAME) -> str:
-    """Which of `FORMS` a row has; ValueError if it has several of them or nothing of any.
+    """Which of `ROW_FORMATS` a row has; ValueError if it has several of them or nothing of any.
 
     A row that lacks something of all has the one that it has most of: what it lacks is said then.
     """
-    forms = {form: names for form, names in FORMS.items() if columns.keys() <= set(names)}
+    forms = {form: names for form, names in ROW_FORMATS.items() if columns.keys() <= set(names)}
     found = {
         form: [columns.get(name, name) for name in names if name != OPTIONAL]
         for form, names in forms.items()
@@ -237,7 +237,7 @@ class Reader:
         problem = parse_row(row, id, self.columns)
         form = form_of(row, self.columns)
         self.forms[form] += 1
-        used = {self.columns.get(name, name) for name in FORMS[form]} | {"category"}
+        used = {self.columns.get(name, name) for name in ROW_FORMATS[form]} | {"category"}
         used |= {"stem"} if form == "messages" else set()
         self.unread |= row.keys() - used
         return problem

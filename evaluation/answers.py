@@ -21,7 +21,7 @@ SILENT = Problem("", ())  # a place where nothing is asked
 
 
 @dataclass(frozen=True)
-class Asking:
+class GenerationSettings:
     """How problems are asked and their answers picked."""
 
     prompt: str = "chat"  # one of evaluation.prompts.STOPS
@@ -64,36 +64,36 @@ def answers(
     model: Qwen2,
     chat: ChatFormat,
     problems: list[Problem],
-    asking: Asking,
+    settings: GenerationSettings,
     *,
     eos_ids: tuple[int, ...],
     done: set[tuple[str, int]] = frozenset(),
-    look: Callable[[], object] = bool,
+    poll: Callable[[], object] = bool,
 ) -> Iterator[Completion]:
     """A completion for each problem and sample that is not `done`, in the order in which they end.
 
     Those of several turns come last, and are asked turn by turn (`conversation.py`). A sampled
-    answer depends on the problem's place in `problems` and the sample, not on its batch. `look` is
+    answer depends on the problem's place in `problems` and the sample, not on its batch. `poll` is
     called after each token, and may raise to leave.
     """
-    ask = partial(_answers, model, chat, eos_ids=eos_ids, look=look)
+    ask = partial(_answers, model, chat, eos_ids=eos_ids, poll=poll)
     several = sorted(  # like lengths end at like times
-        (turns(problem, asking.prompt), row * asking.samples + sample)
+        (turns(problem, settings.prompt), row * settings.samples + sample)
         for row, problem in enumerate(problems)
-        for sample in range(asking.samples)
-        if turns(problem, asking.prompt) > 1
+        for sample in range(settings.samples)
+        if turns(problem, settings.prompt) > 1
     )
-    keys = {at: (problems[at // asking.samples].id, at % asking.samples) for _, at in several}
-    yield from ask(problems, asking, done={*done, *keys.values()})
+    keys = {at: (problems[at // settings.samples].id, at % settings.samples) for _, at in several}
+    yield from ask(problems, settings, done={*done, *keys.values()})
     places = [at for at, key in keys.items() if key not in done]
-    for block in in_batches(places, asking.batch_size):
-        yield from _converse(ask, problems, asking, block)
+    for block in in_batches(places, settings.batch_size):
+        yield from _converse(ask, problems, settings, block)
 
 
 def _converse(
     ask: Callable[..., Iterator[Completion]],
     problems: list[Problem],
-    asking: Asking,
+    settings: GenerationSettings,
     places: list[int],
 ) -> Iterator[Completion]:
     """The completions of conversations, each round of `ask` all of them a turn further.
@@ -102,18 +102,18 @@ def _converse(
     """
     said: dict[int, list[Completion]] = {at: [] for at in places}
     for turn in itertools.count():
-        seed = asking.sampling.seed + turn * STRIDE
-        one = replace(asking, samples=1, sampling=replace(asking.sampling, seed=seed))
-        asked = [SILENT] * len(problems) * asking.samples
+        seed = settings.sampling.seed + turn * STRIDE
+        one = replace(settings, samples=1, sampling=replace(settings.sampling, seed=seed))
+        asked = [SILENT] * len(problems) * settings.samples
         for at, answered in said.items():
             texts = [c.text for c in answered]
-            asked[at] = replace(next_turn(problems[at // asking.samples], texts), id=str(at))
+            asked[at] = replace(next_turn(problems[at // settings.samples], texts), id=str(at))
         for c in ask(asked, one, done={(SILENT.id, 0)}):
             at = int(c.id)
             said[at].append(c)
-            problem = problems[at // asking.samples]
-            if len(said[at]) == turns(problem, asking.prompt):
-                yield _joined(problem.id, at % asking.samples, said.pop(at))
+            problem = problems[at // settings.samples]
+            if len(said[at]) == turns(problem, settings.prompt):
+                yield _joined(problem.id, at % settings.samples, said.pop(at))
         if not said:
             return
 
@@ -130,17 +130,17 @@ def _answers(
     model: Qwen2,
     chat: ChatFormat,
     problems: list[Problem],
-    asking: Asking,
+    settings: GenerationSettings,
     *,
     eos_ids: tuple[int, ...],
     done: set[tuple[str, int]],
-    look: Callable[[], object],
+    poll: Callable[[], object],
 ) -> Iterator[Completion]:
     """`answers` to problems of one turn."""
     asked = [
-        (prompt_tokens(problem, chat, asking.prompt, list(asking.shots)), row, sample)
+        (prompt_tokens(problem, chat, settings.prompt, list(settings.shots)), row, sample)
         for row, problem in enumerate(problems)
-        for sample in range(asking.samples)
+        for sample in range(settings.samples)
         if (problem.id, sample) not in done
     ]
     # Prompts of like lengths share a cache; long ones tend to have long answers, for which the
@@ -148,22 +148,22 @@ def _answers(
     asked.sort(key=lambda item: -len(item[0]))
 
     def stopped(tokens: list[int]) -> bool:
-        look()
-        if not STOPS[asking.prompt]:
+        poll()
+        if not STOPS[settings.prompt]:
             return False
         tail = chat.decode(tokens[-STOP_WINDOW:])
-        return any(stop in tail for stop in STOPS[asking.prompt])
+        return any(stop in tail for stop in STOPS[settings.prompt])
 
     steps = decode(
         model,
         [tokens for tokens, _, _ in asked],
-        max_new_tokens=asking.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         eos_ids=eos_ids,
-        vocabulary=chat.vocabulary,
-        sampling=asking.sampling,
-        rows=[row * asking.samples + sample for _, row, sample in asked],
+        vocabulary=chat.vocab_size,
+        sampling=settings.sampling,
+        rows=[row * settings.samples + sample for _, row, sample in asked],
         stopped=stopped,
-        at_once=asking.batch_size,
+        at_once=settings.batch_size,
     )
     texts: list[list[int]] = [[] for _ in asked]
     started = time.perf_counter()
@@ -172,12 +172,12 @@ def _answers(
         for place, token, ended in emitted:
             if token not in eos_ids:
                 texts[place].append(token)
-            if ended or len(texts[place]) == asking.max_new_tokens:
+            if ended or len(texts[place]) == settings.max_new_tokens:
                 whole.append((place, not ended))
         now = time.perf_counter()
         for place, cut_off in whole:
             _, row, sample = asked[place]
-            text = before_stop(chat.decode(texts[place]), asking.prompt)
+            text = before_stop(chat.decode(texts[place]), settings.prompt)
             seconds = (now - started) / len(whole)
             yield Completion(problems[row].id, sample, text, len(texts[place]), cut_off, seconds)
         started = now if whole else started

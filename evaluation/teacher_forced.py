@@ -22,11 +22,11 @@ def teacher_forced(
     batch_size: int,
     *,
     quiet: bool = False,
-    look: Callable[[], object] = bool,
+    poll: Callable[[], object] = bool,
 ) -> tuple[float, float]:
     """(nats, correct tokens), summed over the supervised tokens of `examples`, dropout off.
 
-    Sums, not means: they can be added over ranks, and do not depend on the batch size. `look` is
+    Sums, not means: they can be added over ranks, and do not depend on the batch size. `poll` is
     called before each batch, and may raise to leave.
     """
     was_training = model.training
@@ -34,11 +34,11 @@ def teacher_forced(
     sums = [torch.zeros(2, device=model.head_weight.device)]
     groups = in_batches(examples, batch_size)
     for group in progress_bar(groups, desc="validate", leave=False, disable=quiet):
-        look()
+        poll()
         batch = flat_batch(group, model.head_weight.device)
         hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
         nats, correct = linear_cross_entropy(
-            hidden, model.head_weight, batch.targets, batch.supervised
+            hidden, model.head_weight, batch.targets, batch.supervised_rows
         )
         sums.append(torch.stack((nats, correct)))
     model.train(was_training)

@@ -44,9 +44,9 @@ class KeyedDropout(nn.Module):
         return (x * self.mask(x.shape[-1])).mul_(self.scale)
 
 
-def token_keys(seed: int, epoch: int, rows: Tensor, positions: Tensor) -> Tensor:
-    """(T,) int32 keys of tokens, from the rows `(T,)` they belong to and their positions `(T,)`."""
-    return _mix64(_mix64(_mix64(rows + (epoch << 40)) + seed) + positions).to(torch.int32)
+def token_keys(seed: int, epoch: int, row_ids: Tensor, positions: Tensor) -> Tensor:
+    """(T,) int32 keys of tokens, from their row ids `(T,)` and positions `(T,)`."""
+    return _mix64(_mix64(_mix64(row_ids + (epoch << 40)) + seed) + positions).to(torch.int32)
 
 
 def _mix64(x: Tensor) -> Tensor:

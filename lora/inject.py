@@ -198,10 +198,10 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def seed_dropout(
-    model: nn.Module, *, seed: int, epoch: int, rows: Tensor, positions: Tensor
+    model: nn.Module, *, seed: int, epoch: int, row_ids: Tensor, positions: Tensor
 ) -> None:
-    """Key the next training forward's dropout by `rows (T,)` and `positions (T,)` of its tokens."""
-    keys = token_keys(seed, epoch, rows, positions)  # (T,)
+    """Key the next training forward's dropout by its tokens' `row_ids (T,)` and `positions (T,)`."""
+    keys = token_keys(seed, epoch, row_ids, positions)  # (T,)
     for layer in adapters(model):
         layer.dropout.keys = keys
 

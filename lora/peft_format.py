@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from errors import BadAdapter, BadOption, TrainingFailed, listed
-from hub import read_json
+from files import read_json
 from lora.init import plain_form, plain_growth
 from lora.inject import (
     LoRAConfig,
@@ -125,12 +125,7 @@ def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str | None, str | Non
     """
     path = folder / CONFIG
     remedy = "give the folder that holds adapter_config.json, such as out/.../best"
-    try:
-        raw = read_json(path)
-    except FileNotFoundError:
-        raise BadAdapter(f"{folder} is no adapter: it has no {CONFIG}", remedy) from None
-    except (OSError, ValueError) as error:
-        raise BadAdapter(f"{path} cannot be read: {error}", remedy) from None
+    raw = read_json(path, BadAdapter, remedy, missing=f"{folder} is no adapter: it has no {CONFIG}")
     problems = _config_problems(raw)
     if problems:
         raise BadAdapter(

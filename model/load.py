@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from errors import BadCheckpoint, listed
-from hub import fetch, read_json
+from files import read_json
+from hub import fetch
 from model.qwen2 import Qwen2, Qwen2Config
 from progress_bar import progress_bar
 
@@ -24,6 +25,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHIPPED = {"demo": Path(__file__).parent / "demo"}  # bases that lie in this repository
 LARGEST = {"num_hidden_layers": 2**9}  # a layer is built before its weights are compared
 REMEDY = "give a Qwen2 or Qwen2.5 checkpoint in the Hub's layout, such as Qwen/Qwen2-0.5B-Instruct"
+COPY_AGAIN = "download or copy it again"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
 
 def read_config(folder: Path) -> Qwen2Config:
     """The sizes in `config.json`, in either spelling; BadCheckpoint if it is no Qwen2's."""
-    raw = _read_json(folder / "config.json", f"{folder} is no checkpoint: it has no config.json")
+    raw = read_json(
+        folder / "config.json", BadCheckpoint, REMEDY,
+        missing=f"{folder} is no checkpoint: it has no config.json",
+    )  # fmt: skip
     if raw.get("model_type") != "qwen2":
         raise BadCheckpoint(
             f"{folder} is a {raw.get('model_type', 'model of unknown type')}, not a qwen2", REMEDY
@@ -112,7 +117,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
     """The ids that end an answer, from `generation_config.json`, or else from `config.json`."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            eos = _read_json(folder / name, "").get("eos_token_id")
+            eos = read_json(folder / name, BadCheckpoint, COPY_AGAIN).get("eos_token_id")
             ids = eos if isinstance(eos, list) else [eos]
             if ids and all(type(i) is int for i in ids):
                 return tuple(ids)
@@ -158,7 +163,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if (folder / "model.safetensors").exists():
         names = {"model.safetensors"}
     elif index.exists():
-        shards = _read_json(index, "").get("weight_map")
+        shards = read_json(index, BadCheckpoint, COPY_AGAIN).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise BadCheckpoint(f"{index} has no weight_map", REMEDY)
         names = set(shards.values())
@@ -203,17 +208,3 @@ def _check_files(folder: Path, files: dict[str, Path], model: Qwen2) -> None:
                     problems.append(f"{name} is {dtype}, not one of {', '.join(DTYPES)}")
     if problems:
         raise BadCheckpoint(f"{folder} does not fit its config.json: {listed(problems)}", REMEDY)
-
-
-def _read_json(path: Path, if_missing: str) -> dict:
-    try:
-        raw = read_json(path)
-    except FileNotFoundError:
-        raise BadCheckpoint(if_missing, REMEDY) from None
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(
-            f"{path} cannot be read: {error}", "download or copy it again"
-        ) from None
-    if not isinstance(raw, dict):
-        raise BadCheckpoint(f"{path} is not a JSON object", "download or copy it again")
-    return raw

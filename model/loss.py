@@ -17,7 +17,7 @@ BLOCK_BYTES = 24 << 20  # fp32 probabilities at hand at once: read several times
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, supervised_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of nats, and count of correct tokens, over the supervised rows.
 
@@ -25,16 +25,18 @@ def linear_cross_entropy(
         hidden: (T, C) hidden states.
         weight: (V, C) output embedding; its gradient is made only if it requires one.
         targets: (T,) token ids, `IGNORE` where nothing is supervised.
-        rows: (N,) indices of the supervised rows, where the caller knows them: on a GPU that
-            saves waiting for the device to count them.
+        supervised_rows: (N,) indices of the supervised rows, where the caller knows them: on a GPU
+            that saves waiting for the device to count them.
 
     Returns:
         nats: (), fp32 (fp64 for fp64 input), differentiable: minus the sum of log-probabilities.
         correct: (), int64: rows whose target is the first largest logit.
     """
-    if rows is None:
-        rows = (targets != IGNORE).nonzero().squeeze(1)  # (N,)
-    return _LinearCrossEntropy.apply(hidden.index_select(0, rows), weight, targets[rows])
+    if supervised_rows is None:
+        supervised_rows = (targets != IGNORE).nonzero().squeeze(1)  # (N,)
+    return _LinearCrossEntropy.apply(
+        hidden.index_select(0, supervised_rows), weight, targets[supervised_rows]
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

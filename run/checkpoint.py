@@ -11,7 +11,7 @@
         report.html, .md    all of it in a page
         checkpoints/step-000421/    adapter, optimizer state, progress: all that is needed to go on
 
-A checkpoint is a folder published whole, with the hashes of its files: `run/files.py`.
+A checkpoint is a folder published whole, with the hashes of its files: `files.py`.
 Order and dropout are functions of (seed, epoch, row): there is no generator's state to keep.
 """
 
@@ -36,7 +36,7 @@ from safetensors.torch import save
 from torch import nn
 
 from errors import BadRun, TrainingFailed, listed
-from run.files import clean_up, damage, json_bytes, remove_folder, write_folder
+from files import clean_up, damage, json_bytes, remove_folder, write_folder
 
 KEEP = 2  # checkpoints: the newest, and one to fall back on
 LOCK = "lock"

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from errors import BadOption, listed, run_script
+from files import sync_files, sync_folder
 from lora.inject import LoRAConfig, merge, unwrapped_state
 from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_adapter
 from model.load import Checkpoint, find_checkpoint, load_model, read_config
 from run.checkpoint import check_place
 from run.device import DTYPES
-from run.files import sync_files, sync_folder
 from run.options import option, parse
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

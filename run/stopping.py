@@ -14,8 +14,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TIME_IS_UP = 75  # EX_TEMPFAIL
 
 
-class Leave(Exception):
-    """Raised by `Stop.look` in the middle of work that can be done again."""
+class StopRequested(Exception):
+    """Raised by `Stop.poll` in the middle of work that can be done again."""
 
 
 class Stop:
@@ -45,21 +45,21 @@ class Stop:
         if number == signal.SIGHUP:
             _leave_the_terminal()
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """A signal came, or another turn as long as the longest would end too late."""
         late = self.until is not None and time.monotonic() + 2 * self.longest > self.until
         return late or self.signal is not None
 
-    def look(self) -> None:
-        """Leave if it is asked for: for loops that have nothing to finish first.
+    def poll(self) -> None:
+        """StopRequested if it is asked for: for loops that have nothing to finish first.
 
         The clock does not end what a sitting begins with, or sittings that are too short for it
         would begin it for ever.
         """
-        if self.signal is not None or self.longest and self.asked():
-            raise Leave
+        if self.signal is not None or self.longest and self.requested():
+            raise StopRequested
 
-    def took(self, seconds: float) -> None:
+    def record(self, seconds: float) -> None:
         """How long a turn was."""
         self.longest = max(self.longest, seconds)
 
@@ -71,7 +71,7 @@ class Stop:
     def why(self) -> str:
         if self.signal is not None:
             return self.signal.name
-        return "--max-minutes are over" if self.asked() else "another rank was asked to leave"
+        return "--max-minutes are over" if self.requested() else "another rank was asked to leave"
 
 
 def _leave_the_terminal() -> None:

@@ -38,7 +38,6 @@ from model.load import load_model
 from model.loss import linear_cross_entropy
 from run import export
 from run.checkpoint import read_progress
-from run.metrics import read_metrics
 from tests import toys
 from tests.test_lora import (
     EVERYWHERE,
@@ -50,6 +49,7 @@ from tests.test_lora import (
     tokens_of,
     transformers_model,
 )
+from tests.toys import read_log
 
 MIXED = {"ranks": {"q_proj": 6, "layers.1.mlp.up_proj": 2}, "alphas": {"q_proj": 9, "k_proj": 3}}
 KINDS = {
@@ -106,7 +106,7 @@ def test_a_fresh_dora_is_the_base_bit_for_bit_in_training_too(folder, dtype):
     model = adapted(folder, dtype=dtype, trained=False, **options)
     assert torch.equal(logits(model), base)
     tokens, positions, _ = tokens_of()
-    seed_dropout(model.train(), seed=0, epoch=0, rows=tokens, positions=positions)
+    seed_dropout(model.train(), seed=0, epoch=0, row_ids=tokens, positions=positions)
     assert torch.equal(logits(model), base)
     assert merge(model) == 0.0 and torch.equal(logits(model), base)
 
@@ -337,7 +337,7 @@ def test_dora_drops_what_peft_drops(folder, tmp_path):
     model = load_model(folder, dtype=torch.float32)
     read_adapter(tmp_path, model)
     tokens, positions, lengths = tokens_of((9,))
-    seed_dropout(model.train(), seed=0, epoch=0, rows=tokens, positions=positions)
+    seed_dropout(model.train(), seed=0, epoch=0, row_ids=tokens, positions=positions)
     for name, module in theirs.train().named_modules():
         if name.endswith("lora_dropout.default"):
             layer = model.get_submodule(name.split("base_model.model.")[1].split(".lora_")[0])
@@ -356,7 +356,7 @@ def test_dora_in_compiled_layers_is_the_plain_one(folder, dropout):
         if compiled:
             compile_layers(model, backend="eager")
         tokens, positions, lengths = tokens_of()
-        seed_dropout(model, seed=0, epoch=0, rows=tokens, positions=positions)
+        seed_dropout(model, seed=0, epoch=0, row_ids=tokens, positions=positions)
         hidden = model(tokens, positions, lengths)
         hidden.square().mean().backward()
         found.append([hidden, *(p.grad for p in trained_parameters(model).values())])
@@ -505,7 +505,7 @@ def toy(lively_checkpoint, arithmetic):
 
 def run(out: Path, flags: list, *more: object) -> list[dict]:
     train.main([str(flag) for flag in [*flags, "--out", out, *more]])
-    return read_metrics(out / "metrics.jsonl")
+    return read_log(out / "metrics.jsonl")
 
 
 def left_behind(out: Path) -> dict[str, bytes]:

@@ -24,7 +24,7 @@ from model.compile import check_compiler, compile_layers
 from model.generate import generate
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
-from run.metrics import read_metrics
+from tests.toys import read_log
 
 LENGTHS = ([5, 4], [7, 2, 9], [4], [11, 12, 1, 1], [2, 2], [30], [6, 5, 4, 3, 2, 1], [2, 1],
            [170, 3], [400])  # fmt: skip
@@ -57,7 +57,7 @@ def batch(lengths):
 def step(model, lengths):
     """Nats, and the gradient of each adapter weight."""
     tokens, positions, rows = batch(lengths)
-    seed_dropout(model, seed=0, epoch=0, rows=rows, positions=positions)
+    seed_dropout(model, seed=0, epoch=0, row_ids=rows, positions=positions)
     hidden = model(tokens, positions, lengths)
     nats, _ = linear_cross_entropy(hidden, model.head_weight, tokens.roll(-1))
     return [nats, *torch.autograd.grad(nats, list(trained_parameters(model).values()))]
@@ -137,7 +137,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(monkeypatch, tmp_path, chec
     for name in ("plain", "compile"):
         more = ["--out", tmp_path / name, *(["--compile"] if name == "compile" else [])]
         train.main([str(flag) for flag in [*flags, *more]])
-        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        lines = read_log(tmp_path / name / "metrics.jsonl")
         losses.append([line.get("train_loss") or line["val_loss"] for line in lines])
         assert (counters["stats"]["unique_graphs"] > 0) == (name == "compile")
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -13,7 +13,7 @@ from data.chat import ChatFormat
 from data.own import load_path
 from data.rows import Message, Problem
 from errors import BadData, BadOption
-from evaluation.answers import Asking, Completion, answers
+from evaluation.answers import Completion, GenerationSettings, answers
 from evaluation.prompts import before_stop, prompt_tokens
 from evaluation.summary import breakdown, figures, outcomes, several_samples, transcripts
 from lora.inject import LoRAConfig, adapters, inject, merge
@@ -119,7 +119,7 @@ def test_batch_size_does_not_change_an_answer(trained, tmp_path, flags):
 def test_order_and_merging_do_not_change_an_answer(trained):
     chat = ChatFormat.from_folder(trained / "base")
     problems = load_path(trained / "sums").test
-    asking = Asking(max_new_tokens=12, batch_size=3)
+    asking = GenerationSettings(max_new_tokens=12, batch_size=3)
 
     def texts(model, asked):
         return {c.id: c.text for c in answers(model, chat, asked, asking, eos_ids=(toys.IM_END,))}
@@ -282,7 +282,9 @@ def test_an_open_answer_is_sampled_by_its_place_and_not_its_batch(trained):
     chat = ChatFormat.from_folder(trained / "base")
     problems = load_path(trained / "sums").test[:3]
     model = load_model(trained / "base", dtype=torch.float32)
-    asking = Asking(sampling=Sampling(temperature=1.0, seed=3), samples=2, max_new_tokens=8)
+    asking = GenerationSettings(
+        sampling=Sampling(temperature=1.0, seed=3), samples=2, max_new_tokens=8
+    )
     ids = {"eos_ids": (toys.IM_END,)}
     whole = {(c.id, c.sample): c.text for c in answers(model, chat, problems, asking, **ids)}
     done = {(problems[0].id, 0), (problems[2].id, 1)}

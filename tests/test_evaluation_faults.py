@@ -14,7 +14,7 @@ import torch
 import evaluate
 from data.chat import ChatFormat
 from data.own import load_path
-from evaluation.answers import Asking, Completion, answers, read_answers
+from evaluation.answers import Completion, GenerationSettings, answers, read_answers
 from evaluation.generative import SCORERS, had_format
 from evaluation.mistakes import KINDS, classify
 from evaluation.numbers import final_number
@@ -136,7 +136,10 @@ def test_an_answer_without_end_is_cut_off_and_one_that_ends_at_once_is_empty(
 ):  # fmt: skip
     chat = ChatFormat.from_folder(trained / "base")
     problems = load_path(trained / "sums").test
-    model, asking = load_model(trained / "base", dtype=torch.float32), Asking(max_new_tokens=7)
+    model, asking = (
+        load_model(trained / "base", dtype=torch.float32),
+        GenerationSettings(max_new_tokens=7),
+    )
     given = {c.id: [c] for c in answers(model, chat, problems, asking, eos_ids=ends)}
     assert {c.tokens for (c,) in given.values()} == ({7} if cut_off else {0})
     found = figures(problems, given)

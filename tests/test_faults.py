@@ -26,14 +26,13 @@ from safetensors.torch import load_file, save_file
 
 import errors
 import train
+from files import MANIFEST, JsonLines, damage
 from lora.inject import LoRAConfig, inject, trained_parameters
 from lora.peft_format import WEIGHTS, peft_key
 from model.load import find_checkpoint, load_model
 from run.checkpoint import Progress, load_checkpoint, read_progress, repair, save_checkpoint
 from run.distributed import World
 from run.export import publish_best
-from run.files import MANIFEST, damage
-from run.metrics import MetricsLog, read_metrics
 from tests import toys
 from tests.campaign.harness import (
     SHORT,
@@ -54,6 +53,7 @@ from tests.campaign.harness import (
     toy_flags,
 )
 from tests.test_run import fresh, learn
+from tests.toys import read_log
 
 # Killed
 
@@ -418,7 +418,7 @@ def test_the_end_of_a_torn_log_is_cut_off_and_every_other_line_kept(tmp_path, to
     whole = b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(whole + torn)
-    MetricsLog(path, keep=len(whole + torn)).write(step=4)
+    JsonLines(path, keep=len(whole + torn)).write(step=4)
     assert path.read_bytes() == whole + b'{"step": 4}\n'
 
 
@@ -430,7 +430,7 @@ def test_a_log_torn_behind_what_the_checkpoint_knew_is_repaired(short, expected,
 
 
 def test_the_log_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, monkeypatch):
-    log, synced = MetricsLog(tmp_path / "m.jsonl"), []
+    log, synced = JsonLines(tmp_path / "m.jsonl"), []
     monkeypatch.setattr(os, "fsync", synced.append)
     log.write(step=1)
     assert log.sync() == len(b'{"step": 1}\n') and synced == [log.file.fileno()]
@@ -522,7 +522,7 @@ def test_fewer_epochs_than_were_done_end_the_run_where_it_is(short, half):
     done = read_progress(half).cursor
     finish([*short, "--max-steps", 1], half)
     assert steps_logged(half) == read_progress(half).cursor == done > 1
-    assert read_metrics(half / "metrics.jsonl")[-1]["val_loss"] > 0
+    assert read_log(half / "metrics.jsonl")[-1]["val_loss"] > 0
 
 
 def test_micro_batches_of_4_twice_are_8_at_once(tiny, tmp_path):
@@ -531,7 +531,7 @@ def test_micro_batches_of_4_twice_are_8_at_once(tiny, tmp_path):
         out = tmp_path / str(batch)
         finish([*tiny, *SHORT, "--batch-size", batch, "--grad-accum", accum], out)
         losses.append([m.get("train_loss", m.get("val_loss")) for m in
-                       read_metrics(out / "metrics.jsonl")])  # fmt: skip
+                       read_log(out / "metrics.jsonl")])  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -558,7 +558,7 @@ def inf_in_one_gradient(calls: set[int]):
 
 def test_a_step_with_one_infinite_gradient_is_skipped_counted_and_named(short, tmp_path):
     ended = run(short, tmp_path / "run", fault=inf_in_one_gradient({2, 6}))
-    steps = [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train_loss" in m]
+    steps = [m for m in read_log(tmp_path / "run" / "metrics.jsonl") if "train_loss" in m]
     assert ended.code == 0 and "2 steps were skipped" in ended.out
     assert [m["step"] for m in steps] == [1, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert [len(m.get("skipped_rows", [])) for m in steps] == [0, 8, 0, 0, 0, 8, 0, 0, 0, 0]
@@ -574,7 +574,7 @@ def test_five_such_steps_in_a_row_end_the_run_and_best_is_the_last_good_one(shor
     assert ended.code == 1
     assert "5 steps in a row had no finite gradient, up to step 10" in ended.in_two_lines()
     check_instant(out)
-    best = [m for m in read_metrics(out / "metrics.jsonl") if "val_loss" in m]
+    best = [m for m in read_log(out / "metrics.jsonl") if "val_loss" in m]
     assert (
         f"best at step {min(best, key=lambda m: m['val_loss'])['step']},"
         in (out / "best" / "README.md").read_text()

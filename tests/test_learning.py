@@ -13,8 +13,8 @@ import pytest
 
 import evaluate
 import train
-from run.metrics import read_metrics
 from tests import toys
+from tests.toys import read_log
 
 LEGS = {"dog": 4, "hen": 2, "ant": 6, "crab": 10, "fish": 0, "spider": 8, "goat": 4, "duck": 2,
         "bee": 6, "snake": 0}  # fmt: skip
@@ -42,7 +42,7 @@ def outcome(task: list[str], out: Path, *flags: str) -> tuple[list[float], dict]
     """Validation losses of a run, and the evaluation of its best adapter against the base."""
     common = ["--precision", "fp32", "--device", "cpu"]
     train.main([*task, "--out", str(out), *STRONG.split(), "--dropout", "0", *common, *flags])
-    losses = [m["val_loss"] for m in read_metrics(out / "metrics.jsonl") if "val_loss" in m]
+    losses = [m["val_loss"] for m in read_log(out / "metrics.jsonl") if "val_loss" in m]
     evaluate.main(["--adapter", str(out / "best"), "--max-new-tokens", "40", *common])
     (result,) = (out / "evaluation").glob("test-*/result.json")
     return losses, json.loads(result.read_text())
@@ -68,7 +68,7 @@ def test_a_learning_rate_of_zero_teaches_nothing(task, tmp_path):
 def test_stopping_on_exact_match_keeps_the_adapter_that_answers_best(task, tmp_path):
     flags = ["--stop-on", "exact-match", "--evals-per-epoch", "1", "--max-new-tokens", "40"]
     outcome(task, tmp_path / "run", *flags)
-    lines = [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val_loss" in m]
+    lines = [m for m in read_log(tmp_path / "run" / "metrics.jsonl") if "val_loss" in m]
     rates = [(line["val_exact_match"], -line["val_loss"]) for line in lines]
     card = (tmp_path / "run" / "best" / "README.md").read_text()
     assert max(rates)[0] > 0.8

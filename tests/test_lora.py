@@ -101,7 +101,7 @@ def equal(a: dict, b: dict) -> bool:
 
 def seed_for(model, batch, *, seed=0, epoch=0, rows=(0, 1, 2)) -> None:
     rows = torch.tensor(rows).repeat_interleave(torch.tensor(batch[2]))
-    seed_dropout(model, seed=seed, epoch=epoch, rows=rows, positions=batch[1])
+    seed_dropout(model, seed=seed, epoch=epoch, row_ids=rows, positions=batch[1])
 
 
 # The base shines through

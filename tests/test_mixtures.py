@@ -21,11 +21,11 @@ from data.mixture import encode_mixture, load_mixture, parse_spec, source_names
 from data.own import load_path
 from data.split import normal, split_problems
 from errors import BadOption
-from run.metrics import read_metrics
 from tests import toys
 from tests.campaign.harness import await_steps, finish, left_behind, start
 from tests.test_bad_input import TRAIN, refused, world  # noqa: F401
 from tests.test_data import some_examples, write_lines
+from tests.toys import read_log
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
@@ -77,7 +77,7 @@ def taken(schedule: Schedule) -> dict[int, list[int]]:
     """The rows of each epoch, step by step."""
     rows = {epoch: [] for epoch in range(schedule.epochs)}
     for step in map(schedule.step, range(schedule.total_steps)):
-        rows[step.epoch] += step.rows
+        rows[step.epoch] += step.row_ids
     return rows
 
 
@@ -130,7 +130,7 @@ def test_one_source_is_taken_as_it_always_was(count, seed, per_step):
     for index in range(schedule.total_steps):
         epoch, place = divmod(index, -(-count // per_step))
         order = epoch_order(count, seed, epoch)[place * per_step : (place + 1) * per_step]
-        assert schedule.step(index).rows == [examples[i].row for i in order]
+        assert schedule.step(index).row_ids == [examples[i].row for i in order]
         assert schedule.epochs_in(index) == index / -(-count // per_step)
 
 
@@ -157,16 +157,16 @@ def test_a_single_source_is_encoded_as_it_always_was(sources, checkpoint):
     for examples, rows in zip((part.train, part.validation), split_problems(problems, 0.1)):
         chosen = [problems[row] for row in rows]
         plain, _ = encode_problems(chosen, rows, ChatFormat.from_folder(checkpoint), 2048)
-        assert [e.row for e in examples] == rows
+        assert [e.row_id for e in examples] == rows
         assert all((a.tokens == b.tokens).all() for a, b in zip(examples, plain, strict=True))
-    assert [p.id for p in part.held_out] == [problems[e.row].id for e in part.validation]
+    assert [p.id for p in part.held_out] == [problems[e.row_id].id for e in part.validation]
 
 
 def test_rows_of_several_sources_have_numbers_and_ids_of_their_own(sources, checkpoint):
     parts = encoded(sources, checkpoint)
-    rows = [e.row for part in parts for e in (*part.train, *part.validation)]
+    rows = [e.row_id for part in parts for e in (*part.train, *part.validation)]
     assert sorted(rows) == list(range(300))
-    assert min(e.row for e in parts[1].train + parts[1].validation) == 200
+    assert min(e.row_id for e in parts[1].train + parts[1].validation) == 200
     ids = [p.id for part in parts for p in (*part.learned, *part.held_out)]
     assert len(set(ids)) == 300 and f"{sources[1]}/train.jsonl:1" in ids
 
@@ -187,7 +187,7 @@ def test_the_audit_has_the_figures_of_each_source_in_80_columns(sources, checkpo
     found = audit_mixture(parts)
     assert set(found.sources) == set(map(str, sources))
     for key in ("train", "validation", "test"):
-        assert found.rows[key] == sum(own["rows"][key] for own in found.sources.values())
+        assert found.row_ids[key] == sum(own["rows"][key] for own in found.sources.values())
     assert found.sources[str(sources[1])]["rows an epoch"] == len(parts[1].train) // 2
     lines = audit_lines(found)
     assert max(map(len, lines)) <= 80 and any("(x 0.5)" in line for line in lines)
@@ -223,7 +223,7 @@ def watched(log: Path):
         def step(schedule, index, halved=0):
             found = whole(schedule, index, halved)
             with log.open("a") as file:
-                file.write(json.dumps([index, found.rows]) + "\n")
+                file.write(json.dumps([index, found.row_ids]) + "\n")
             return found
 
         Schedule.step = step
@@ -246,9 +246,9 @@ def test_a_mixture_killed_and_gone_on_with_takes_what_it_should_and_comes_to_the
     steps = dict(json.loads(line) for line in log.read_text().splitlines())
     counts = Counter(row for rows in steps.values() for row in rows)
     for part, times in zip(encoded(sources, checkpoint, limit=24), (3, Fraction("1.5"))):
-        own = [counts[e.row] for e in part.train]
+        own = [counts[e.row_id] for e in part.train]
         assert sum(own) == math.floor(times * len(own)) and max(own) - min(own) <= 1
-        assert not any(counts[e.row] for e in part.validation)
+        assert not any(counts[e.row_id] for e in part.validation)
 
 
 def test_the_log_has_the_loss_of_each_source_and_the_whole_is_their_mean_by_tokens(
@@ -257,8 +257,8 @@ def test_the_log_has_the_loss_of_each_source_and_the_whole_is_their_mean_by_toke
     out = tmp_path / "run"
     said = finish(mixed, out)
     parts = encoded(sources, checkpoint, limit=24)
-    supervised = {p.name: sum(e.supervised for e in p.validation) for p in parts}
-    lines = [line for line in read_metrics(out / "metrics.jsonl") if "val_loss" in line]
+    supervised = {p.name: sum(e.supervised_count for e in p.validation) for p in parts}
+    lines = [line for line in read_log(out / "metrics.jsonl") if "val_loss" in line]
     assert len(lines) == 6
     for line in lines:
         own = line["val_loss_by_source"]
@@ -299,9 +299,9 @@ def test_two_ranks_share_out_a_mixture_as_one_does_alone():
     assert whole.total_steps == parts[0].total_steps
     for index in range(whole.total_steps):
         steps = [p.step(index) for p in parts]
-        assert steps[0].rows == steps[1].rows == whole.step(index).rows
-        mine = [e.row for s in steps for batch in s.micro_batches for e in batch]
-        assert sorted(mine) == sorted(whole.step(index).rows)
+        assert steps[0].row_ids == steps[1].row_ids == whole.step(index).row_ids
+        mine = [e.row_id for s in steps for batch in s.micro_batches for e in batch]
+        assert sorted(mine) == sorted(whole.step(index).row_ids)
 
 
 REFUSED = {

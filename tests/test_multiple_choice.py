@@ -12,10 +12,10 @@ import torch
 import evaluate
 from data import multiple_choice
 from data.chat import ChatFormat
-from data.multiple_choice import FORMS, load, parse_arc, parse_hellaswag, parse_mmlu
+from data.multiple_choice import CHOICE_TASKS, load, parse_arc, parse_hellaswag, parse_mmlu
 from errors import BadData, BadRun
 from evaluation import multiple_choice as scoring
-from evaluation.multiple_choice import (
+from evaluation.choices import (
     Scored,
     acc,
     acc_norm,
@@ -91,7 +91,7 @@ def splits(name: str) -> dict[str, list[dict]]:
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A folder in the place of the Hub, with the four tasks' files."""
-    for name, form in FORMS.items():
+    for name, form in CHOICE_TASKS.items():
         write_task(tmp_path / form.repo, name)
 
     def fetch(repo, *, patterns, revision, repo_type):
@@ -102,7 +102,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def write_task(folder: Path, name: str) -> None:
-    place = folder / FORMS[name].folder
+    place = folder / CHOICE_TASKS[name].folder
     place.mkdir(parents=True)
     for split, rows in splits(name).items():
         (place / f"{split}-00000-of-00001.parquet").write_bytes(parquet(rows))
@@ -235,7 +235,7 @@ def alone(model, question) -> list[float]:
 
 @torch.no_grad()
 def test_choices_that_share_their_context_score_as_each_does_by_itself(hub, model, chat):
-    questions = [encode(p, chat) for name in FORMS for p in load(name).test[:6]]
+    questions = [encode(p, chat) for name in CHOICE_TASKS for p in load(name).test[:6]]
     together = log_likelihoods(model, questions)
     for question, scores in zip(questions, together):
         assert scores == pytest.approx(alone(model, question), rel=1e-5, abs=1e-5)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from errors import BadRun, run_script
-from run import figures
+from report import figures
+from report.__main__ import command, main, more_epochs, report_blocks, write_report
+from report.page import fenced, inert, to_html, to_markdown
+from report.records import read_run
 from run.options import parse, to_json
-from run.page import fenced, inert, to_html, to_markdown
-from run.records import read_run
-from run.report import command, main, more_epochs, report_blocks, write_report
 from train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -431,17 +431,15 @@ def test_a_negative_price_or_no_folder_is_refused(run):
 
 def test_torch_is_not_imported(own_run):
     code = (
-        "import sys; from run.report import main; main([sys.argv[1]]);"
-        "assert 'run.figures' in sys.modules; assert 'torch' not in sys.modules"
+        "import sys; from report.__main__ import main; main([sys.argv[1]]);"
+        "assert 'report.figures' in sys.modules; assert 'torch' not in sys.modules"
     )
     done = python(code, own_run)
     assert done.returncode == 0, done.stderr
 
 
 def test_without_matplotlib_there_are_tables_and_a_line_that_says_so(own_run):
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; import run.report as r; r.main(sys.argv[1:])"
-    )
+    code = "import sys; sys.modules['matplotlib'] = None; import report.__main__ as r; r.main(sys.argv[1:])"
     done = python(code, own_run)
     assert done.returncode == 0, done.stderr
     page = Page((own_run / "report.html").read_text())

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import run.device
 from errors import BadOption, BadRun
+from files import JsonLines, write_json
 from run.checkpoint import (
     Progress,
     check_run,
@@ -25,9 +26,8 @@ from run.checkpoint import (
     save_checkpoint,
 )
 from run.device import pick_device, pick_precision
-from run.files import write_json
-from run.metrics import MetricsLog, read_metrics
 from run.options import from_json, option, parse, table, to_json
+from tests.toys import read_log
 from train import TrainConfig, learning_rate, validation_steps
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
@@ -366,13 +366,13 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_the_log_is_cut_back_to_what_the_checkpoint_knew(tmp_path):
-    log = MetricsLog(tmp_path / "m.jsonl")
+    log = JsonLines(tmp_path / "m.jsonl")
     log.write(step=1, loss=0.1 + 0.2)
     known = log.bytes
     log.write(step=2, loss=0.5)
-    again = MetricsLog(tmp_path / "m.jsonl", keep=known)
+    again = JsonLines(tmp_path / "m.jsonl", keep=known)
     again.write(step=2, loss=math.nan)
-    assert read_metrics(tmp_path / "m.jsonl") == [
+    assert read_log(tmp_path / "m.jsonl") == [
         {"step": 1, "loss": 0.1 + 0.2},
         {"step": 2, "loss": None},
     ]
@@ -382,12 +382,12 @@ def test_a_torn_last_line_is_not_read(tmp_path):
     whole = b'{"step": 1}\n{"step": 2}\n'
     for torn in (b"", b'{"st', b"\xff\x00", b'{"step": 3}'):
         (tmp_path / "m.jsonl").write_bytes(whole + torn)
-        assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
+        assert read_log(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 def test_a_log_that_was_lost_starts_anew_and_can_be_read(tmp_path):
-    MetricsLog(tmp_path / "m.jsonl", keep=1000).write(step=7)
-    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 7}]
+    JsonLines(tmp_path / "m.jsonl", keep=1000).write(step=7)
+    assert read_log(tmp_path / "m.jsonl") == [{"step": 7}]
 
 
 # Device and precision

@@ -9,14 +9,14 @@ import pytest
 
 import evaluate
 import train
-from data.multiple_choice import FORMS
+from data.multiple_choice import CHOICE_TASKS
 from data.own import load_path
 from data.rows import read_problems
 from errors import BadData, BadOption
 from evaluation.generative import had_format
-from evaluation.self_made import right_solutions
+from evaluation.rejection import right_solutions
 from evaluation.statistics import wilson_interval
-from run.records import read_run
+from report.records import read_run
 from tests import test_hub
 from tests.test_evaluation import (  # noqa: F401  # `trained` is a fixture
     COMMON,
@@ -204,7 +204,7 @@ def test_solutions_that_cannot_be_kept_are_refused_before_any_is_made(
 
 def test_every_task_is_fetched_learned_from_and_evaluated(tmp_path, lively_checkpoint, monkeypatch):
     files = {"models/toy/qwen2": {f.name: f.read_bytes() for f in lively_checkpoint.iterdir()}}
-    for name, form in FORMS.items():
+    for name, form in CHOICE_TASKS.items():
         of = files.setdefault(f"datasets/{form.repo}", {"README.md": b"not asked for"})
         for split, rows in splits(name).items():
             of[f"{form.folder}/{split}-00000-of-00001.parquet"] = parquet(rows)
@@ -216,7 +216,7 @@ def test_every_task_is_fetched_learned_from_and_evaluated(tmp_path, lively_check
     command = [word if word != "gsm8k" else "arc-challenge" for word in test_hub.TOY]
     learned = test_hub.python(*command, "--out", out, **place)
     assert learned.returncode == 0, learned.stderr
-    asked = ["--adapter", out / "best", "--data", *FORMS, "--shots", 2, *test_hub.FEW]
+    asked = ["--adapter", out / "best", "--data", *CHOICE_TASKS, "--shots", 2, *test_hub.FEW]
     found = test_hub.python("evaluate.py", *asked, **place)
     stub.shutdown()
     stub.server_close()

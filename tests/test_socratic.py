@@ -12,7 +12,7 @@ from data.encode import IGNORE, encode_problems
 from data.rows import Message, Problem, read_problems
 from data.socratic import parse_turns
 from data.split import split_problems
-from evaluation.answers import Asking, answers
+from evaluation.answers import GenerationSettings, answers
 from evaluation.conversation import next_turn
 from model.generate import Sampling, generate
 from model.load import load_model
@@ -136,7 +136,7 @@ PROBLEMS = [conversation(turns, f"p{i}") for i, turns in enumerate((3, 1, 2, 3, 
 ENDS = {"eos_ids": (toys.IM_END,)}
 
 
-def slowly(model, chat, problem: Problem, asking: Asking, place: int) -> list[str]:
+def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int) -> list[str]:
     """Each turn by itself, after the user's turns and the answers given before."""
     messages, said = [], []
     for user in problem.messages[::2]:
@@ -144,7 +144,7 @@ def slowly(model, chat, problem: Problem, asking: Asking, place: int) -> list[st
         seed = asking.sampling.seed + len(said) * 2**40
         (answer,) = generate(
             model, [chat.prompt(tuple(messages))], max_new_tokens=asking.max_new_tokens,
-            vocabulary=chat.vocabulary, rows=[place], **ENDS,
+            vocabulary=chat.vocab_size, rows=[place], **ENDS,
             sampling=Sampling(temperature=asking.sampling.temperature, seed=seed),
         )  # fmt: skip
         said.append(chat.decode(answer.tokens))
@@ -155,7 +155,7 @@ def slowly(model, chat, problem: Problem, asking: Asking, place: int) -> list[st
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 @pytest.mark.parametrize("samples, temperature", [(1, 0.0), (2, 1.0)])
 def test_each_turn_hears_the_models_own_answers(model, chat, batch_size, samples, temperature):
-    asking = Asking(
+    asking = GenerationSettings(
         sampling=Sampling(temperature=temperature, seed=3), samples=samples, max_new_tokens=6,
         batch_size=batch_size,
     )  # fmt: skip
@@ -170,7 +170,7 @@ def test_each_turn_hears_the_models_own_answers(model, chat, batch_size, samples
 
 
 def test_the_gold_answers_of_earlier_turns_change_nothing(model, chat):
-    asking = Asking(max_new_tokens=6)
+    asking = GenerationSettings(max_new_tokens=6)
     other = [Problem(p.id, tuple(m if m.role == "user" else Message("assistant", "no")
                                  for m in p.messages)) for p in PROBLEMS]  # fmt: skip
     texts = [
@@ -189,7 +189,9 @@ def test_what_is_shown_before_a_turn_holds_no_gold():
 def test_conversations_that_are_done_are_not_held_again_and_the_rest_comes_out_the_same(
     model, chat
 ):
-    asking = Asking(sampling=Sampling(temperature=1.0), samples=2, max_new_tokens=5, batch_size=1)
+    asking = GenerationSettings(
+        sampling=Sampling(temperature=1.0), samples=2, max_new_tokens=5, batch_size=1
+    )
     whole = {(c.id, c.sample): (c.text, c.turns)
              for c in answers(model, chat, PROBLEMS, asking, **ENDS)}  # fmt: skip
     done = {("p0", 1), ("p1", 0), ("p2", 0)}
@@ -201,14 +203,14 @@ def test_conversations_that_are_done_are_not_held_again_and_the_rest_comes_out_t
 def test_one_may_leave_in_the_middle_of_a_conversation(model, chat):
     looks = []
 
-    def look():
+    def poll():
         looks.append(1)
         if len(looks) == 20:
             raise KeyboardInterrupt
 
-    asking = Asking(max_new_tokens=6, batch_size=2)
+    asking = GenerationSettings(max_new_tokens=6, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        list(answers(model, chat, PROBLEMS, asking, look=look, **ENDS))
+        list(answers(model, chat, PROBLEMS, asking, poll=poll, **ENDS))
     assert len(looks) == 20
 
 

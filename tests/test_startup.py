@@ -38,7 +38,7 @@ def test_rows_keep_their_numbers_however_many_are_encoded_at_once(checkpoint, mo
     examples, left_out = encode_problems(problems, range(100, 137), chat, longest)
     kept = {100 + n: chat.encode(turns).tokens for n, turns in enumerate(TURNS)}
     kept = {row: tokens for row, tokens in kept.items() if len(tokens) <= longest}
-    assert {e.row: e.tokens.tolist() for e in examples} == kept
+    assert {e.row_id: e.tokens.tolist() for e in examples} == kept
     assert len(left_out) == 37 - len(kept) > 0
 
 

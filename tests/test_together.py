@@ -7,7 +7,7 @@ import train
 from data.rows import Message, Problem, parse_row
 from data.split import normal, split_problems
 from evaluation.answers import Completion
-from evaluation.self_made import right_solutions
+from evaluation.rejection import right_solutions
 from tests import toys
 from tests.test_data import write_lines
 from tests.test_multiple_choice import hub  # noqa: F401  # a fixture

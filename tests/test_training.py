@@ -30,7 +30,7 @@ from lora.inject import LoRAConfig, inject
 from lora.peft_format import WEIGHTS, read_adapter
 from model.load import load_model
 from run.checkpoint import read_progress
-from run.metrics import read_metrics
+from tests.toys import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_KEYS = ("step epoch train_loss train_token_accuracy learning_rate grad_norm"
@@ -58,7 +58,7 @@ def toy(lively_checkpoint, arithmetic):
 def run(out: Path, flags: list, *more: object) -> list[dict]:
     """Train in this process; the lines of the metrics log."""
     train.main([str(flag) for flag in [*flags, "--out", out, *more]])
-    return read_metrics(out / "metrics.jsonl")
+    return read_log(out / "metrics.jsonl")
 
 
 def series(lines: list[dict], key: str) -> list[float]:
@@ -69,7 +69,7 @@ def left_behind(out: Path) -> dict:
     """All that a run leaves, but for what depends on clocks."""
     files = [*(out / "best").iterdir(), *out.glob("checkpoints/*/state.safetensors")]
     kept = {str(f.relative_to(out)): f.read_bytes() for f in [*files, out / "validation.jsonl"]}
-    lines = read_metrics(out / "metrics.jsonl")
+    lines = read_log(out / "metrics.jsonl")
     clocks = {"tokens_per_second", "peak_memory_gb"}
     kept["metrics"] = [{k: v for k, v in line.items() if k not in clocks} for line in lines]
     progress = vars(read_progress(out))
@@ -220,7 +220,9 @@ def test_the_adapter_in_best_has_the_lowest_validation_loss_of_the_run(
     held_out, _ = read_problems(tmp_path / "run" / "validation.jsonl")
     examples = encode(toy[1], held_out, list(range(len(held_out))))
     nats = slow_nats(toy[1], examples, tmp_path / "run" / "best")
-    assert sum(nats) / sum(e.supervised for e in examples) == pytest.approx(min(losses), rel=1e-6)
+    assert sum(nats) / sum(e.supervised_count for e in examples) == pytest.approx(
+        min(losses), rel=1e-6
+    )
     assert (losses[-1] == min(losses)) == (late_rate > 0)
 
 
@@ -232,7 +234,7 @@ def test_a_steps_loss_is_the_mean_over_its_tokens_and_not_a_mean_of_means(tmp_pa
     examples = encode(toy[1], problems, train_rows)
     step = Schedule(examples, batch_size=1, grad_accum=6, epochs=3, seed=0).step(0)
     examples = sum(step.micro_batches, [])
-    nats, tokens = slow_nats(toy[1], examples), [e.supervised for e in examples]
+    nats, tokens = slow_nats(toy[1], examples), [e.supervised_count for e in examples]
     assert logged == pytest.approx(sum(nats) / sum(tokens), rel=1e-6)
     mean_of_means = sum(n / t for n, t in zip(nats, tokens, strict=True)) / len(nats)
     assert abs(mean_of_means / logged - 1) > 1e-4
@@ -244,7 +246,7 @@ def test_the_validation_loss_is_over_all_held_out_tokens_whatever_the_batch_size
         (logged,) = series(run(tmp_path / str(batch_size), toy, *flags), "val_loss")
         held_out, _ = read_problems(tmp_path / str(batch_size) / "validation.jsonl")
         examples = encode(toy[1], held_out, list(range(len(held_out))))
-        tokens = sum(e.supervised for e in examples)
+        tokens = sum(e.supervised_count for e in examples)
         assert logged == pytest.approx(sum(slow_nats(toy[1], examples)) / tokens, rel=1e-6)
 
 
@@ -269,7 +271,7 @@ def test_two_ranks_train_as_one_does(tmp_path, toy):
     ]  # fmt: skip
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    two = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    two = read_log(tmp_path / "two" / "metrics.jsonl")
     for key in ("step", "train_loss", "val_loss", "learning_rate", "train_token_accuracy"):
         assert series(two, key) == pytest.approx(series(one, key), rel=1e-6)
     assert "2 micro-batches x 2 ranks = 8 a step" in outputs[0] and "a step" not in outputs[1]

@@ -16,6 +16,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from data.chat import WORDS
+from files import JsonLines
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the tokenizer's last ids, as in Qwen2
 TOKENS = 300  # entries of the tokenizer, the special ones included
@@ -211,3 +212,8 @@ def write_json(path: Path, value: object) -> None:
 def change_json(path: Path, **changes: object) -> None:
     """Set keys of a JSON object in a file; a key set to None is null there."""
     write_json(path, json.loads(path.read_text()) | changes)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The objects of a JSON Lines file, all of whose lines are whole."""
+    return [line.value for line in JsonLines.read(path)]

@@ -27,8 +27,8 @@ from errors import run_script
 from lora.peft_format import WEIGHTS, read_adapter_config
 from run import stopping
 from run.checkpoint import KEEP, read_progress
-from run.metrics import read_metrics
 from tests import toys
+from tests.toys import read_log
 
 # 3 epochs of 12 steps of 4 micro-batches, dropout, a validation every 6 steps.
 LONG = "--batch-size 2 --grad-accum 4 --epochs 3 --r 2 --evals-per-epoch 2".split()
@@ -125,7 +125,7 @@ def be_a_script(argv: list[str], fault: Fault | None, env: dict | None) -> int:
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
     sys.argv = ["train.py", *argv]
     os.environ |= {"TOKENIZERS_PARALLELISM": "false"} | (env or {})
-    sys.modules["run.figures"] = None  # a report without pictures: they are a second
+    sys.modules["report.figures"] = None  # a report without pictures: they are a second
     stopping.STARTED = time.monotonic()
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -192,7 +192,7 @@ def left_behind(out: Path) -> dict:
     kept = {str(path.relative_to(out)): path.read_bytes() for path in files}
     kept["log"] = [
         {k: v.hex() if isinstance(v, float) else v for k, v in line.items() if k not in CLOCKS}
-        for line in read_metrics(out / "metrics.jsonl")
+        for line in read_log(out / "metrics.jsonl")
     ]
     progress = vars(read_progress(out))
     kept["progress"] = {k: v for k, v in progress.items() if k not in ("seconds", "log_bytes")}

@@ -11,7 +11,7 @@ import pytest
 
 import evaluate
 from errors import run_script
-from run.files import damage
+from files import damage
 from tests.campaign.harness import (
     FileCalls,
     await_steps,

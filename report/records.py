@@ -180,7 +180,7 @@ def _counts(value: Any, most: int) -> dict[str, int]:
 def _read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     """(every line's object, how many whole lines are none); a torn last line is not whole.
 
-    Unlike `run.metrics.read_metrics`, on which a run goes on, it reads around damage.
+    Unlike `run.metrics.read_log`, on which a run goes on, it reads around damage.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]

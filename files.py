@@ -7,14 +7,109 @@ it still is what was written, `damage` tells from the sizes and hashes in the fo
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from errors import UserError
 
 MANIFEST = "manifest.json"
+LARGEST_JSON = 2**26  # bytes; the largest published files, tokenizers, have a sixth of that
+
+
+def read_json(
+    path: Path,
+    error: type[UserError],
+    remedy: str,
+    *,
+    kind: type = dict,
+    missing: str | None = None,
+) -> Any:
+    """The JSON value in a file that nobody vouches for, which must be a `kind`.
+
+    Raises `error` with `remedy` if it is missing (`missing` is then the cause, if given), too
+    large, nested too deep, not JSON, or of another kind.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_JSON:
+            raise ValueError(f"it is not a file of at most {LARGEST_JSON:,} bytes")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
+        return value
+    except FileNotFoundError:
+        raise error(missing or f"{path} does not exist", remedy) from None
+    except RecursionError:
+        raise error(f"{path} cannot be read: it is nested too deep", remedy) from None
+    except (OSError, ValueError) as failure:
+        raise error(f"{path} cannot be read: {failure}", remedy) from None
+
+
+class Line(NamedTuple):
+    """One complete line of a JSON Lines file."""
+
+    value: dict[str, Any] | None  # None: damaged, it is not a JSON object
+    end: int  # offset in bytes of the first byte after it
+
+
+class JsonLines:
+    """An append-only log of JSON objects, one a line: metrics, answers, scores.
+
+    Opening it keeps the first `keep` bytes of an existing file, as far as they are whole lines: a
+    disk that lost its power may have kept less than it reported, or zeros.
+    """
+
+    def __init__(self, path: Path, keep: int = 0):
+        self.path = path
+        lines = self.read(path, keep)
+        while lines and lines[-1].value is None:
+            lines.pop()
+        self._file = path.open("ab")
+        self._file.truncate(lines[-1].end if lines else 0)
+
+    @staticmethod
+    def read(path: Path, limit: int | None = None) -> list[Line]:
+        """Every complete line in the first `limit` bytes; none where there is no file.
+
+        What follows the last newline was torn off, and is not returned.
+        """
+        try:
+            data = path.read_bytes()[:limit]
+        except FileNotFoundError:
+            return []
+        lines, end = [], 0
+        for text in data.split(b"\n")[:-1]:
+            end += len(text) + 1
+            lines.append(Line(_object_or_none(text), end))
+        return lines
+
+    def write(self, **values: Any) -> None:
+        """Append one line; a number that is not finite becomes null, since JSON has no NaN."""
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
+        self._file.write(json.dumps(finite).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force the log to the disk; returns its size in bytes, which a checkpoint records."""
+        os.fsync(self._file.fileno())
+        return self.path.stat().st_size
+
+
+def _object_or_none(text: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def write_file(path: Path, data: bytes) -> None:

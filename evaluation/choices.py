@@ -71,7 +71,7 @@ class Scored:
 
 def with_shots(problem: Problem, solved: list[Problem]) -> Problem:
     """The same problem with solved ones, and what is said once, before it in its context."""
-    told = [f"{s.context} {s.options[s.right]}\n\n" for s in (p.choices for p in solved)]
+    told = [f"{s.context} {s.options[s.gold]}\n\n" for s in (p.choices for p in solved)]
     context = problem.choices.head + "".join(told) + problem.choices.context
     return replace(problem, choices=replace(problem.choices, context=context, head=""))
 
@@ -209,7 +209,7 @@ def likeliest(scores: list[float]) -> int | None:
 
 
 def acc(scores: list[float], choices: Choices) -> bool:
-    return likeliest(scores) == choices.right
+    return likeliest(scores) == choices.gold
 
 
 def acc_norm(scores: list[float], choices: Choices) -> bool:
@@ -229,7 +229,7 @@ def choice_figures(problems: list[Problem], scored: dict[str, Scored]) -> dict[s
         for name, judge in judges(problems).items()
     }
     outcomes = next(iter(right.values()))
-    of_right = [-scored[p.id].scores[p.choices.right] for p in problems]
+    of_right = [-scored[p.id].scores[p.choices.gold] for p in problems]
     return {
         "right": {name: sum(of) for name, of in right.items()},
         "right_choice_nats": sum(of_right) / len(of_right),

@@ -1,6 +1,6 @@
 """The report of a run: what the tuning is worth, how it learned, what it cost, how to repeat it.
 
-    python -m run.report out/qwen2-0.5b-instruct-gsm8k --price-per-hour 2.5
+    python -m report out/qwen2-0.5b-instruct-gsm8k --price-per-hour 2.5
 
 A pure function of the run folder, at any time in a run's life. The idea: `read_run` turns files
 that may be missing, torn or hostile into clean values; sections turn those into plain blocks; and
@@ -23,8 +23,7 @@ from typing import Any
 from errors import BadRun, is_full, run_script
 from evaluation.mistakes import KINDS
 from evaluation.statistics import wilson_interval
-from run.options import option, parse
-from run.page import (
+from report.page import (
     Block,
     Cards,
     Code,
@@ -37,7 +36,8 @@ from run.page import (
     to_html,
     to_markdown,
 )
-from run.records import FATES, Evaluation, Points, Run, clean, mapping, numbers, read_run
+from report.records import FATES, Evaluation, Points, Run, clean, mapping, numbers, read_run
+from run.options import option, parse
 
 TEACHER_FORCED = (
     "Token accuracy (teacher-forced) is the share of a reference answer's tokens that the model "
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         argv.insert(0, "--run")
     config = parse(ReportConfig, argv, "Write report.html and report.md into a run folder.")
     if not config.run:
-        raise BadRun("no run folder is given", "python -m run.report out/...")
+        raise BadRun("no run folder is given", "python -m report out/...")
     print(f"report in {write_report(Path(config.run), config.price_per_hour)}")
 
 
@@ -80,7 +80,7 @@ def write_report(run: Path, price_per_hour: float | None = None) -> Path:
     """
     found = read_run(run)
     try:
-        from run import figures  # matplotlib: an extra, and a second to import
+        from report import figures  # matplotlib: an extra, and a second to import
     except ImportError:
         figures = None
     blocks = report_blocks(found, figures, price_per_hour)

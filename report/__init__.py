@@ -1,0 +1,1 @@
+"""A page about a run folder, made without torch: `python -m report out/...`."""
