@@ -65,8 +65,11 @@ class JsonLines:
     disk that lost its power may have kept less than it reported, or zeros.
     """
 
-    def __init__(self, path: Path, keep: int = 0):
+    def __init__(self, path: Path | None, keep: int = 0):
+        """`path` None is a log that is switched off: it writes nothing."""
         self.path = path
+        if path is None:
+            return
         lines = self.read(path, keep)
         while lines and lines[-1].value is None:
             lines.pop()
@@ -91,6 +94,8 @@ class JsonLines:
 
     def write(self, **values: Any) -> None:
         """Append one line; a number that is not finite becomes null, since JSON has no NaN."""
+        if self.path is None:
+            return
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
@@ -100,6 +105,8 @@ class JsonLines:
 
     def sync(self) -> int:
         """Force the log to the disk; returns its size in bytes, which a checkpoint records."""
+        if self.path is None:
+            return 0
         os.fsync(self._file.fileno())
         return self.path.stat().st_size
 

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import run_script
 from lora.inject import LoRAConfig, inject, trained_parameters
 from model.load import find_checkpoint, load_model
-from run.checkpoint import Progress, save_checkpoint
-from run.export import publish_best
+from run.best import publish_best
+from run.checkpoint import save_checkpoint
+from run.folder import Progress, Run
 from run.options import option, parse
 from train import TrainConfig, fingerprint_base
 
@@ -59,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(out: Path) -> None:
         progress.cursor += 1
-        save_checkpoint(out, progress, parameters=parameters, optimizer=optimizer, scaler=scaler)
+        save_checkpoint(
+            Run(out), progress, parameters=parameters, optimizer=optimizer, scaler=scaler
+        )
 
     def publish(out: Path) -> None:
         publish_best(model, out, lora, checkpoint=checkpoint, data="gsm8k", step=1, loss=1.0)

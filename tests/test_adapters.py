@@ -37,7 +37,7 @@ from model.compile import compile_layers
 from model.load import load_model
 from model.loss import linear_cross_entropy
 from run import export
-from run.checkpoint import read_progress
+from run.folder import Run
 from tests import toys
 from tests.test_lora import (
     EVERYWHERE,
@@ -538,7 +538,7 @@ def run_in_two_sittings(monkeypatch, out: Path, flags: list) -> None:
     with monkeypatch.context() as during, pytest.raises(Interrupted):
         during.setattr(train, "save_checkpoint", interrupted)
         run(out, flags)
-    assert read_progress(out).step == 1
+    assert Run(out).read_progress().step == 1
     run(out, flags)
 
 

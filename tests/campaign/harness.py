@@ -26,7 +26,7 @@ import train
 from errors import run_script
 from lora.peft_format import WEIGHTS, read_adapter_config
 from run import stopping
-from run.checkpoint import KEEP, read_progress
+from run.folder import KEEP, Run
 from tests import toys
 from tests.toys import read_log
 
@@ -194,7 +194,7 @@ def left_behind(out: Path) -> dict:
         {k: v.hex() if isinstance(v, float) else v for k, v in line.items() if k not in CLOCKS}
         for line in read_log(out / "metrics.jsonl")
     ]
-    progress = vars(read_progress(out))
+    progress = vars(Run(out).read_progress())
     kept["progress"] = {k: v for k, v in progress.items() if k not in ("seconds", "log_bytes")}
     return kept
 
@@ -211,7 +211,7 @@ def check_instant(out: Path) -> None:
 
 def steps_to_do_again(out: Path) -> int:
     """Steps that are logged and in no whole checkpoint."""
-    progress = read_progress(out)
+    progress = Run(out).read_progress()
     return steps_logged(out) - (progress.cursor if progress else 0)
 
 
