@@ -60,7 +60,7 @@ from run.device import (
     versions,
 )
 from run.distributed import World
-from run.folder import Progress, Run, check_place, check_space, lock
+from run.folder import Progress, Run, check_place, check_space, default_folder, lock
 from run.options import option, parse, to_json
 from run.stopping import Stop, StopRequested
 
@@ -293,9 +293,8 @@ def train(
     scaler.scale(torch.zeros((), device=base.device))  # or a rank without rows could not unscale
     progress = load_checkpoint(run, parameters=parameters, optimizer=optimizer, scaler=scaler)
     last = data.schedule.total_steps
-    progress.stopped = progress.reason_finished(
-        last, config.patience, config.stop_on
-    )  # options may allow more steps now
+    # The options may allow more steps now than when the run finished.
+    progress.stopped = progress.reason_finished(last, config.patience, config.stop_on)
     log = JsonLines(run.log_file if world.is_main else None, keep=progress.log_bytes)
     bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)

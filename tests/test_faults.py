@@ -508,7 +508,7 @@ def test_more_epochs_and_other_cadences_are_accepted_and_recorded(short, whole, 
     changes = json.loads((out / "config.json").read_text())["changes"]
     expected = {"epochs was 2, is 3", "evals_per_epoch was 2, is 5", "patience was 5, is 50"}
     assert set(changes) == expected | {f"out was {whole}, is {out}"}
-    assert all(f"goes on, but {change}\n" in ended.out for change in changes)
+    assert all(f"resuming, although {change}\n" in ended.out for change in changes)
     assert steps_logged(out) == 15 and Run(out).read_progress().cursor == 15
 
 
@@ -717,11 +717,11 @@ def test_what_fails_on_one_rank_is_said_once_and_all_leave(two_ranks, tmp_path):
     [
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1,
          "error: the disk is full: a/b: No space left on device\n"
-         "  make room; the same command then goes on\n"),
+         "  free some space, then rerun the command to resume\n"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 1,
          "error: the disk is full: Disk quota exceeded\n"
-         "  make room; the same command then goes on\n"),
-        (KeyboardInterrupt(), 130, "stopped by the keyboard\n"),
+         "  free some space, then rerun the command to resume\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
 )  # fmt: skip

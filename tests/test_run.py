@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run.device
+from data.batches import Schedule, Share
 from errors import BadOption, BadRun
 from files import JsonLines, write_json
 from run.checkpoint import load_checkpoint, save_checkpoint
@@ -87,9 +88,8 @@ def command_line(config: object) -> list[str]:
 def test_every_option_survives_the_command_line_and_json(config):
     assert parse(type(config), command_line(config), "") == config
     saved = json.loads(json.dumps(to_json(config)))
-    assert (
-        type(config)(**{k: tuple(v) if type(v) is list else v for k, v in saved.items()}) == config
-    )
+    restored = {k: tuple(v) if type(v) is list else v for k, v in saved.items()}
+    assert type(config)(**restored) == config
 
 
 def test_without_flags_every_option_has_its_default():
@@ -183,7 +183,8 @@ def test_the_learning_rate_rises_over_the_warm_up_and_then_has_its_shape(shape, 
 
 @given(st.integers(1, 50), st.integers(1, 60), st.integers(1, 160))
 def test_validation_comes_evenly_at_every_epochs_end_and_at_the_last_step(per_epoch, evals, last):
-    steps = validation_steps(per_epoch.__mul__, evals, last)
+    schedule = Schedule([], 1, 1, epochs=200, seed=0, max_steps=last, sources=(Share(per_epoch),))
+    steps = schedule.validation_steps(evals)
     assert last in steps and min(steps) > 0 and max(steps) == last
     assert {s for s in range(1, last + 1) if s % per_epoch == 0} <= steps
     gaps = np.diff([0, *sorted(steps)])
