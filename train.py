@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,14 @@ from data.chat import ChatFormat
 from data.encode import Example
 from data.mixture import Part, encode_mixture, load_mixture, mixture_identity, source_names
 from data.rows import Problem
-from errors import BadOption, TrainingFailed, listed, printable, run_script
+from errors import TrainingFailed, printable, run_script
 from evaluation.answers import GenerationSettings, answers
 from evaluation.generative import choose_scorers
 from evaluation.teacher_forced import teacher_forced
 from files import JsonLines, hash_files, write_file, write_json
-from lora.init import INITS
-from lora.inject import (
-    BIASES,
-    LoRAConfig,
-    added_numbers,
-    by_target,
-    count,
-    inject,
-    seed_dropout,
-    trained_parameters,
-)
+from lora.config import LoRAConfig, added_parameters
+from lora.inject import count, inject, seed_dropout, trained_parameters
+from lora.options import lora_config, lora_options
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
 from lora.plus import rate_groups
 from model.compile import check_compiler, compile_layers
@@ -92,16 +84,12 @@ class TrainConfig:
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
     out: str | None = option(None, "run folder (default: out/<model>-<data>)")
 
-    r: int = option(8, "rank: more holds more, and costs little", least=1)
-    rank: str | None = option(None, "rank by target, as in q_proj=16,default=8")
-    alpha: float = option(16.0, "scaling is alpha / r", above=0)
-    alphas: str | None = option(None, "alpha by target, as in q_proj=32,default=16")
+    rank: str = option("8", "adapter rank; higher can learn more; also by layer: 8,q_proj=16")
+    alpha: str = option("16", "scaling is alpha / rank; also by layer: 16,q_proj=32")
     dropout: float = option(0.1, "share of an adapter's inputs dropped", least=0, below=1)
     targets: tuple[str, ...] = option(("attention",), "attention, all-linear, or layer names")
-    bias: str = option("none", "biases to train as well", choices=BIASES)
     rslora: bool = option(False, "scaling alpha / sqrt(r): for ranks above 32")
     dora: bool = option(False, "train directions and lengths apart; slower")
-    init: str = option("kaiming", "what A and B start from", choices=INITS)
     from_adapter: str | None = option(None, "train on this adapter, with its r, alpha and targets")
 
     epochs: int = option(3, "times that each training row is taken", least=1)
@@ -169,8 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(
         TrainConfig, argv, "Fine-tune Qwen2 through low-rank adapters.", presets={"demo": DEMO}
     )
-    lora = adapter_settings(config)
-    config = replace(config, **adapter_options(lora))  # what is trained, wherever it was said
+    lora = lora_config(asdict(config))
+    config = replace(config, **lora_options(lora))  # what is trained, wherever it was said
     device = pick_device(config.device, distributed.local_rank())
     precision, why = pick_precision(config.precision, device)
     prepare_memory(device)
@@ -516,56 +504,12 @@ def validation_steps(
     return {s for s in steps if 0 < s <= last}
 
 
-def adapter_settings(config: TrainConfig) -> LoRAConfig:
-    """What is trained: as the options have it or, with --from-adapter, as the adapter has it.
-
-    BadOption if both say something, and not the same. Dropout is always the options'.
-    """
-    ranks = by_target("--rank", config.rank, int)
-    alphas = by_target("--alphas", config.alphas, float)
-    usual = LoRAConfig(dropout=config.dropout)
-    asked = LoRAConfig(
-        r=ranks.pop("default", config.r), alpha=alphas.pop("default", config.alpha),
-        dropout=config.dropout, targets=config.targets, bias=config.bias, rslora=config.rslora,
-        dora=config.dora, init=config.init, ranks=ranks, alphas=alphas,
-    )  # fmt: skip
-    if config.r not in (usual.r, asked.r) or config.alpha not in (usual.alpha, asked.alpha):
-        raise BadOption(
-            f"--r {config.r}, --alpha {config.alpha:g} and default={asked.r} of --rank,"
-            f" default={asked.alpha:g} of --alphas are not the same",
-            "give each in one way",
-        )
-    if config.from_adapter is None:
-        return asked
-    theirs, _, _ = read_adapter_config(Path(config.from_adapter))
-    theirs = replace(theirs, dropout=config.dropout)
-    values = [
-        (f.name, *(getattr(c, f.name) for c in (theirs, usual, asked))) for f in fields(asked)
-    ]
-    if refused := [f"{n} is {t} there, {a} here" for n, t, u, a in values if a not in (t, u)]:
-        raise BadOption(
-            f"--from-adapter {config.from_adapter}: {listed(refused)}",
-            "leave those options out: the adapter says what they are",
-        )
-    return theirs
-
-
-def adapter_options(lora: LoRAConfig) -> dict[str, object]:
-    """The options that say `lora`, each in one way."""
-    names = ("r", "alpha", "targets", "bias", "rslora", "dora", "init")
-    rank, alphas = (
-        ",".join(f"{end}={v}" for end, v in values.items()) or None
-        for values in (lora.ranks, lora.alphas)
-    )
-    return {name: getattr(lora, name) for name in names} | {"rank": rank, "alphas": alphas}
-
-
 def check_adapters(base: Qwen2Config, lora: LoRAConfig) -> int:
     """How many numbers such adapters have on such a base; BadOption if they do not fit its layers.
     Before its weights are read.
     """
     with torch.device("meta"):
-        return added_numbers(Qwen2(base), lora)
+        return added_parameters(Qwen2(base), lora)
 
 
 def prepare_data(

@@ -37,6 +37,7 @@ from torch import nn
 
 from errors import BadRun, TrainingFailed, listed
 from files import clean_up, damage, json_bytes, remove_folder, write_folder
+from lora.options import upgrade_options
 
 KEEP = 2  # checkpoints: the newest, and one to fall back on
 LOCK = "lock"
@@ -105,6 +106,7 @@ def check_run(
         return None
     try:
         old = json.loads((folder / "config.json").read_text())
+        old = {"options": upgrade_options(old["options"]), "identity": old["identity"]}
         old_values, values = ({**defaults, **c["options"], **c["identity"]} for c in (old, config))
     except (OSError, ValueError, KeyError, TypeError):
         raise BadRun(

@@ -16,7 +16,8 @@ from torch import nn
 
 from errors import BadOption, listed, run_script
 from files import sync_files, sync_folder
-from lora.inject import LoRAConfig, merge, unwrapped_state
+from lora.config import LoRAConfig
+from lora.inject import merge, unwrapped_state
 from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_adapter
 from model.load import Checkpoint, find_checkpoint, load_model, read_config
 from run.checkpoint import check_place
@@ -64,10 +65,6 @@ def publish_best(
         if (checkpoint.folder / name).exists():
             shutil.copyfile(checkpoint.folder / name, beside / name)
     settings = f"Settings: {config}."
-    if config.init == "pissa":
-        settings += (
-            "\nIt is stored as a plain adapter of twice that rank, for the base as published."
-        )
     card = CARD.format(base=checkpoint.name, data=data, step=step, loss=loss, settings=settings)
     (beside / "README.md").write_text(card)
     sync_files(beside)

@@ -318,7 +318,7 @@ def test_a_missing_or_empty_folder_is_a_new_run_and_the_same_configuration_goes_
 def test_another_runs_folder_is_refused_with_old_and_new_side_by_side(tmp_path):
     write_json(tmp_path / "config.json", CONFIG)
     before = snapshot(tmp_path)
-    new = {"r": 16, "alpha": 1.0, "learning_rate": 1e-3, "targets": ["q_proj"], "data": "x",
+    new = {"rank": "16", "alpha": "1", "learning_rate": 1e-3, "targets": ["q_proj"], "data": "x",
            "model": "y", "seed": 5, "batch_size": 2, "grad_accum": 2}  # fmt: skip
     for name, value in new.items():
         with pytest.raises(BadRun) as refusal:
