@@ -14,7 +14,7 @@ from data import multiple_choice
 from data.chat import ChatFormat
 from data.multiple_choice import CHOICE_TASKS, load, parse_arc, parse_hellaswag, parse_mmlu
 from errors import BadData, BadRun
-from evaluation import multiple_choice as scoring
+from evaluation import choices as scoring
 from evaluation.choices import (
     Scored,
     acc,
