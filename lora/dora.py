@@ -18,7 +18,7 @@ Legend:
     r         rank of the update
     W, bias   weight (out, in) and bias (out,) of the frozen base layer
     A, B      the trained matrices of `layer.py`, (r, in) and (out, r)
-    m, gain   one number per row of the weight, (out,)
+    m, gain   one value per row of the weight, (out,)
     ||.||     Euclidean norm of each row, (out,)
 
 Source: DoRA, arXiv:2402.09353; results equal those of peft 0.21.
@@ -68,7 +68,7 @@ class DoRALinear(LoRALinear):
             product = y if bias is None else y - bias  # (T, out)
         low = dropped @ self.lora_A.to(x.dtype).t()  # (T, r)
         update = self.scaling * (low @ self.lora_B.to(x.dtype).t())  # (T, out)
-        # Gains stay close to 1, where bf16 is coarse; gain - 1 survives the rounding.
+        # Gains are close to 1, where bf16 is coarse, so gain - 1 is what gets rounded.
         return y + (gain - 1).to(x.dtype) * product + gain.to(x.dtype) * update  # (T, out)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
 
 A starts random and B starts at zero, so a fresh adapter leaves the output unchanged, and the first
 gradient reaches only B. A and B are fp32 whatever the dtype of the base: bf16 keeps 8 significant
-bits, too few to accumulate updates as small as a learning rate of 2e-4 makes them.
+bits, so most updates at a learning rate of 2e-4 would be rounded away.
 
 Legend:
     T         tokens of a micro-batch

@@ -103,7 +103,7 @@ def _numbers(text: str, kind: type[T], default: T) -> tuple[T, dict[str, T], lis
         try:
             value = kind(number)
         except ValueError:
-            value = 0
+            value = 0  # refused below
         if not 0 < value < math.inf or name in numbers or (equals and not name):
             bad.append(entry)
         numbers[name] = value

@@ -127,11 +127,12 @@ def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None
             cause = cause.replace(option, name)
         raise BadAdapter(f"{folder / CONFIG}: {cause}", remedy) from None
     tensors = _read_tensors(folder / WEIGHTS)
-    # A hostile config can ask for more memory than there is: every parameter takes over a byte.
+    # Every parameter takes more than a byte: refuse a config that would exhaust the memory.
     if parameters > (size := (folder / WEIGHTS).stat().st_size):
+        rank = max([config.r, *config.ranks.values()])
         raise BadAdapter(
-            f"{folder}: the ranks in {CONFIG} mean {parameters:,} parameters, but {WEIGHTS} has"
-            f" only {size:,} bytes",
+            f"{folder}: rank {rank} means {parameters:,} parameters, but {WEIGHTS} has only"
+            f" {size:,} bytes",
             remedy,
         )
     inject(model, config)

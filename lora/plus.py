@@ -1,4 +1,5 @@
-"""LoRA+: B gets a higher learning rate than A, because the two matrices play different roles.
+"""LoRA+: the learning rate of B is a multiple of A's. At equal rates, B learns too slowly in wide
+layers.
 
 Source: LoRA+, arXiv:2402.12354; the assignment of parameters to groups equals peft 0.21's
 `create_loraplus_optimizer`.

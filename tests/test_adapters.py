@@ -584,9 +584,8 @@ def test_a_run_continues_an_adapter_of_peft_with_its_settings(tmp_path, toy, giv
     out, more = tmp_path / "run", ["--from-adapter", given_adapter, "--dropout", 0.25]
     run(out, without_rank(toy), *more, "--learning-rate", 0)
     printed = capsys.readouterr().out
-    assert (
-        f"from the adapter in {given_adapter}, of {toy[1]}: rank 4 (v_proj 3), alpha 8" in printed
-    )
+    source = f"from the adapter in {given_adapter}, of {toy[1]}"
+    assert f"{source}: rank 4 (v_proj 3), alpha 8" in printed
     before, after = load_file(given_adapter / WEIGHTS), load_file(out / "best" / WEIGHTS)
     assert equal(before, after)
     options = json.loads((out / "config.json").read_text())["options"]
@@ -649,15 +648,8 @@ def test_adapter_options_that_cannot_be_used_are_refused(tmp_path, toy, capsys, 
 def test_options_that_contradict_the_adapter_are_refused(
     tmp_path, toy, capsys, given_adapter, flags, cause
 ):
-    flags = [
-        *without_rank(toy),
-        "--out",
-        tmp_path / "run",
-        "--from-adapter",
-        given_adapter,
-        *flags.split(),
-    ]
-    assert cause in refused(flags, capsys)
+    fixed = [*without_rank(toy), "--out", tmp_path / "run", "--from-adapter", given_adapter]
+    assert cause in refused([*fixed, *flags.split()], capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -62,7 +62,7 @@ TRAIN = "--model base --data data --out out --device cpu --precision fp32 "
         ("--dropout 1 --epochs 0", "--dropout 1.0 is not below 1; --epochs 0 is less than 1"),
         ("--learning-rate nan", "--learning-rate nan is not a finite number"),
         ("--schedule wavy", "--schedule: invalid choice: 'wavy'"),
-        ("--bias some", "--bias: invalid choice: 'some'"),
+        ("--bias all", "unrecognized arguments: --bias all"),
         ("--precision int8", "--precision: invalid choice: 'int8'"),
         ("--targets x_proj,q_proj", "--targets: no linear layer is named x_proj"),
         ("--targets lm_head", "--targets: no linear layer is named lm_head"),
