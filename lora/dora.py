@@ -42,7 +42,7 @@ class DoRALinear(LoRALinear):
     def init_magnitude(self) -> None:
         """Create the magnitudes m, equal to the row norms that the initial A and B give."""
         squares = self.base_layer.weight.detach().float().square().sum(dim=1)  # (out,)
-        self.register_buffer("squares", squares, persistent=False)
+        self.register_buffer("squares", squares, persistent=False)  # ||W||², needed at every step
         self.lora_magnitude_vector = nn.Parameter(self.norm())
 
     @torch.no_grad()
