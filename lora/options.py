@@ -60,9 +60,7 @@ def lora_config(options: Mapping[str, Any]) -> LoRAConfig:
 
 
 def lora_options(config: LoRAConfig) -> dict[str, Any]:
-    """The options that describe `config`, each in one canonical form: the reverse of
-    `lora_config`.
-    """
+    """The options that describe `config`, in canonical form: the reverse of `lora_config`."""
     return {
         "rank": _text(config.r, (f"{name}={r}" for name, r in config.ranks.items())),
         "alpha": _text(config.alpha, (f"{name}={a}" for name, a in config.alphas.items())),
