@@ -474,8 +474,8 @@ def test_a_second_trainer_is_refused_and_told_of_the_first_whose_death_frees_the
 @pytest.mark.parametrize(
     "flag, value",
     [
-        ("--learning-rate", 1e-3), ("--batch-size", 4), ("--grad-accum", 2), ("--r", 4),
-        ("--alpha", 3.0), ("--targets", "q_proj"), ("--seed", 1), ("--dropout", 0.3),
+        ("--learning-rate", 1e-3), ("--batch-size", 4), ("--grad-accum", 2), ("--rank", 4),
+        ("--alpha", "3"), ("--targets", "q_proj"), ("--seed", 1), ("--dropout", 0.3),
         ("--data", "other"), ("--model", "other"),
     ],
 )  # fmt: skip

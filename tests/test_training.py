@@ -369,7 +369,7 @@ def write_copying(folder: Path) -> Path:
 def test_a_task_that_can_be_learned_is_learned_and_answered(tmp_path, lively_checkpoint):
     place = ["--precision", "fp32", "--device", "cpu", "--max-new-tokens", 8]
     flags = ["--model", lively_checkpoint, "--data", write_copying(tmp_path / "data"), *place]
-    strong = "--r 32 --alpha 64 --learning-rate 5e-3 --batch-size 8 --epochs 8 --dropout 0"
+    strong = "--rank 32 --alpha 64 --learning-rate 5e-3 --batch-size 8 --epochs 8 --dropout 0"
     counting = "--targets all-linear --stop-on exact-match --evals-per-epoch 1"
     still = ["--learning-rate", 0, "--max-steps", 1, *counting.split()]
     base = run(tmp_path / "still", flags, *still)[-1]

@@ -31,7 +31,7 @@ from tests import toys
 from tests.toys import read_log
 
 # 3 epochs of 12 steps of 4 micro-batches, dropout, a validation every 6 steps.
-LONG = "--batch-size 2 --grad-accum 4 --epochs 3 --r 2 --evals-per-epoch 2".split()
+LONG = "--batch-size 2 --grad-accum 4 --epochs 3 --rank 2 --evals-per-epoch 2".split()
 SHORT = [*LONG, "--limit", "40", "--epochs", "2"]  # 2 epochs of 5 steps
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 CLOCKS = {"tokens_per_second", "peak_memory_gb"}
