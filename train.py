@@ -36,10 +36,10 @@ from data.mixture import (
 from data.rows import Problem
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.teacher_forced import teacher_forced
-from files import JsonLines
+from files import JsonLines, hash_files
 from lora.inject import count, inject, seed_dropout, trained_parameters
-from lora.peft_format import adapter_sha256, read_adapter
-from lora.plus import learning_rate_groups
+from lora.peft_format import CONFIG, WEIGHTS, read_adapter
+from lora.plus import rate_groups
 from model.compile import check_compiler, compile_layers
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
@@ -207,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         "ranks": world.size,
     }
     if config.from_adapter:
-        identity["from_adapter_sha256"] = adapter_sha256(Path(config.from_adapter))
+        files = [Path(config.from_adapter) / name for name in (CONFIG, WEIGHTS)]
+        identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])
     saved = {"options": to_json(config), "identity": identity}
     changes = run.check(saved, to_json(TrainConfig()), upgrade_options)  # None: a new run
     if changes is None:
@@ -284,7 +285,7 @@ def train(
     step.
     """
     lora = lora_config(to_json(config))
-    groups = learning_rate_groups(
+    groups = rate_groups(
         trained_parameters(model), config.lora_plus_ratio, config.weight_decay
     )
     parameters = {name: p for group in groups for name, p in group["params"]}
