@@ -29,10 +29,16 @@ import torch
 from torch import nn
 
 from data.audit import Audit, audit_lines, audit_mixture
-from data.batches import Schedule, Share, flat_batch
+from data.batches import Schedule, SourceRows, flat_batch
 from data.chat import ChatFormat
 from data.encode import Example
-from data.mixture import Part, encode_mixture, load_mixture, mixture_identity, source_names
+from data.mixture import (
+    WeightedSource,
+    encode_mixture,
+    load_mixture,
+    mixture_identity,
+    source_names,
+)
 from data.rows import Problem
 from errors import BadOption, TrainingFailed, listed, printable, run_script
 from evaluation.answers import GenerationSettings, answers
@@ -155,7 +161,7 @@ class Data:
     """What a run learns from and is validated on, and what it takes to answer the latter."""
 
     train: list[Example]
-    shares: tuple[Share, ...]  # of each source in `train`
+    rows: tuple[SourceRows, ...]  # of each source in `train`
     validation: dict[str, list[Example]]  # by source
     held_out: list[Problem]
     audit: Audit
@@ -226,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     schedule = Schedule(
         data.train, batch_size=config.batch_size, grad_accum=config.grad_accum,
         epochs=config.epochs, seed=config.seed, rank=world.rank, ranks=world.size,
-        sources=data.shares,
+        sources=data.rows,
     )  # fmt: skip
     done = read_progress(out)
     if done and why_over(config, done, last_step(config, schedule)) and not changes:
@@ -569,16 +575,16 @@ def check_adapters(base: Qwen2Config, lora: LoRAConfig) -> int:
 
 
 def prepare_data(
-    config: TrainConfig, mixture: list[Part], chat: ChatFormat, eos_ids: tuple[int, ...]
+    config: TrainConfig, mixture: list[WeightedSource], chat: ChatFormat, eos_ids: tuple[int, ...]
 ) -> Data:
     """Split, encode and audit the rows of each source; BadData if a side is left without any."""
     parts = encode_mixture(
         mixture, chat, limit=config.limit, validation_share=config.validation_share,
-        max_length=config.max_length, epochs=config.epochs,
+        max_length=config.max_length,
     )  # fmt: skip
     return Data(
         train=[example for part in parts for example in part.train],
-        shares=tuple(part.share for part in parts),
+        rows=tuple(part.rows for part in parts),
         validation={part.name: part.validation for part in parts},
         held_out=[problem for part in parts for problem in part.held_out],
         audit=audit_mixture(parts),

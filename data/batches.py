@@ -71,13 +71,14 @@ class SourceRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a whole training run over `examples`."""
+    """The steps of a whole training run over `examples`, as one of its ranks sees them."""
 
     examples: list[Example]
     batch_size: int  # examples in a micro-batch
     grad_accum: int  # micro-batches in a step, on each rank
     epochs: int
     seed: int
+    max_steps: int | None = None
     rank: int = 0
     ranks: int = 1
     sources: tuple[SourceRows, ...] = ()  # in the order of `examples`; (): each row once an epoch
@@ -98,7 +99,8 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        return self.epoch_start(self.epochs)
+        steps = self.epoch_start(self.epochs)
+        return min(steps, self.max_steps or steps)
 
     def epoch_start(self, epoch: int) -> int:
         """How many steps precede `epoch`."""
@@ -111,6 +113,13 @@ class Schedule:
     def epochs_in(self, steps: int) -> float:
         """How many epochs the first `steps` steps are."""
         return min(steps / self.steps_per_epoch, self.epochs)
+
+    def validation_steps(self, evals_per_epoch: int) -> set[int]:
+        """After how many steps to validate: evenly spaced in each epoch, and at the very end."""
+        size, last = self.steps_per_epoch, self.total_steps
+        offsets = [round((k + 1) * size / evals_per_epoch) for k in range(evals_per_epoch)]
+        steps = {start + offset for start in range(0, last, size) for offset in offsets}
+        return {step for step in steps | {last} if 0 < step <= last}
 
     def step(self, index: int, halved: int = 0) -> Step:
         """Step `index`, from 0, with the micro-batch size halved `halved` times."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
+from data.batches import SourceRows
 from data.chat import ChatFormat
 from data.custom import parse_columns
 from data.encode import Example, encode_problems
@@ -32,16 +33,16 @@ class WeightedSource:
 
 @dataclass
 class EncodedSource:
-    """A source after the split: its problems and, in the same order, their examples."""
+    """A source, split and encoded."""
 
     name: str
     weight: float
-    rows_per_epoch: int  # training rows that an epoch takes
-    train_problems: list[Problem]
-    validation_problems: list[Problem]
-    test_problems: list[Problem]
+    rows: SourceRows  # how many examples `train` has, and an epoch takes
     train: list[Example]
     validation: list[Example]
+    train_problems: list[Problem]  # the rows of `train`
+    held_out: list[Problem]  # the rows of `validation`
+    test_problems: list[Problem]
     left_out: list[str] = field(default_factory=list)  # "train.jsonl:40: 2310 tokens"
 
 
@@ -69,11 +70,6 @@ def parse_spec(text: str) -> tuple[str, float]:
 def source_names(data: str | Sequence[str]) -> list[str]:
     """The names in `--data`, or in a saved run's option, which used to be a single string."""
     return [parse_spec(text)[0] for text in ([data] if isinstance(data, str) else data)]
-
-
-def rows_per_epoch(weight: float, count: int) -> int:
-    """How many of a source's `count` training rows an epoch takes."""
-    return round(weight * count)
 
 
 def needs_exact_fractions(weights: Iterable[tuple[float, int]]) -> bool:
@@ -149,32 +145,27 @@ def encode_mixture(
     validation_share: float,
     max_length: int,
 ) -> list[EncodedSource]:
-    """Split and encode the first `limit` rows of each source.
+    """Split and encode each source's first `limit` rows (None: all).
 
-    Raises BadData if a source has no training row, no validation row, or a weight too small to take
-    a row.
+    Raises BadData if a source has no row to train on or to validate on, or if its weight is so
+    small that an epoch takes none of its rows.
     """
-    sources = [weighted.source.train[:limit] for weighted in mixture]
-    first, encoded = 0, []
-    for weighted, problems, sides in zip(
-        mixture, sources, split_sources(sources, validation_share), strict=True
-    ):
-        source, left_out, examples = weighted.source, list(weighted.source.bad), []
-        for indices in sides:
-            kept, too_long = encode_problems(
-                [problems[i] for i in indices], [first + i for i in indices], chat, max_length
-            )
-            examples.append(kept)
-            left_out += too_long
-        train, validation = examples
+    limited = [weighted.source.train[:limit] for weighted in mixture]
+    splits = split_sources(limited, validation_share)
+    first, encoded = 0, []  # `first`: the row id of a source's first row
+    for weighted, problems, (train_rows, validation_rows) in zip(mixture, limited, splits):
+        source = weighted.source
+        train, too_long = _encode_rows(problems, train_rows, first, chat, max_length)
+        validation, also_too_long = _encode_rows(problems, validation_rows, first, chat, max_length)
+        left_out = [*source.bad, *too_long, *also_too_long]
         if not train or not validation:
             raise BadData(
                 f"{source.name}: {len(train)} rows to train on and {len(validation)} to validate"
                 f" on ({len(left_out)} left out)",
                 "both need at least one: give more rows, or a larger --max-length",
             )
-        per_epoch = rows_per_epoch(weighted.weight, len(train))
-        if per_epoch == 0:
+        rows = SourceRows(len(train), per_epoch=round(weighted.weight * len(train)))
+        if rows.per_epoch == 0:
             raise BadData(
                 f"{source.name}: an epoch at weight {weighted.weight:g} takes none of its"
                 f" {len(train)} rows",
@@ -182,12 +173,18 @@ def encode_mixture(
             )
         encoded.append(
             EncodedSource(
-                source.name, weighted.weight, per_epoch,
+                source.name, weighted.weight, rows, train, validation,
                 train_problems=[problems[e.row_id - first] for e in train],
-                validation_problems=[problems[e.row_id - first] for e in validation],
-                test_problems=source.test,
-                train=train, validation=validation, left_out=left_out,
+                held_out=[problems[e.row_id - first] for e in validation],
+                test_problems=source.test, left_out=left_out,
             )
         )  # fmt: skip
         first += len(problems)
     return encoded
+
+
+def _encode_rows(
+    problems: list[Problem], rows: list[int], first: int, chat: ChatFormat, max_length: int
+) -> tuple[list[Example], list[str]]:
+    chosen = [problems[row] for row in rows]
+    return encode_problems(chosen, [first + row for row in rows], chat, max_length)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.test_custom_data import parquet
 
 import evaluate
 from data.chat import ChatFormat
@@ -18,7 +19,6 @@ from model.generate import Sampling, generate
 from model.load import load_model
 from tests import toys
 from tests.test_hub import hub, python  # noqa: F401
-from tests.test_own_data import parquet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "gsm8k"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
