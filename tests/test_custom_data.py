@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data.custom import is_hub_id, load_path, parse_columns
 
 import train
+from data.custom import choose_files, is_hub_id, load_path, parse_columns
 from data.rows import Message, parse_row
 from errors import BadData, BadOption
 from tests.test_bad_input import TRAIN, refused, world  # noqa: F401

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_custom_data import parquet
 
 import evaluate
 from data.chat import ChatFormat
@@ -18,6 +17,7 @@ from evaluation.conversation import next_turn
 from model.generate import Sampling, generate
 from model.load import load_model
 from tests import toys
+from tests.test_custom_data import parquet
 from tests.test_hub import hub, python  # noqa: F401
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "gsm8k"
