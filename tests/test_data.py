@@ -1,5 +1,6 @@
 """Laws of the data: rows and problems, the split, ChatML, flat batches, the schedule, the audit."""
 
+import itertools
 import json
 import statistics
 import time
@@ -499,12 +500,11 @@ def test_validations_are_at_each_epochs_end_evenly_before_it_and_at_the_last_ste
     assert last == min(schedule.epochs * schedule.steps_per_epoch, max_steps or 10**9)
     ends = {schedule.epoch_start(epoch + 1) for epoch in range(schedule.epochs)}
     assert found >= {step for step in ends if step <= last} | {last}
-    for step in found - {last}:
-        epoch, place = schedule.place(step)
-        share = place / schedule.steps_per_epoch * evals_per_epoch
-        assert abs(share - round(share)) <= evals_per_epoch / schedule.steps_per_epoch / 2
-        assert 0 < step < last
-    assert len(found) <= schedule.epochs * evals_per_epoch + 1
+    assert found <= set(range(1, last + 1)) and len(found) <= schedule.epochs * evals_per_epoch + 1
+    for start, end in itertools.pairwise([0, *sorted(end for end in ends if end <= last)]):
+        steps = [start, *sorted(step for step in found if start < step <= end)]
+        gaps = [b - a for a, b in itertools.pairwise(steps)]
+        assert max(gaps) - min(gaps) <= 1 and len(gaps) == min(evals_per_epoch, end - start)
 
 
 def test_the_last_step_of_an_epoch_takes_the_remaining_rows_and_counts_its_own_tokens():
