@@ -140,16 +140,16 @@ class Schedule:
 @functools.lru_cache(maxsize=2)
 def epoch_order(sources: tuple[SourceRows, ...], seed: int, epoch: int) -> np.ndarray:
     """(rows of the epoch,) indices of the examples that `epoch` takes, in order."""
-    first, chosen = 0, []
+    first, chosen = 0, []  # `first`: index of the source's first example
     for number, (count, per_epoch) in enumerate(sources, 1):
-        start, end = epoch * per_epoch, (epoch + 1) * per_epoch  # in the source's sequence
-        for repeat in range(start // count, -(-end // count)):
-            # Three numbers, the last of them not 0: never the seed of `shuffle`.
+        start, end = epoch * per_epoch, (epoch + 1) * per_epoch  # places in the source's sequence
+        for repeat in range(start // count, -(-end // count)):  # its shuffles that overlap them
+            # A third number that is not 0 makes it a different generator from `shuffle`'s.
             order = np.random.default_rng((seed, repeat, number)).permutation(count)
-            before = repeat * count
-            chosen.append(first + order[max(0, start - before) : end - before])
+            begin = repeat * count
+            chosen.append(first + order[max(0, start - begin) : end - begin])
         first += count
-    chosen = np.sort(np.concatenate(chosen))  # the order then depends only on which rows they are
+    chosen = np.sort(np.concatenate(chosen))  # so the order depends only on which rows they are
     return chosen[shuffle(len(chosen), seed, epoch)]
 
 
