@@ -127,10 +127,10 @@ class Schedule:
         order = epoch_order(self.source_rows, self.seed, epoch)
         first = place * self.examples_per_step
         group = [self.examples[i] for i in order[first : first + self.examples_per_step]]
-        own = group[self.rank :: self.ranks]
+        mine = group[self.rank :: self.ranks]
         return Step(
             epoch=epoch,
-            micro_batches=in_batches(own, max(1, self.batch_size >> halved)),
+            micro_batches=in_batches(mine, max(1, self.batch_size >> halved)),
             token_count=sum(len(e.tokens) for e in group),
             supervised_count=sum(e.supervised_count for e in group),
             row_ids=[e.row_id for e in group],

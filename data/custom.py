@@ -29,13 +29,13 @@ def parse_columns(given: tuple[str, ...]) -> Columns:
     names = sorted({name for columns in ROW_FORMATS.values() for name in columns})
     renamed = {}
     for text in given:
-        ours, _, theirs = text.partition("=")
-        if ours not in names or not theirs or ours in renamed:
+        column, _, name = text.partition("=")
+        if column not in names or not name or column in renamed:
             raise BadOption(
                 f"--columns {text} does not say which column to use as one of {', '.join(names)}",
                 "write --columns question=problem,answer=solution",
             )
-        renamed[ours] = theirs
+        renamed[column] = name
     if not any(renamed.keys() <= set(columns) for columns in ROW_FORMATS.values()):
         raise BadOption(
             f"--columns {','.join(given)} mixes the columns of two row formats",

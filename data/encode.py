@@ -43,19 +43,19 @@ def encode_problems(
         for start in range(0, len(problems), ROWS_PER_CALL):
             chunk = problems[start : start + ROWS_PER_CALL]
             ids = row_ids[start : start + ROWS_PER_CALL]
-            encoded = chat.encode_all([problem.messages for problem in chunk])
-            for problem, row_id, conversation in zip(chunk, ids, encoded):
-                if len(conversation.tokens) > max_length:
-                    left_out.append(f"{problem.id}: {len(conversation.tokens)} tokens")
+            encoded_chats = chat.encode_all([problem.messages for problem in chunk])
+            for problem, row_id, encoded in zip(chunk, ids, encoded_chats):
+                if len(encoded.tokens) > max_length:
+                    left_out.append(f"{problem.id}: {len(encoded.tokens)} tokens")
                 else:
-                    examples.append(_example(row_id, conversation))
+                    examples.append(_example(row_id, encoded))
             bar.update(len(chunk))
     return examples, left_out
 
 
-def _example(row_id: int, chat: EncodedChat) -> Example:
-    tokens = np.array(chat.tokens, dtype=np.int64)  # (L,)
-    supervised = np.array(chat.supervised_mask[1:], dtype=bool)  # (L - 1,)
+def _example(row_id: int, encoded: EncodedChat) -> Example:
+    tokens = np.array(encoded.tokens, dtype=np.int64)  # (L,)
+    supervised = np.array(encoded.supervised_mask[1:], dtype=bool)  # (L - 1,)
     targets = np.full(len(tokens), IGNORE, dtype=np.int64)  # (L,)
     np.copyto(targets[:-1], tokens[1:], where=supervised)
     return Example(row_id, tokens, targets)

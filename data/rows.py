@@ -250,7 +250,7 @@ class RowParser:
         """The rows' formats, the renamed columns and the unused ones."""
         counts = self.formats.items()
         formats = [f"{name} ({n:,} rows)" if len(counts) > 1 else name for name, n in counts]
-        renamed = [f"{ours} is {theirs}" for ours, theirs in self.columns.items()]
+        renamed = [f"{column} read from {name}" for column, name in self.columns.items()]
         unused = [f"columns not used: {_column_list(self.unused)}"] if self.unused else []
         return "; ".join(filter(None, [" and ".join(formats), ", ".join(renamed), *unused]))
 

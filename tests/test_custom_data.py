@@ -94,7 +94,10 @@ def test_the_note_reports_formats_renamed_and_unused_columns(tmp_path):
     assert "question/answer (1 rows) and prompt/completion (2 rows); columns not used: id" in note
     write(tmp_path / "b.jsonl", [{"problem": "q", "answer": "a", "level": 1}])
     note = load_path(tmp_path / "b.jsonl", {"question": "problem"}).note
-    assert note == "question/answer; question is problem; columns not used: level; files: b.jsonl"
+    assert (
+        note
+        == "question/answer; question read from problem; columns not used: level; files: b.jsonl"
+    )
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -238,8 +241,9 @@ def test_a_run_trains_on_renamed_columns_and_reports_them(tmp_path, checkpoint, 
     flags = f"--model {checkpoint} --data {write(tmp_path / 'a.jsonl', rows)} --max-steps 1"
     flags += f" --columns question=problem,answer=text --device cpu --out {tmp_path / 'run'}"
     train.main(flags.split())
-    assert "a.jsonl: question/answer; question is problem, answer is text; files: a.jsonl" in (
-        capsys.readouterr().out
+    assert (
+        "a.jsonl: question/answer; question read from problem, answer read from text; files: a.jsonl"
+        in (capsys.readouterr().out)
     )
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
     assert saved["columns"] == ["question=problem", "answer=text"]
