@@ -28,6 +28,7 @@ from data.audit import audit_mixture
 from data.batches import Schedule, Step, flat_batch
 from data.encode import Example
 from data.mixture import (
+    check_rounding,
     encode_mixture,
     load_mixture,
     mixture_identity,
@@ -211,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
         identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])
     saved = {"options": to_json(config), "identity": identity}
     changes = run.check(saved, to_json(TrainConfig()), upgrade_options)  # None: a new run
+    if run.format == 1:
+        check_rounding(run.audit())
     if changes is None:
         check_space(run.folder, trainable)
     elif world.is_main:
