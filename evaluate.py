@@ -55,8 +55,9 @@ from evaluation.teacher_forced import teacher_forced
 from files import JsonLines, write_file, write_json
 from lora.inject import disabled
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
+from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
 from model.generate import Sampling, decode
-from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
+from model.load import load_model
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
 from report.__main__ import write_report

@@ -52,8 +52,9 @@ from lora.inject import (
 )
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
 from lora.plus import rate_groups
+from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
 from model.compile import check_compiler, compile_layers
-from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
+from model.load import load_model
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
 from progress_bar import progress_bar

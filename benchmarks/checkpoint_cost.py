@@ -22,7 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import run_script
 from lora.inject import LoRAConfig, inject, trained_parameters
-from model.load import find_checkpoint, load_model
+from model.checkpoint import find_checkpoint
+from model.load import load_model
 from run.checkpoint import Progress, save_checkpoint
 from run.export import publish_best
 from run.options import option, parse

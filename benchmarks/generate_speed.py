@@ -28,8 +28,9 @@ from data.chat import ChatFormat
 from data.tasks import load_source
 from errors import BadData, BadOption, UserError, run_script
 from evaluation.prompts import prompt_tokens
+from model.checkpoint import find_checkpoint, read_config
 from model.generate import generate
-from model.load import find_checkpoint, load_model, read_config
+from model.load import load_model
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory, synchronize

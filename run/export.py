@@ -18,7 +18,8 @@ from errors import BadOption, listed, run_script
 from files import sync_files, sync_folder
 from lora.inject import LoRAConfig, merge, unwrapped_state
 from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_adapter
-from model.load import Checkpoint, find_checkpoint, load_model, read_config
+from model.checkpoint import Checkpoint, find_checkpoint, read_config
+from model.load import load_model
 from run.checkpoint import check_place
 from run.device import DTYPES
 from run.options import option, parse

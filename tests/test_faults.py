@@ -29,7 +29,8 @@ import train
 from files import MANIFEST, JsonLines, damage
 from lora.inject import LoRAConfig, inject, trained_parameters
 from lora.peft_format import WEIGHTS, peft_key
-from model.load import find_checkpoint, load_model
+from model.checkpoint import find_checkpoint
+from model.load import load_model
 from run.checkpoint import Progress, load_checkpoint, read_progress, repair, save_checkpoint
 from run.distributed import World
 from run.export import publish_best

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from errors import BadCheckpoint
-from model.load import find_checkpoint, load_model, read_config, read_eos_ids
+from model.checkpoint import find_checkpoint, read_config, read_eos_ids
+from model.load import load_model
 from model.qwen2 import Qwen2
 from tests import toys
 
