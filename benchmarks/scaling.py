@@ -285,8 +285,9 @@ def conclusions(rows: list[dict[str, Any]]) -> list[str]:
         memory_share, share = (mixed[key] / long[key] for key in ("peak_bytes", "flop"))
         time_share = mixed["seconds"]["median"] / long["seconds"]["median"]
         sentences.append(
-            f"8 sequences of 50 tokens and one of 550, compared with nine of 550:\n  {time_share:.0%}"
-            f" of the time and {memory_share:.0%} of the memory, for {share:.0%} of the arithmetic"
+            "8 sequences of 50 tokens and one of 550, compared with nine of 550:\n"
+            f"  {time_share:.0%} of the time, {memory_share:.0%} of the memory,"
+            f" {share:.0%} of the arithmetic"
         )
     if wide := by_name.get(("precision", "fp32")):
         narrow = by_name["precision", "bf16"]

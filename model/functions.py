@@ -1,8 +1,8 @@
 """RMSNorm, rotation and SwiGLU with hand-written gradients, which save memory in training.
 
-Autograd keeps every intermediate of a formula for the backward pass; in fp32, those of the cheap
-formulas between matrix products are the larger part of what training holds. The functions here
-keep few tensors and recompute the others. `qwen2.py` has the same formulas in plain PyTorch.
+Autograd would keep every intermediate result of these formulas for the backward pass: most of the
+memory of training, though they are cheap to recompute. The functions here keep few tensors and
+recompute the others. `qwen2.py` has the same formulas in plain PyTorch.
 
 Legend: T tokens, C hidden size, heads query or key heads, D head size, F MLP size.
 """
@@ -43,7 +43,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares of fp16 overflow
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares would overflow in fp16
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (T, 1)
         normal = (wide * scale).to(weight.dtype)  # (T, C)
         ctx.save_for_backward(normal, weight, scale)
@@ -56,9 +56,12 @@ class _RMSNorm(torch.autograd.Function):
         normal, weight, scale = ctx.saved_tensors
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normal.to(scale.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
-        inner = grad * weight.to(scale.dtype)  # (T, C), wide
-        along = torch.linalg.vecdot(inner, normal.to(inner.dtype))[..., None] / normal.shape[-1]
+            grad_weight = (grad * normal.to(scale.dtype)).flatten(0, -2).sum(0)  # (C,)
+            grad_weight = grad_weight.to(weight.dtype)
+        # d(normal)/dx removes the component along `normal`, then scales.
+        inner = grad * weight.to(scale.dtype)  # (T, C), at least fp32
+        along = torch.linalg.vecdot(inner, normal.to(inner.dtype))[..., None]  # (T, 1)
+        along = along / normal.shape[-1]
         inner.addcmul_(normal, along, value=-1).mul_(scale)  # (T, C)
         return inner.to(ctx.dtype), grad_weight, None
 
@@ -81,8 +84,8 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Te
     a, b = x.chunk(2, dim=-1)  # (T, heads, D/2) each; multiplying by fp32 gives fp32
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     half = x.shape[-1] // 2
-    out[..., :half] = (a * cos).sub_(b * sin)
-    out[..., half:] = (b * cos).add_(a * sin)
+    out[..., :half] = (a * cos).sub_(b * sin)  # (T, heads, D/2)
+    out[..., half:] = (b * cos).add_(a * sin)  # (T, heads, D/2)
     return out
 
 
@@ -108,9 +111,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Corresponding blocks of a few tokens of each tensor, so that on a CPU they stay in its cache.
+    """Blocks of the tensors with the same few tokens each, which stay in a CPU's cache.
 
-    On other devices, and when compiling, the only block is the whole.
+    On other devices, and when compiling, there is one block with all tokens.
     """
     if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
         return iter((tensors,))

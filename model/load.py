@@ -22,9 +22,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
     On a CPU, and in the dtype of the files, the weights stay mapped from the files. Raises
     BadCheckpoint if the files do not fit the config or hold NaN or infinity.
     """
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes only, no memory
         model = Qwen2(read_config(folder))
-    files = find_tensors(folder, model)
+    files = find_tensors(folder, model)  # file -> names, checked against the model
     tensors: dict[str, Tensor] = {}
     not_finite = []
     total = sum(map(len, files.values()))
@@ -33,7 +33,8 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in names:
                     tensors[name] = file.get_tensor(name).to(dtype)
-                    not_finite += [] if is_finite(tensors[name]) else [name]
+                    if not is_finite(tensors[name]):
+                        not_finite.append(name)
                     bar.update()
     if not_finite:
         raise not_finite_error(folder, dtype, not_finite)
@@ -42,8 +43,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether the tensor holds neither NaN nor infinity; allocates no memory of its size."""
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN would be both
+    """Whether the tensor holds neither NaN nor infinity."""
+    # A NaN would be both the minimum and the maximum. Unlike tensor.isfinite(), these are scalars.
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def not_finite_error(folder: Path, dtype: torch.dtype, names: list[str]) -> BadCheckpoint:

@@ -21,10 +21,10 @@ PROBABILITIES_BYTES = 24 << 20  # fp32 probabilities of a block on a CPU: small 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, supervised_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy, and count of correct predictions, over the supervised tokens.
+    """Sum of cross-entropy in nats, and count of correct predictions, over supervised tokens.
 
     Args:
-        hidden: (T, C) hidden states.
+        hidden: (T, C) hidden states of all tokens.
         weight: (V, C) output embedding; its gradient is computed only if it requires one.
         targets: (T,) token ids, `IGNORE` at tokens that are not supervised.
         supervised_rows: (N,) indices of the supervised tokens. Without it they are found from
@@ -54,12 +54,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
 
+        needs_grad = any(ctx.needs_input_grad)
         size = max(1, min(N, LOGITS_BYTES // (V * hidden.element_size())))  # tokens of a chunk
         # All chunks share one buffer, since allocating its pages would cost more than the product.
         buffer = hidden.new_empty(size, V)
         for start, chunk, target in zip(range(0, N, size), hidden.split(size), targets.split(size)):
             logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])  # (n, V)
-            needs_grad = any(ctx.needs_input_grad)
             chunk_nats, chunk_correct = _score_in_place(logits, target, wide, needs_grad)
             nats += chunk_nats
             correct += chunk_correct

@@ -4,9 +4,9 @@ A micro-batch is flat: its examples are concatenated into one sequence of tokens
 and only attention needs to know where each example ends. Attribute names equal the checkpoint's
 tensor names, so loading needs no renaming table.
 
-The formulas of norm, rotation, attention and loss stand in plain PyTorch at the end of this page.
-The model runs the faster versions in functions.py, attention.py and loss.py; tests require those
-to give the same values and gradients.
+Norm, rotation, attention and loss are written in plain PyTorch at the end of this page. The model
+runs faster versions of them, from functions.py, attention.py and loss.py; tests check that these
+give the same values and gradients.
 
 Legend: T tokens, N supervised tokens, C hidden size, H query heads, G key/value heads, D head
 size, F MLP size, V vocabulary size.
@@ -183,8 +183,8 @@ def rotary_table(positions: Tensor, head_size: int, theta: float) -> tuple[Tenso
     return angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, D/2) each
 
 
-# The formulas in plain PyTorch. The model computes them with rms_norm, rotate, FlatAttention and
-# linear_cross_entropy, which tests compare with these.
+# The formulas in plain PyTorch. The fast versions are rms_norm, rotate, FlatAttention and
+# linear_cross_entropy; tests compare them with these.
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
