@@ -1,9 +1,9 @@
 """Causal attention over a flat micro-batch: tokens attend only within their own example.
 
 On a GPU, one variable-length kernel processes all examples. Elsewhere there is one call per
-example, which costs little, since the work is quadratic in an example's length. For half precision
-on a CPU that call is implemented below, because PyTorch's own has a slow backward pass there.
-`plain_attention` in `qwen2.py` is the same formula in plain PyTorch.
+example, which costs no more, since the work grows with the square of each example's length. For
+half precision on a CPU that call is implemented below, because PyTorch's own has a slow backward
+pass there. `plain_attention` in `qwen2.py` is the same formula in plain PyTorch.
 
 Legend: T tokens of the micro-batch, L queries and N keys of one example, n queries of a block, H
 query heads, G key/value heads, D head size.

@@ -4,8 +4,9 @@ Sequences that start together share one cache, in which all of them end at the s
 sequences of several caches go through the network as one micro-batch; only attention treats the
 caches one by one.
 
-Legend: B sequences, S slots of a cache, T tokens, L tokens of a prompt, Q queries of a sequence and
-key head, H query heads, G key/value heads, D head size, C hidden size.
+Legend: B sequences, P distinct prompts, S slots of a cache, T tokens, L tokens of a prompt, Q
+queries of a sequence and key head, H query heads, G key/value heads, D head size, C hidden size;
+heads is H for queries and G for keys and values.
 """
 
 import torch
@@ -41,8 +42,8 @@ class KVCache:
         self.values = empty
         if prefix is not None:
             self.keys, self.values = prefix.keys, prefix.values
-        self.mask: Tensor  # (B, S) bool, False at padding; set by prefill
-        self.padding: Tensor  # (B,) number of padding slots; set by prefill
+        self.mask: Tensor  # (B, S) bool, False at padding; prefill sets it
+        self.padding: Tensor  # (B,) number of padding slots; prefill sets it
         self.prompt_lengths: list[int] = []  # of the prompts being prefilled, otherwise empty
 
     def prefill(self, model: Qwen2, prompts: list[list[int]]) -> Tensor:
@@ -53,23 +54,23 @@ class KVCache:
         lengths = [len(rest) for rest in distinct]
         self.used += max(lengths)
         new_slots = (0, 0, 0, self.used + GROWTH - self.shared)
-        self.keys, self.values = (
+        self.keys, self.values = (  # (layers, P, G, S, D) each
             F.pad(x[..., : self.shared, :].expand(-1, len(distinct), -1, -1, -1), new_slots)
             for x in (self.keys, self.values)
         )
         slots = torch.arange(self.values.shape[3], device=device)  # (S,)
-        starts = self.used - torch.tensor(lengths, device=device)  # (B,)
-        self.mask = (slots < self.shared) | (slots >= starts[:, None])  # (B, S)
-        self.padding = starts - self.shared  # (B,)
+        starts = self.used - torch.tensor(lengths, device=device)  # (P,)
+        self.mask = (slots < self.shared) | (slots >= starts[:, None])  # (P, S)
+        self.padding = starts - self.shared  # (P,)
 
         tokens = torch.tensor([t for rest in distinct for t in rest], device=device)  # (T,)
         positions = torch.cat([torch.arange(n) for n in lengths]) + self.shared  # (T,)
         self.prompt_lengths = lengths
         hidden = model(tokens, positions.to(device), lengths, cache=self)  # (T, C)
         self.prompt_lengths = []
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1  # of the distinct prompts
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1  # (P,)
 
-        # Copy the distinct prompts' keys and values to every sequence that has the prompt.
+        # Give each sequence a copy of the keys and values of its prompt.
         index = {rest: i for i, rest in enumerate(distinct)}
         sources = torch.tensor([index[rest] for rest in rests], device=device)  # (B,)
         if len(distinct) < len(rests):
@@ -87,25 +88,27 @@ class KVCache:
             return self._attend_prompts(layer, q, k, v)
         keys, values = (x[layer, :, :, : self.used] for x in (self.keys, self.values))
         keys[:, :, -1], values[:, :, -1] = k, v
-        # The query heads of a group take the place of queries, so its keys are not copied for each.
+        # The query heads of a group are passed as its queries, so that its keys are not copied.
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, H/G, D)
         mask = self.mask[:, None, None, : self.used]  # (B, 1, 1, used)
         return attend_slots(grouped, keys, values, mask).flatten(1, 2)  # (B, H, D)
 
     def _attend_prompts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`__call__` during prefill."""
+        """`__call__` during prefill, when the tokens are those of the P distinct prompts."""
         keys, values = (x[layer, :, :, : self.used] for x in (self.keys, self.values))
-        prompts = list(zip(*(x.split(self.prompt_lengths) for x in (q, k, v))))  # (L, heads, D)
+        prompts = list(
+            zip(*(x.split(self.prompt_lengths) for x in (q, k, v)))
+        )  # (L, heads, D) each
         for i, (_, k1, v1) in enumerate(prompts):
             keys[i, :, -len(k1) :] = k1.transpose(0, 1)
             values[i, :, -len(v1) :] = v1.transpose(0, 1)
         if not self.shared:
             return FlatAttention(self.prompt_lengths, q.device)(layer, q, k, v)
-        prefix = [x[0, :, : self.shared].transpose(0, 1) for x in (keys, values)]
+        prefix = [x[0, :, : self.shared].transpose(0, 1) for x in (keys, values)]  # (S, G, D) each
         return torch.cat([
             attend_example(q1, torch.cat([prefix[0], k1]), torch.cat([prefix[1], v1]))
             for q1, k1, v1 in prompts
-        ])  # fmt: skip
+        ])  # (T, H, D)  # fmt: skip
 
     def grow(self) -> Tensor:
         """Make room for one more token in every sequence; returns its positions (B,)."""
@@ -116,7 +119,7 @@ class KVCache:
             )
             self.mask = F.pad(self.mask, (0, GROWTH), value=True)
         self.used += 1
-        return self.used - 1 - self.padding
+        return self.used - 1 - self.padding  # (B,)
 
     def remove(self, sequences: set[int]) -> None:
         """Remove these sequences, if they are here; the last ones move to their places."""

@@ -98,7 +98,7 @@ def decode(
     limits = limits or [decoding.max_new_tokens] * len(prompts)
     if not prompts or max(limits) < 1:
         return
-    assert min(limits) > 0, f"each limit must be positive if one is: {limits}"
+    assert min(limits) > 0, f"limits must be all positive or all zero: {limits}"
     assert all(prompts), "a prompt must not be empty: its last hidden state gives the first token"
     device = model.head_weight.device
     weights = PackedWeights(model, model.head_weight[: decoding.vocab_size])
