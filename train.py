@@ -57,7 +57,7 @@ from model.load import Checkpoint, find_checkpoint, load_model, read_config, rea
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
 from progress_bar import progress_bar
-from report.__main__ import write_report
+from report import write_report
 from run import distributed
 from run.checkpoint import (
     Progress,
