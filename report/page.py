@@ -1,7 +1,7 @@
 """The blocks of a report: the same content as HTML and as Markdown.
 
 Text from data and models may contain anything. Every text given to a function below is plain text,
-and is written through `tag` (HTML) and through `inert` or `fenced` (Markdown), so that a page cannot
+and passes through `tag` (HTML) and through `inert` or `fenced` (Markdown), so that a page cannot
 load or run anything.
 """
 
@@ -148,16 +148,17 @@ def listing(
 
 
 def comparison(
-    title: str, header: Sequence[str], fields: Sequence[Field], models: Iterable[Any],
-    last: Callable[[list[Any]], str] | None = None,
+    title: str, corner: str, fields: Sequence[Field], models: dict[str, Any],
+    last: tuple[str, Callable[[list[Any]], str]] | None = None,
 ) -> Block:  # fmt: skip
     """A table with a row for each (label, getter, formatter) and a column for each model.
 
-    `last` computes one more column from the values in a row.
+    `last` is one more column: its label, and what it shows of a row's values.
     """
+    extra = [last] if last else []
     rows = []
     for label, getter, formatter in fields:
-        values = [getter(model) for model in models]
+        values = [getter(model) for model in models.values()]
         cells = [known(formatter, value) for value in values]
-        rows.append([label, *cells, *([last(values)] if last else [])])
-    return table(title, header, rows)
+        rows.append([label, *cells, *(summary(values) for _, summary in extra)])
+    return table(title, [corner, *models, *(label for label, _ in extra)], rows)

@@ -1,7 +1,7 @@
 """What a run's folder holds, as typed and clean values, whatever state its files are in.
 
-Nobody vouches for the files. `clean` makes text valid UTF-8 without control characters and numbers
-finite; `conform` fits a value to a type, and leaves out what is missing, damaged or of another type.
+The files may hold anything. `clean` makes text valid UTF-8 without control characters, and numbers
+finite; `conform` fits a value to a type, and leaves out what is missing or of another type.
 """
 
 import re
@@ -170,7 +170,8 @@ def read_run(folder: Path) -> RunRecord:
         )
     values, damaged_lines = run.log()
     lines = conform(list[dict[str, float]], clean(values))
-    audit = current_audit(clean(run.audit()))
+    audit = clean(run.audit())
+    supervised = {"supervised_count": audit.get("supervised")}  # its name in earlier files
     found = {path.parent: _evaluation(path) for path in folder.glob("evaluation/*/result.json")}
     evaluations = {place: e for place, e in found.items() if e.consistent}
     return RunRecord(
@@ -179,7 +180,7 @@ def read_run(folder: Path) -> RunRecord:
         config=config,
         options=current_options(config["options"]),
         identity=mapping(config.get("identity")),
-        audit=conform(Audit, audit) if audit else None,
+        audit=conform(Audit, supervised | audit) if audit else None,
         progress=conform(Progress, clean(run.progress())),
         steps=[line for line, value in zip(lines, values) if "val_loss" not in value],
         validations=[line for line, value in zip(lines, values) if "val_loss" in value],
@@ -204,9 +205,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _unfinished(folder: Path, finished: Iterable[Path]) -> list[str]:
     """`test-1 (base 200, tuned 12)`: evaluations without a result, with their number of answers."""
     found = []
-    for place in sorted(
-        {p.parent for p in folder.glob("evaluation/*/settings.json")} - {*finished}
-    ):
+    begun = {path.parent for path in folder.glob("evaluation/*/settings.json")}
+    for place in sorted(begun - set(finished)):
         logs = sorted(place.glob("*.jsonl"))
         answers = [f"{clean(log.stem)} {_line_count(log):,}" for log in logs]
         found.append(f"{clean(place.name)} ({', '.join(answers) or 'none'})")
@@ -227,19 +227,14 @@ def current_options(options: dict[str, Any]) -> dict[str, Any]:
     """`--r 8 --rank q_proj=16` is `--rank 8,q_proj=16` now, and likewise `--alpha`."""
     if "r" not in options:
         return options
-    removed = {"r", "alphas"} | {
-        k for k in ("bias", "init") if options.get(k) in ("none", "kaiming")
-    }
+    gone = [("bias", "none"), ("init", "kaiming")]  # with the values that are always used now
+    removed = {"r", "alphas", *(name for name, usual in gone if options.get(name) == usual)}
     current = {name: value for name, value in options.items() if name not in removed}
     for name, usual, by_target in (("rank", "r", "rank"), ("alpha", "alpha", "alphas")):
         number = conform(float, options.get(usual))
         parts = ["" if number is None else f"{number:g}", conform(str, options.get(by_target))]
         current[name] = ",".join(filter(None, parts)) or None
     return current
-
-
-def current_audit(audit: dict[str, Any]) -> dict[str, Any]:
-    return {"supervised_count": audit["supervised"], **audit} if "supervised" in audit else audit
 
 
 def current_result(result: dict[str, Any]) -> dict[str, Any]:

@@ -14,40 +14,20 @@ from typing import Any
 from errors import BadRun, is_full
 from evaluation.statistics import trend
 from files import write_file
+from report import page, show
 from report.evaluations import details_section, evaluation_section, measure, tasks_table
-from report.formatting import (
-    change,
-    cost,
-    count,
-    duration,
-    from_to,
-    nats,
-    ratio,
-    share,
-    shown,
-    signed,
-)
-from report.page import (
-    Block,
-    Field,
-    cards,
-    code,
-    heading,
-    known,
-    listing,
-    pairs,
-    paragraph,
-    pictures,
-    table,
-    to_html,
-    to_markdown,
-)
+from report.page import Block, Field
 from report.records import RunRecord, clean, conform, mapping, read_run
 
 TEACHER_FORCED = (
     "Token accuracy (teacher-forced) is the share of a reference answer's tokens that the model"
     " predicts correctly when it is given all the reference tokens before them. It is not answer"
     " accuracy: a model can predict nine tokens in ten and still get most answers wrong."
+)
+LOSSES = (
+    "Losses are in nats per supervised token. For training, first and last are means over 1 % of"
+    " the steps; over the last tenth, they are the means of its two halves. The first validation"
+    " follows some training, so it does not measure the base model."
 )
 MORE_EPOCHS = {  # direction of the validation loss: answer
     "rising": "Unlikely: the validation loss has passed its minimum",
@@ -59,6 +39,10 @@ MORE_EPOCHS_RULE = (
     " a change counts if it exceeds both twice the scatter around the line and 0.5 % of the lowest"
     " loss. More epochs are unlikely to help if the last validation is above the best by more than"
     " that; otherwise they are likely to help if the line falls by more than that."
+)
+DECAY = (
+    "The learning rate decays to zero over the run, which by itself flattens the end of the curve."
+    " Over more epochs it would decay more slowly."
 )
 
 
@@ -74,8 +58,8 @@ def write_report(folder: Path, price_per_hour: float | None = None) -> Path:
     except ImportError:
         figures = None
     blocks = report_blocks(run, figures, price_per_hour)
-    _write(folder / "report.md", to_markdown(blocks))
-    _write(folder / "report.html", to_html(f"Report of {run.name}", blocks))
+    _write(folder / "report.md", page.to_markdown(blocks))
+    _write(folder / "report.html", page.to_html(f"Report of {run.name}", blocks))
     return folder / "report.html"
 
 
@@ -94,24 +78,21 @@ def report_blocks(
     run: RunRecord, figures: ModuleType | None, price_per_hour: float | None
 ) -> list[Block]:
     """The whole report; `figures` is the module that draws, or None without matplotlib."""
-    price = price_per_hour
-    if price is None:
-        price = conform(float, run.options.get("price_per_hour"))
+    saved_price = conform(float, run.options.get("price_per_hour"))
+    price = saved_price if price_per_hour is None else price_per_hour
     no_figures = "" if figures else "No figures: they need matplotlib (pip install matplotlib)."
     return [
-        heading(run.name, 1),
-        paragraph(subtitle(run), "lead"),
-        cards(
-            [accuracy_card(run), loss_card(run), token_accuracy_card(run), time_card(run, price)]
-        ),
-        paragraph(no_figures, "note"),
+        page.heading(run.name, 1),
+        page.paragraph(subtitle(run), "lead"),
+        page.cards([accuracy_card(run), *training_cards(run, price)]),
+        page.paragraph(no_figures, "note"),
         *results_section(run, figures),
         *training_section(run, figures),
-        *([heading("Answers in detail")] if run.evaluations else []),
+        *([page.heading("Answers in detail")] if run.evaluations else []),
         *(block for evaluation in run.evaluations for block in details_section(evaluation)),
         *cost_section(run, price),
-        heading("Options"),
-        pairs({name: shown(value) for name, value in run.options.items()}),
+        page.heading("Options"),
+        page.pairs({name: show.value(x) for name, x in run.options.items()}),
         *data_section(run),
         *repeat_section(run),
     ]
@@ -122,11 +103,11 @@ def report_blocks(
 
 def subtitle(run: RunRecord) -> str:
     """The model, the data, and whether the run is finished."""
-    option = run.options.get
-    rank = f", LoRA rank {shown(option('rank'))}" if option("rank") else ""
-    epochs = f", {shown(option('epochs'))} epochs" if option("epochs") else ""
+    model, data, rank, epochs = map(run.options.get, ("model", "data", "rank", "epochs"))
+    details = f", LoRA rank {show.value(rank)}" if rank else ""
+    details += f", {show.value(epochs)} epochs" if epochs else ""
     state = "" if run.progress.stopped else " The run is not finished."
-    return f"{shown(option('model'))} tuned on {shown(option('data'))}{rank}{epochs}.{state}"
+    return f"{show.value(model)} tuned on {show.value(data)}{details}.{state}"
 
 
 def accuracy_card(run: RunRecord) -> tuple[str, str, str]:
@@ -136,47 +117,43 @@ def accuracy_card(run: RunRecord) -> tuple[str, str, str]:
         return "Answer accuracy (generated)", "not measured", note
     first = run.evaluations[0]
     counts = filter(None, (first.headline(name) for name in first.models))
-    shares = from_to([correct / problems for correct, problems in counts])
+    shares = show.from_to([correct / problems for correct, problems in counts])
     note = first.in_words or f"only {', '.join(first.models)}: nothing to compare with"
     return f"{measure(first)}, {first.title}", shares, f"{first.problems:,} problems. {note}"
 
 
-def loss_card(run: RunRecord) -> tuple[str, str, str]:
-    best, losses = run.best, run.validation("val_loss")
-    note = ""
-    if best:
-        step, epoch = known(count, best.get("step")), known("{:.2f}".format, best.get("epoch"))
-        note = f"nats per supervised token, at step {step} (epoch {epoch})"
-        note += f"; {nats(losses[0][1])} at the first validation" if losses else ""
-    return "Best validation loss", known(nats, best.get("val_loss")), note
-
-
-def token_accuracy_card(run: RunRecord) -> tuple[str, str, str]:
-    found = run.validation("val_token_accuracy") or run.train("train_token_accuracy")
-    shares = from_to([value for _, value in found[:1] + found[-1:]])
-    note = "first and last measurement; this is not answer accuracy"
-    return "Token accuracy (teacher-forced)", shares, note
-
-
-def time_card(run: RunRecord, price: float | None) -> tuple[str, str, str]:
-    seconds = run.progress.seconds
-    time = "not known yet" if seconds is None else duration(seconds)
-    paid = "price per hour not given" if price is None else cost(price, seconds)
-    return "Training time", time, f"{len(run.steps):,} steps logged; {paid}"
+def training_cards(run: RunRecord, price: float | None) -> list[tuple[str, str, str]]:
+    """Validation loss, token accuracy and training time."""
+    best, losses, seconds = run.best, run.validation("val_loss"), run.progress.seconds
+    at = [page.known(show.count, best.get("step")), page.known("{:.2f}".format, best.get("epoch"))]
+    note = "nats per supervised token, at step {} (epoch {})".format(*at) if best else ""
+    note += f"; {show.nats(losses[0][1])} at the first validation" if losses else ""
+    shares = run.validation("val_token_accuracy") or run.train("train_token_accuracy")
+    shares = [value for _, value in shares[:1] + shares[-1:]]
+    time = "not known yet" if seconds is None else show.duration(seconds)
+    paid = "price per hour not given" if price is None else show.cost(price, seconds)
+    return [
+        ("Best validation loss", page.known(show.nats, best.get("val_loss")), note),
+        (
+            "Token accuracy (teacher-forced)", show.from_to(shares),
+            "first and last measurement; this is not answer accuracy",
+        ),
+        ("Training time", time, f"{len(run.steps):,} steps logged; {paid}"),
+    ]  # fmt: skip
 
 
 def results_section(run: RunRecord, figures: ModuleType | None) -> list[Block]:
     """Every evaluation in short, and how to run one if there is none."""
-    blocks = [heading("Results"), *tasks_table(run.evaluations)]
+    blocks = [page.heading("Results"), tasks_table(run.evaluations)]
     for number, evaluation in enumerate(run.evaluations):
         blocks += evaluation_section(evaluation, figures, number)
     if run.unfinished:
         unfinished = "; ".join(run.unfinished)
-        blocks.append(paragraph(f"Unfinished evaluations, with answers so far: {unfinished}."))
+        blocks.append(page.paragraph(f"Unfinished evaluations, with answers so far: {unfinished}."))
     if not run.evaluations:
         adapter = shlex.quote(clean(str(run.folder / "best")))
-        blocks.append(paragraph("This folder has no finished evaluation. To run one:"))
-        blocks.append(code(f"python evaluate.py --adapter {adapter}"))
+        blocks.append(page.paragraph("This folder has no finished evaluation. To run one:"))
+        blocks.append(page.code(f"python evaluate.py --adapter {adapter}"))
     return blocks
 
 
@@ -185,22 +162,23 @@ def results_section(run: RunRecord, figures: ModuleType | None) -> list[Block]:
 
 def training_section(run: RunRecord, figures: ModuleType | None) -> list[Block]:
     """Learning curves, why training stopped, and whether more epochs would help."""
-    flattening = ""
-    if (schedule := run.options.get("schedule")) in ("linear", "cosine"):
-        flattening = (
-            f"The learning rate decays to zero over the run ({schedule}), which by itself flattens"
-            " the end of the curve. Over more epochs it would decay more slowly."
-        )
+    decays = run.options.get("schedule") in ("linear", "cosine")
+    damaged = f"{run.damaged_lines} lines of metrics.jsonl could not be read."
+    learned = [page.paragraph("metrics.jsonl has no steps yet.")]
+    if run.steps:
+        notes = [page.paragraph(TEACHER_FORCED), page.paragraph(LOSSES, "note")]
+        learned = [learning_table(run), *notes]
     return [
-        heading("Training"),
-        pictures(training_svgs(run, figures) if figures else []),
-        *learning_table(run),
-        heading("Why it stopped", 3),
-        paragraph(why_it_stopped(run)),
-        heading("Would more epochs help?", 3),
-        paragraph(more_epochs([loss for _, loss in run.validation("val_loss")])),
-        paragraph(MORE_EPOCHS_RULE, "note"),
-        paragraph(flattening, "note"),
+        page.heading("Training"),
+        page.pictures(training_svgs(run, figures) if figures else []),
+        *learned,
+        page.paragraph(damaged if run.damaged_lines else "", "note"),
+        page.heading("Why it stopped", 3),
+        page.paragraph(why_it_stopped(run)),
+        page.heading("Would more epochs help?", 3),
+        page.paragraph(more_epochs([loss for _, loss in run.validation("val_loss")])),
+        page.paragraph(MORE_EPOCHS_RULE, "note"),
+        page.paragraph(DECAY if decays else "", "note"),
         validation_table(run),
     ]
 
@@ -222,42 +200,26 @@ def training_svgs(run: RunRecord, figures: ModuleType) -> list[str]:
     return svgs
 
 
-def learning_table(run: RunRecord) -> list[Block]:
-    """First and last loss and token accuracy, and what these are."""
-    if not run.steps:
-        return [paragraph("metrics.jsonl has no steps yet.")]
-    keys = ("train_loss", "train_token_accuracy")
-    train, train_accuracy = ([value for _, value in run.train(key)] for key in keys)
-    keys = ("val_loss", "val_token_accuracy")
-    val, val_accuracy = ([value for _, value in run.validation(key)] for key in keys)
-    width = max(1, round(len(train) / 100))
+def learning_table(run: RunRecord) -> Block:
+    """First and last loss and token accuracy."""
+    keys = ("loss", "token_accuracy")
+    train, train_accuracy = ([x for _, x in run.train(f"train_{key}")] for key in keys)
+    val, val_accuracy = ([x for _, x in run.validation(f"val_{key}")] for key in keys)
+    width = max(1, round(len(run.steps) / 100))
     tenth = train[-max(2, len(train) // 10) :]
-    rows = [
-        ("train loss", *change(ends(train, width))),
-        ("train loss over the last tenth of the steps", *change(ends(tenth, len(tenth) // 2))),
-        ("validation loss, first and last", *change(ends(val, 1))),
-        ("validation loss, first and best", *change([val[0], min(val)] if val else [])),
-        (
-            "token accuracy (teacher-forced), train",
-            *change(ends(train_accuracy, width), points=True),
-        ),
-        (
-            "token accuracy (teacher-forced), validation",
-            *change(ends(val_accuracy, 1), points=True),
-        ),
-    ]
-    note = (
-        "Losses are in nats per supervised token. For training, first and last are means over"
-        f" {width} steps (1 % of all); over the last tenth, they are the means of its two halves."
-        " The first validation follows some training, so it does not measure the base model."
-    )
-    damaged = f"{run.damaged_lines} lines of metrics.jsonl could not be read."
-    return [
-        table("First and last values", ("", "first", "last", "change"), rows),
-        paragraph(TEACHER_FORCED),
-        paragraph(note, "note"),
-        paragraph(damaged if run.damaged_lines else "", "note"),
-    ]
+    pairs = {
+        "train loss": ends(train, width),
+        "train loss over the last tenth of the steps": ends(tenth, len(tenth) // 2),
+        "validation loss, first and last": ends(val, 1),
+        "validation loss, first and best": [val[0], min(val)] if val else [],
+    }
+    rows = [(label, *show.change(pair)) for label, pair in pairs.items()]
+    pairs = {
+        "token accuracy (teacher-forced), train": ends(train_accuracy, width),
+        "token accuracy (teacher-forced), validation": ends(val_accuracy, 1),
+    }
+    rows += [(label, *show.change(pair, points=True)) for label, pair in pairs.items()]
+    return page.table("First and last values", ("", "first", "last", "change"), rows)
 
 
 def ends(values: list[float], width: int) -> list[float]:
@@ -269,19 +231,18 @@ def ends(values: list[float], width: int) -> list[float]:
 
 def why_it_stopped(run: RunRecord) -> str:
     """The reason that the run recorded, or how far it is."""
-    cursor, stopped, skipped = run.progress.cursor, run.progress.stopped, run.progress.skipped
+    found = run.progress
     why = "It has not stopped: there is no checkpoint yet."
-    if stopped:
-        why = f"{stopped[:1].upper()}{stopped[1:]}."
-    elif cursor is not None:
+    if found.stopped:
+        why = f"{found.stopped[:1].upper()}{found.stopped[1:]}."
+    elif found.cursor is not None:
         why = (
-            f"It is not finished: the newest checkpoint is from step {count(cursor)}. Training is"
-            " still in progress, or was interrupted; rerun the command to resume."
+            f"It is not finished: the newest checkpoint is from step {show.count(found.cursor)}."
+            " Training is still in progress, or was interrupted; rerun the command to resume."
         )
-    skips = (
-        f" Steps skipped because the gradient was not finite: {skipped:,.0f}." if skipped else ""
-    )
-    return why + skips
+    if found.skipped:
+        why += f" Steps skipped because the gradient was not finite: {show.count(found.skipped)}."
+    return why
 
 
 def more_epochs(losses: list[float]) -> str:
@@ -291,28 +252,28 @@ def more_epochs(losses: list[float]) -> str:
         return f"Unknown: the rule needs 4 validations with a finite loss, and has {len(losses)}."
     return (
         f"{MORE_EPOCHS[t.direction]}. Over the last {t.points} validations the line falls by"
-        f" {nats(t.decrease)}, and the last validation is {nats(t.above_best)} above the best;"
-        f" changes under {nats(t.threshold)} do not count."
+        f" {show.nats(t.decrease)}, and the last validation is {show.nats(t.above_best)} above the"
+        f" best; changes under {show.nats(t.threshold)} do not count."
     )
 
 
 def validation_table(run: RunRecord) -> Block:
     """Every validation."""
     if not run.validations:
-        return paragraph("No validation has run yet.")
+        return page.paragraph("No validation has run yet.")
     best = run.best
     fields: list[Field] = [
-        ("step", lambda v: v.get("step"), count),
+        ("step", lambda v: v.get("step"), show.count),
         ("epoch", lambda v: v.get("epoch"), "{:.2f}".format),
-        ("validation loss", lambda v: v.get("val_loss"), nats),
-        ("token accuracy (teacher-forced)", lambda v: v.get("val_token_accuracy"), share),
-        ("answer accuracy (generated, on a sample)", lambda v: v.get("val_exact_match"), share),
+        ("validation loss", lambda v: v.get("val_loss"), show.nats),
+        ("token accuracy (teacher-forced)", lambda v: v.get("val_token_accuracy"), show.share),
+        ("answer accuracy (generated)", lambda v: v.get("val_exact_match"), show.share),
         ("", lambda v: "best" if v is best else "", str),
     ]
     if not any("val_exact_match" in v for v in run.validations):
         del fields[4]
     title = f"All {len(run.validations)} validations"
-    return listing(title, fields, run.validations, folded=True)
+    return page.listing(title, fields, run.validations, folded=True)
 
 
 # Cost, data, and how to repeat the run.
@@ -326,14 +287,14 @@ def cost_section(run: RunRecord, price: float | None) -> list[Block]:
     phases["total"] = sum(seconds for seconds in phases.values() if seconds is not None)
     fields: list[Field] = [
         ("phase", lambda phase: phase[0], str),
-        ("wall time", lambda phase: phase[1], duration),
-        ("cost", lambda phase: phase[1], lambda seconds: cost(price, seconds)),
+        ("wall time", lambda phase: phase[1], show.duration),
+        ("cost", lambda phase: phase[1], lambda seconds: show.cost(price, seconds)),
     ]
     hourly = "not given" if price is None else f"${price:g}"
     return [
-        heading("Cost"),
-        paragraph(f"Price per hour: {hourly}. {cost_per_point(run, price)}"),
-        listing("", fields, phases.items()),
+        page.heading("Cost"),
+        page.paragraph(f"Price per hour: {hourly}. {cost_per_point(run, price)}"),
+        page.listing("", fields, phases.items()),
     ]
 
 
@@ -345,38 +306,44 @@ def cost_per_point(run: RunRecord, price: float | None) -> str:
     d = compared.difference
     gained = 100 * (d.fixed - d.broke) / compared.problems
     if gained <= 0:
-        return f"No points were gained ({signed(gained)}), so a point gained has no cost."
+        return f"No points were gained ({show.signed(gained)}), so a point gained has no cost."
     seconds = run.progress.seconds / gained
-    paid = "" if price is None else f", {cost(price, seconds)}"
+    paid = "" if price is None else f", {show.cost(price, seconds)}"
     doubtful = d.low_points <= 0 or d.p_value >= 1 - d.confidence  # the rule of `in_words`
     doubt = "; but the gain itself is not distinguishable from zero" if doubtful else ""
-    return (
-        f"Training per point gained ({signed(gained)} in total): {duration(seconds)}{paid}{doubt}."
-    )
+    per_point = f"{show.duration(seconds)}{paid}{doubt}"
+    return f"Training per point gained ({show.signed(gained)} in total): {per_point}."
 
 
 def data_section(run: RunRecord) -> list[Block]:
     """Rows, tokens, rows left out, and questions that occur more than once."""
     audit = run.audit
     if audit is None:
-        return [heading("Data"), paragraph("This folder has no audit of the data (audit.json).")]
-    supervised = known(share, ratio(audit.supervised_count, audit.tokens.get("total")))
-    values = {f"{split} rows": count(n) for split, n in audit.rows.items()}
-    values |= {f"tokens of training rows, {name}": count(n) for name, n in audit.tokens.items()}
-    values["tokens of training rows, supervised"] = (
-        f"{known(count, audit.supervised_count)} ({supervised})"
+        return [
+            page.heading("Data"),
+            page.paragraph("This folder has no audit of the data (audit.json)."),
+        ]
+    supervised = page.known(
+        show.share, show.ratio(audit.supervised_count, audit.tokens.get("total"))
     )
-    values["rows left out"] = count(len(audit.left_out))
+    values = {f"{split} rows": show.count(n) for split, n in audit.rows.items()}
+    values |= {
+        f"tokens of training rows, {name}": show.count(n) for name, n in audit.tokens.items()
+    }
+    values["tokens of training rows, supervised"] = (
+        f"{page.known(show.count, audit.supervised_count)} ({supervised})"
+    )
+    values["rows left out"] = show.count(len(audit.left_out))
     more = len(audit.left_out) - 20
     reasons = audit.left_out[:20] + ([f"and {more:,} more in audit.json"] if more > 0 else [])
     kinds = dict.fromkeys(kind for counts in audit.duplicates.values() for kind in counts)
     fields: list[Field] = [("where", lambda item: item[0], str)]
-    fields += [(kind, lambda item, kind=kind: item[1].get(kind), count) for kind in kinds]
+    fields += [(kind, lambda item, kind=kind: item[1].get(kind), show.count) for kind in kinds]
     return [
-        heading("Data"),
-        pairs(values),
-        code("\n".join(reasons)),
-        listing("Questions that occur more than once", fields, audit.duplicates.items()),
+        page.heading("Data"),
+        page.pairs(values),
+        page.code("\n".join(reasons)),
+        page.listing("Questions that occur more than once", fields, audit.duplicates.items()),
     ]
 
 
@@ -386,9 +353,9 @@ def repeat_section(run: RunRecord) -> list[Block]:
     values |= {name: value for name, value in run.identity.items() if name != "base_sizes"}
     values |= {f"{name} version": v for name, v in mapping(run.config.get("versions")).items()}
     return [
-        heading("How to repeat this run"),
-        pairs({name.replace("_", " "): shown(value) for name, value in values.items()}),
-        code(command(run)),
+        page.heading("How to repeat this run"),
+        page.pairs({name.replace("_", " "): show.value(value) for name, value in values.items()}),
+        page.code(command(run)),
     ]
 
 

@@ -290,6 +290,36 @@ def test_best_follows_what_training_stops_on(own_run):
         assert read_run(own_run).best["step"] == step
 
 
+def test_the_rank_and_alpha_of_earlier_versions_are_given_by_their_current_options(own_run):
+    config = json.loads((own_run / "config.json").read_text())
+    earlier = {"r": 8, "rank": "q_proj=16", "alpha": 16.0, "alphas": None}
+    config["options"] = {"epochs": 2} | earlier | {"bias": "none", "init": "kaiming"}
+    write_json(own_run / "config.json", config)
+    found = read_run(own_run)
+    assert found.options == {"epochs": 2, "rank": "8,q_proj=16", "alpha": "16"}
+    assert "--rank 8,q_proj=16" in command(found) and "--init" not in command(found)
+    assert "LoRA rank 8,q\\_proj=16" in markdown(own_run)
+
+
+def test_results_and_audits_of_earlier_versions_give_the_same_report(own_run):
+    now = markdown(own_run)
+    renamed = {'"models": {': '"contestants": {', '"correct": {': '"right": {'}
+    renamed |= {'"supervised_count":': '"supervised":'}
+    for path in (own_run / "evaluation/test-1/result.json", own_run / "audit.json"):
+        text = path.read_text()
+        for current, earlier in renamed.items():
+            text = text.replace(current, earlier)
+        assert text != path.read_text()
+        path.write_text(text)
+    assert markdown(own_run) == now
+
+
+def test_counts_that_exceed_the_problems_make_a_result_unreadable(own_run):
+    path = own_run / "evaluation/test-1/result.json"
+    write_json(path, json.loads(path.read_text()) | {"problems": 9})
+    assert "answers so far: test-1 (none)" in markdown(own_run).replace("\\", "")
+
+
 def test_hostile_text_is_only_text_in_html(tmp_path):
     page = Page(write_report(write_run(tmp_path / "run", HOSTILE)).read_text())
     assert set(page.tags) <= TAGS

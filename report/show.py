@@ -10,15 +10,15 @@ nats = "{:.4f}".format
 count = "{:,.0f}".format
 
 
-def shown(value: Any) -> str:
+def value(x: Any) -> str:
     """A JSON value without its syntax."""
-    if isinstance(value, list):
-        return ", ".join(map(shown, value)) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {shown(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: MISSING}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(x, list):
+        return ", ".join(map(value, x)) or "none"
+    if isinstance(x, dict):
+        return ", ".join(f"{k}: {value(v)}" for k, v in x.items()) or "none"
+    if isinstance(x, bool) or x is None:
+        return {True: "yes", False: "no", None: MISSING}[x]
+    return f"{x:g}" if isinstance(x, float) else str(x)
 
 
 def share(value: float) -> str:
@@ -58,11 +58,8 @@ def change(pair: Sequence[float], *, points: bool = False) -> tuple[str, str, st
         return MISSING, MISSING, MISSING
     first, last = pair
     if points:
-        return (
-            f"{100 * first:.2f} %",
-            f"{100 * last:.2f} %",
-            f"{signed(100 * (last - first), 2)} points",
-        )
+        gained = f"{signed(100 * (last - first), 2)} points"
+        return f"{100 * first:.2f} %", f"{100 * last:.2f} %", gained
     return nats(first), nats(last), f"{signed(100 * (last / first - 1), 2)} %" if first else MISSING
 
 
@@ -71,11 +68,9 @@ def duration(seconds: float) -> str:
     minutes, hours = seconds / 60, seconds / 3600
     if seconds < 60:
         return f"{seconds:.1f} s"
-    return (
-        f"{minutes:.1f} min"
-        if round(minutes) < 60
-        else f"{hours // 1:,.0f} h {minutes % 60:02.0f} min"
-    )
+    if round(minutes) < 60:
+        return f"{minutes:.1f} min"
+    return f"{hours // 1:,.0f} h {minutes % 60:02.0f} min"
 
 
 def cost(price_per_hour: float | None, seconds: float | None) -> str:
