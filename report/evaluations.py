@@ -95,7 +95,7 @@ def evaluation_svgs(e: Evaluation, figures: ModuleType, number: int) -> list[str
         title = f"{measure(e)}, 95 % intervals"
         svgs.append(figures.accuracy(title, "scorer", by_scorer, f"accuracy-{number}"))
     if any(by_steps.values()):
-        title, label = "Answer accuracy by reasoning steps", "reasoning steps (how many problems)"
+        title, label = "Answer accuracy by reasoning steps", "steps (problems)"
         svgs.append(figures.accuracy(title, label, by_steps, f"steps-{number}"))
     if any(wrong.values()):
         svgs.append(figures.mistakes(wrong, e.problems, f"mistakes-{number}"))

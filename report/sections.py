@@ -207,26 +207,26 @@ def learning_table(run: RunRecord) -> Block:
     val, val_accuracy = ([x for _, x in run.validation(f"val_{key}")] for key in keys)
     width = max(1, round(len(run.steps) / 100))
     tenth = train[-max(2, len(train) // 10) :]
+    middle = len(tenth) // 2
     pairs = {
-        "train loss": ends(train, width),
-        "train loss over the last tenth of the steps": ends(tenth, len(tenth) // 2),
-        "validation loss, first and last": ends(val, 1),
-        "validation loss, first and best": [val[0], min(val)] if val else [],
+        "train loss": means(train[:width], train[-width:]),
+        "train loss over the last tenth of the steps": means(tenth[:middle], tenth[middle:]),
+        "validation loss, first and last": means(val[:1], val[-1:]),
+        "validation loss, first and best": means(val[:1], sorted(val)[:1]),
     }
     rows = [(label, *show.change(pair)) for label, pair in pairs.items()]
     pairs = {
-        "token accuracy (teacher-forced), train": ends(train_accuracy, width),
-        "token accuracy (teacher-forced), validation": ends(val_accuracy, 1),
+        "train": means(train_accuracy[:width], train_accuracy[-width:]),
+        "validation": means(val_accuracy[:1], val_accuracy[-1:]),
     }
-    rows += [(label, *show.change(pair, points=True)) for label, pair in pairs.items()]
+    for split, pair in pairs.items():
+        label = f"token accuracy (teacher-forced), {split}"
+        rows.append((label, *show.change(pair, points=True)))
     return page.table("First and last values", ("", "first", "last", "change"), rows)
 
 
-def ends(values: list[float], width: int) -> list[float]:
-    """[first, last], each a mean over `width` values; [] without values."""
-    if not values or not width:
-        return []
-    return [statistics.fmean(values[:width]), statistics.fmean(values[-width:])]
+def means(first: list[float], last: list[float]) -> list[float]:
+    return [statistics.fmean(first), statistics.fmean(last)] if first and last else []
 
 
 def why_it_stopped(run: RunRecord) -> str:

@@ -190,7 +190,12 @@ def test_every_picture_has_a_title_units_and_a_legend_where_there_are_two_series
         "Learning rate and gradient norm": ("(per step)", "(before clipping)", "clipped at 1"),
         "Training speed": ("tokens per second", "each step", "mean of 5 steps"),
         "Answer accuracy (generated), 95 % intervals": ("% of problems", "base", "tuned"),
-        "Answer accuracy by reasoning steps": ("% of problems", "how many", "base", "tuned"),
+        "Answer accuracy by reasoning steps": (
+            "% of problems",
+            "steps (problems)",
+            "base",
+            "tuned",
+        ),
         "Kinds of mistakes": ("answers, of 40", "base", "tuned"),
     }
     assert len(texts) == len(wanted)
