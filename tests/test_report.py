@@ -263,7 +263,8 @@ def test_the_command_repeats_every_option(tmp_path):
     words = shlex.split(command(read_run(tmp_path)).replace("\\\n", ""))
     assert words[:4] == ["torchrun", "--nproc-per-node", "2", "train.py"]
     again = to_json(parse(TrainConfig, words[4:], ""))
-    assert again == to_json(config) | {"revision": "abc", "out": "a b'$(c)-again"}
+    changed = {"revision": "abc", "out": "a b'$(c)-again", "rank": "8"}
+    assert again == to_json(config) | changed
 
 
 @pytest.mark.parametrize(
@@ -405,6 +406,16 @@ def test_progress_comes_from_the_newest_readable_checkpoint(fresh_run):
         write_json(folder / name / "progress.json", {"progress": {"stopped": name}})
     (folder / "step-2000000").mkdir()
     assert read_run(fresh_run).progress.stopped == "step-1000000"
+
+
+@pytest.mark.parametrize("depth", [30, 700, 100_000])
+def test_deep_nesting_is_cut_off(fresh_run, depth):
+    nested = "[" * depth + "]" * depth
+    path = fresh_run / "evaluation/test-1/result.json"
+    path.write_text(path.read_text().replace('"test"', nested, 1))
+    (fresh_run / "audit.json").write_text('{"rows": ' + nested + "}")
+    (fresh_run / "metrics.jsonl").write_text('{"step": 1, "train_loss": ' + nested + "}\n")
+    assert "Training" in markdown(fresh_run)
 
 
 def damaged(value: object, rng: random.Random) -> object:
