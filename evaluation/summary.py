@@ -19,9 +19,10 @@ from evaluation.generative import (
     numeric_equal,
     pass_at_k,
 )
-from evaluation.mistakes import KINDS, classify, operations, reasoning_steps, topics
+from evaluation.mistakes import KINDS, classify, topics
 from evaluation.numbers import final_number
 from evaluation.statistics import in_words, paired, wilson_interval
+from evaluation.steps import operations, reasoning_steps
 
 TRANSCRIPTS = 5  # of each kind in a result
 Completions = dict[str, list[Completion]]  # the samples of each problem, by its id
