@@ -1,0 +1,286 @@
+"""A run's folder: its options, progress and log, and everything needed to resume. Without torch.
+
+    out/qwen2-0.5b-instruct-gsm8k/
+        config.json         options, and the identity of what they resolved to
+        metrics.jsonl       one line per step, one per validation
+        validation.jsonl    the rows held out for validation
+        audit.json          statistics of the data
+        lock                which process is using the folder
+        best/               the adapter with the best validation, in PEFT's format
+        evaluation/         results of evaluate.py, one folder per combination of settings
+        report.html, .md    a summary of all of it
+        checkpoints/step-000421/    adapter, optimizer state and progress: what resuming needs
+
+`Run` is the one reader of these files; `checkpoint.py` writes the checkpoints.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from errors import BadRun, UserError, listed
+from files import JsonLines, clean_up, damage, read_json, write_file, write_json
+
+FORMAT = 2  # of config.json: 1 had --r, and mixed sources by exact fractions
+KEEP = 2  # checkpoints: the newest, and one to fall back on
+LOCK = "lock"
+SPARE_BYTES = 64 << 20  # for logs, reports and answers
+# Options that may differ when a run resumes: its length, how often it validates and saves, and
+# --compile, which only rounds differently.
+FREE = {"out", "epochs", "max_steps", "patience", "evals_per_epoch", "save_every", "max_minutes",
+        "price_per_hour", "compile"}  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a run has come, apart from its weights."""
+
+    cursor: int = 0  # steps of the schedule taken, including skipped ones
+    step: int = 0  # optimizer updates made
+    skipped: int = 0  # steps whose gradient was not finite
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None  # nats per supervised validation token
+    best_exact_match: float | None = None  # share of the sample, where answers are generated
+    best_step: int = 0
+    validations_since_best: int = 0
+    seconds: float = 0.0  # of work, over all sessions
+    log_bytes: int = 0
+    validated: int = 0  # the cursor at the last validation
+    halved: int = 0  # how often micro-batches were halved because memory ran out
+    stopped: str | None = None  # why the run is finished
+
+    def record_validation(self, loss: float, exact_match: float | None = None) -> bool:
+        """Record a validation at the current cursor; True if it is the best so far.
+
+        The best has the lowest loss or, where answers are generated, the highest exact match and
+        among equals the lowest loss. A figure that is not finite is never the best.
+        """
+        new = [-loss] if exact_match is None else [exact_match, -loss]
+        best = [None if self.best_loss is None else -self.best_loss]
+        self.validated = self.cursor
+        if exact_match is not None:
+            best.insert(0, self.best_exact_match)
+        if all(map(math.isfinite, new)) and (None in best or new > best):
+            self.best_loss, self.best_exact_match = loss, exact_match
+            self.best_step, self.validations_since_best = self.step, 0
+            return True
+        self.validations_since_best += 1
+        return False
+
+    def reason_finished(self, last: int, patience: int, metric: str) -> str | None:
+        """Why a run of `last` steps is finished, directly after a validation; None if it is not."""
+        if self.cursor == self.validated >= last:  # above `last` if fewer steps are asked for now
+            return f"all {last} steps done"
+        if self.validations_since_best >= patience:
+            return f"no better {metric} in {patience} validations"
+        return None
+
+
+class Run:
+    """What a run's folder holds. Reading never changes it."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.best = self.folder / "best"
+        self.log_file = self.folder / "metrics.jsonl"
+        self.held_out_file = self.folder / "validation.jsonl"
+
+    @classmethod
+    def of_adapter(cls, adapter: str | Path | None) -> "Run":
+        """The run whose folder an adapter is in; without options if it is in none."""
+        return cls(Path(adapter).parent if adapter else Path("/nonexistent"))
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json`; {} without one. BadRun if it is not a run's."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return {}
+        remedy = "repair the file, or move the adapter to another folder"
+        config = read_json(path, BadRun, remedy)
+        if not all(isinstance(config.get(key), dict) for key in ("options", "identity")):
+            raise BadRun(f"{path} is not the configuration of a run", remedy)
+        return config
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The command line's options, as JSON values by name."""
+        return self.config.get("options", {})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Commits and hashes of what the options resolved to."""
+        return self.config.get("identity", {})
+
+    def audit(self) -> dict[str, Any]:
+        """`audit.json`; {} if it is missing or damaged."""
+        return _read_or_empty(self.folder / "audit.json")
+
+    def log(self) -> tuple[list[dict[str, Any]], int]:
+        """(values of the log's lines, how many lines are damaged)."""
+        try:
+            lines = JsonLines.read(self.log_file)
+        except OSError:
+            return [], 0
+        values = [line.value for line in lines if line.value is not None]
+        return values, len(lines) - len(values)
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first, by the step in their names: clocks do not matter."""
+        found = (p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdecimal())
+        return sorted(found, key=lambda p: (len(p.name), p.name))  # as numbers of any length
+
+    def progress(self) -> dict[str, Any]:
+        """Progress in the newest readable checkpoint; {} if there is none."""
+        for checkpoint in reversed(self.checkpoints()):
+            progress = _read_or_empty(checkpoint / "progress.json").get("progress")
+            if isinstance(progress, dict):
+                return progress
+        return {}
+
+    def check(
+        self,
+        new: dict[str, Any],
+        defaults: Mapping[str, Any],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> list[str] | None:
+        """None if there is no run here yet; else the changed options of the run to resume.
+
+        `new` holds "options" and "identity". An option that the saved run did not know counts as
+        its default, and one that has become a list since as a list of one; `upgrade` translates
+        options that have been renamed. Raises BadRun if the folder holds other files, or a run
+        that differs in more than what may change.
+        """
+        folder = self.folder
+        check_place(folder)
+        if not folder.exists() or {p.name for p in folder.iterdir()} <= {LOCK, "config.json.new"}:
+            return None
+        try:
+            old = json.loads((folder / "config.json").read_bytes())
+            old_values = {**defaults, **upgrade(old["options"]), **old["identity"]}
+            values = {**defaults, **new["options"], **new["identity"]}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise BadRun(
+                f"--out {folder} holds other files, and no run to resume", "give another --out"
+            ) from None
+        changed = {
+            key: f"{key} was {old_values.get(key)}, is {values.get(key)}"
+            for key in sorted(old_values.keys() | values.keys())
+            if values.get(key) not in (old_values.get(key), [old_values.get(key)])
+        }
+        if refused := [text for key, text in changed.items() if key not in FREE]:
+            raise BadRun(
+                f"--out {folder} holds another run: {listed(refused)}",
+                "give another --out, or the old values to resume that run",
+            )
+        return list(changed.values())
+
+    def repair(self) -> None:
+        """Remove what killed sessions left half done, and set damaged checkpoints aside.
+
+        Raises BadRun if every checkpoint is damaged: a run never restarts from nothing by itself.
+        """
+        folder = self.folder / "checkpoints"
+        clean_up(folder, "step-[0-9]*")
+        shutil.rmtree(self.folder / "best.new", ignore_errors=True)
+        for checkpoint in reversed(self.checkpoints()):
+            reason = damage(checkpoint)
+            if reason is None:
+                return
+            aside = checkpoint.with_name(f"{checkpoint.name}.bad-{time.time_ns()}")
+            os.rename(checkpoint, aside)
+            print(f"{checkpoint} is damaged ({reason}): set aside as {aside.name}")
+        if bad := sorted(folder.glob("step-*.bad-*")):
+            raise BadRun(
+                f"every checkpoint in {folder} is damaged: {listed(path.name for path in bad)}",
+                "give another --out to start again, or remove these to start again here",
+            )
+
+    def write_start(
+        self,
+        config: dict[str, Any],
+        changes: list[str],
+        audit: dict[str, Any],
+        held_out: list[dict[str, Any]],
+    ) -> None:
+        """Write what the folder holds from the start: `config.json` first, which makes it a run."""
+        path = self.folder / "config.json"
+        earlier = self.config.get("changes", [])
+        (self.folder / "report.html").unlink(missing_ok=True)  # describes an earlier end
+        write_json(path, {"format": FORMAT, **config, "changes": earlier + changes})
+        write_json(self.folder / "audit.json", audit)
+        rows = "".join(json.dumps(row) + "\n" for row in held_out)
+        write_file(self.held_out_file, rows.encode())
+
+
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, UserError, "")
+    except UserError:
+        return {}
+
+
+def check_place(folder: Path) -> None:
+    """Raise BadRun if `folder` is not a folder, or cannot be made or written."""
+    existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise BadRun(f"--out {folder}: {existing} is not a folder", "give another --out")
+    if not os.access(existing, os.W_OK):
+        raise BadRun(f"--out {folder} cannot be written", "give another --out")
+
+
+def check_space(folder: Path, trainable: int) -> None:
+    """Raise BadRun if the disk has no room for a run with `trainable` parameters."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    # fp32 weights and two moments, in KEEP checkpoints and the one being written; best/ twice
+    needed = (KEEP + 1) * 12 * trainable + 8 * trainable + SPARE_BYTES
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise BadRun(
+            f"--out {folder}: the disk has {free:,} bytes free, and the run needs {needed:,}",
+            "make room, or give another --out",
+        )
+
+
+_locked: dict[Path, IO] = {}  # folders locked by this process; open until it ends
+
+
+def lock(folder: Path) -> None:
+    """Reserve `folder` for this process until it ends; BadRun if another process has it.
+
+    The operating system releases the lock of a process that died.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in _locked:
+        return
+    file = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(200).strip() or "another process"
+        raise BadRun(
+            f"{folder} is in use by {owner}", "wait for it, stop it, or give another --out"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"{folder} is on a file system without locks: a second run is not kept out")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%F %T}\n")
+    file.flush()
+    _locked[folder.resolve()] = file
