@@ -3,10 +3,10 @@
 A scorer compares a completion with a gold answer in GSM8K's form: reasoning, then `#### N`. The
 scorers differ in where they look for the number and in how they compare it:
 
-    numeric-equal     ours: after the first `####`, otherwise the last number; compares values
-    strict-match      lm-evaluation-harness, gsm8k version 3: after the first `#### `; compares text
-    flexible-extract  the same harness: the last thing that looks like a number; compares text
-    openai            openai/grade-school-math: after the first `#### `; compares text without commas
+    numeric-equal     ours: after the first `####`, otherwise the last number; equal values
+    strict-match      lm-evaluation-harness, gsm8k version 3: after the first `#### `; equal text
+    flexible-extract  the same harness: the last thing that looks like a number; equal text
+    openai            openai/grade-school-math: after the first `#### `; equal text without commas
 
 Only ours accepts `#### 18.00` for 18, and U+2212 as a minus sign. Only flexible-extract takes `...`
 for an answer, and `10-3` for -3. Only openai rejects `#### 18.`. All scorers take time linear in

@@ -18,7 +18,7 @@ from typing import Any
 
 from data.rows import Message, Problem
 from errors import BadOption
-from evaluation.conversation import next_turn, turns
+from evaluation.answers import count_turns, next_turn
 from evaluation.generative import Completions, had_format, numeric_equal
 from evaluation.tasks import Task
 from files import write_file
@@ -79,7 +79,7 @@ def check_tasks(tasks: list[Task], prompt: str) -> None:
             f"--keep-correct needs a single task whose answers end in '#### N', not {names}",
             "name that task with --data",
         )
-    if prompt != "chat" and any(turns(p, "chat") > 1 for p in tasks[0].problems):
+    if prompt != "chat" and any(count_turns(p, "chat") > 1 for p in tasks[0].problems):
         raise BadOption(
             f"--keep-correct: problems of {tasks[0].name} have several turns, but a plain-text"
             " prompt gets a single answer",

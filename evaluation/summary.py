@@ -7,9 +7,11 @@ several samples per problem, scorers judge the first one; votes and pass@k use a
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from data.rows import Problem
+from errors import BadData, printable
 from evaluation.generative import (
     Completion,
     Completions,
@@ -24,6 +26,7 @@ from evaluation.mistakes import KINDS, classify, topics
 from evaluation.numbers import final_number
 from evaluation.statistics import in_words, paired, wilson_interval
 from evaluation.steps import operations, reasoning_steps
+from files import read_json
 
 TRANSCRIPTS = 5  # of each kind in a result
 
@@ -224,6 +227,23 @@ def tasks_table(summaries: list[dict[str, Any]]) -> str:
     return "\n".join([in_columns(rows), *conclusions])
 
 
+def result_text(result: dict[str, Any]) -> str:
+    """The table of models, the conclusion, and the examples with each model's answer."""
+    lines = [models_table(result)]
+    if "in_words" in result:
+        d = result["difference"]
+        lines.append(
+            f"tuned against base: {d['fixed']} fixed, {d['broke']} broken, exact p"
+            f" {d['p_value']:.2g}"
+        )
+        lines.append(result["in_words"])
+    for example in result["examples"]:
+        lines.append(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
+        for name in result["models"]:
+            lines.append(f"  {name}: {printable(' '.join(example[name].split())[:300])}")
+    return "\n".join(lines)
+
+
 def in_columns(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"{row[0]:<33}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows)
 
@@ -238,7 +258,17 @@ def accuracy(correct: int, n: int) -> str:
     return f"{100 * correct / n:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
 
 
-# Results of earlier versions.
+# Results of finished evaluations.
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A `result.json` of this or an earlier version; raises BadData if it is anything else."""
+    remedy = "give a result.json written by evaluate.py"
+    result = upgrade_result(read_json(path, BadData, remedy))
+    settings, models = result.get("settings"), result.get("models")
+    if not isinstance(settings, dict) or "problems_sha256" not in settings or not models:
+        raise BadData(f"{path} is not the result of an evaluation", remedy)
+    return result
 
 
 def upgrade_result(result: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ _WORD = re.compile(r"[0-9]+/[0-9]+|[0-9][0-9,.]*|[ap]\.m\b|[^\W\d_]+(?:['’][^\
 
 
 def words_of(text: str) -> list[str]:
-    """The words of `text` in lower case; one name per unit, "#" for numbers, "#/#" for fractions."""
+    """The words of `text` in lower case, one name per unit, "#" and "#/#" for numbers."""
     words = []
     for match in _WORD.finditer(text.lower()):
         word = match[0].replace("’", "'")
