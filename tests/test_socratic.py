@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation.conversation import next_turn
 
 import evaluate
 from data.chat import ChatFormat
@@ -13,7 +14,6 @@ from data.rows import Message, Problem, read_problems
 from data.socratic import parse_turns
 from data.split import split_problems
 from evaluation.answers import GenerationSettings, answers
-from evaluation.conversation import next_turn
 from model.generate import Sampling, generate
 from model.load import load_model
 from tests import toys
