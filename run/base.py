@@ -1,7 +1,7 @@
 """The base model of a run, before and after its weights are read.
 
-    base = Base.find("Qwen/Qwen2-0.5B-Instruct")    # everything but the weights
-    model = base.load()                              # frozen, on its device, in its precision
+base = Base.find("Qwen/Qwen2-0.5B-Instruct")    # everything but the weights
+model = base.load()                              # frozen, on its device, in its precision
 """
 
 from dataclasses import dataclass

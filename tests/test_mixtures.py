@@ -203,7 +203,7 @@ def test_the_names_in_a_configuration_are_read_also_where_they_are_one_text():
 
 # Whole runs
 
-LONG = "--batch-size 2 --grad-accum 2 --epochs 3 --r 2 --evals-per-epoch 2 --limit 24".split()
+LONG = "--batch-size 2 --grad-accum 2 --epochs 3 --rank 2 --evals-per-epoch 2 --limit 24".split()
 
 
 @pytest.fixture
