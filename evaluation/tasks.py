@@ -12,7 +12,7 @@ from typing import Any
 
 from data.mixture import source_names
 from data.multiple_choice import CHOICE_TASKS
-from data.own import parse_columns
+from data.custom import parse_columns
 from data.rows import Problem, Source, read_problems
 from data.split import split_sources
 from data.tasks import TASKS, load_source

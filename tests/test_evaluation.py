@@ -10,7 +10,7 @@ import torch
 
 import evaluate
 from data.chat import ChatFormat
-from data.own import load_path
+from data.custom import load_path
 from errors import BadData, BadOption
 from evaluation import answers as generation
 from evaluation.answers import answers, before_stop, exact_matches, prompt_tokens

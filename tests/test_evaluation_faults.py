@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.chat import ChatFormat
-from data.own import load_path
+from data.custom import load_path
 from evaluation.answers import answers
 from evaluation.generative import NUMBERS, SCORERS, Completion
 from evaluation.log import read_log
