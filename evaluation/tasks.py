@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.custom import parse_columns
 from data.mixture import source_names
 from data.multiple_choice import CHOICE_TASKS
-from data.custom import parse_columns
 from data.rows import Problem, Source, read_problems
 from data.split import split_sources
 from data.tasks import TASKS, load_source

@@ -223,6 +223,7 @@ def test_two_results_are_compared(tuned, tmp_path, capsys):
 def test_a_result_of_an_earlier_version_is_compared_as_well(tuned, tmp_path, capsys):
     result = evaluated(tuned, tmp_path)
     (path,) = map(str, tmp_path.glob("evaluation/*/result.json"))
+    capsys.readouterr()
     evaluate.main(["--compare", path, path])
     today = capsys.readouterr().out
     models = result.pop("models")

@@ -18,6 +18,7 @@ from model.generate import generate
 from model.load import load_model
 from tests import toys
 from tests.evaluations import settings
+from tests.test_custom_data import parquet
 from tests.test_hub import hub, python  # noqa: F401
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "gsm8k"
