@@ -25,14 +25,14 @@ from typing import Any
 
 from data.gsm8k import EXAMPLES
 from data.rows import fingerprint
-from errors import BadData, BadOption, printable, run_script
+from errors import BadOption, printable, run_script
 from evaluation.answers import GenerationSettings, answer_all, stream_answer
 from evaluation.choices import choice_metrics, score_all
 from evaluation.rejection import check_new_file, check_tasks, keep
 from evaluation.summary import (
     answer_metrics,
+    comparison_text,
     difference,
-    models_table,
     read_result,
     result_text,
     task_summary,
@@ -63,9 +63,7 @@ class EvalConfig:
     model: str | None = option(None, "base model (default: the one the adapter names)")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
 
-    data: tuple[str, ...] = option(
-        (), "one or more sources, as for train.py (default: those of the adapter's run)"
-    )
+    data: tuple[str, ...] = option((), "as for train.py (default: what the adapter was trained on)")
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
     columns: tuple[str, ...] = option((), "rename columns: question=problem,answer=text")
     split: str = option(
@@ -73,30 +71,24 @@ class EvalConfig:
         choices=("test", "validation", "train"),
     )  # fmt: skip
     limit: int | None = option(None, "use only the first N problems of each task", least=1)
-    shots: int = option(
-        0, "solved problems before each question, as in lm-evaluation-harness", least=0
-    )
+    shots: int = option(0, "solved problems shown first, as in lm-evaluation-harness", least=0)
 
     cot: bool = option(False, "ask for a chain of thought, zero-shot, as plain text")
     samples: int = option(1, "answers per problem; several give majority votes", least=1)
     temperature: float = option(0.0, "sampling temperature; 0 is greedy", least=0)
-    top_k: int = option(0, "sample from the k likeliest tokens only; 0 means all", least=0)
-    top_p: float = option(
-        1.0, "sample from the likeliest tokens with this total probability", above=0
-    )
-    seed: int = option(0, "of sampling and of the bootstrap", least=0)
+    top_k: int = option(0, "sample from the k most likely tokens only; 0 means all", least=0)
+    top_p: float = option(1.0, "sample from the top tokens with this total probability", above=0)
+    seed: int = option(0, "random seed of sampling and of the bootstrap", least=0)
     max_new_tokens: int = option(512, "longest answer in tokens; GSM8K's longest has 455", least=1)
 
     out: str | None = option(None, "folder for the results (default: the adapter's run folder)")
     keep_correct: str | None = option(
-        None, "write correct answers to this .jsonl file, to train on; needs --split train"
+        None, "with --split train: write correct answers to this .jsonl file, to train on them"
     )
     ask: str | None = option(None, "answer this question instead of evaluating")
     compare: tuple[str, ...] = option((), "compare two result.json files instead of evaluating")
 
-    batch_size: int = option(
-        128, "sequences decoded in parallel; in fp32 it changes no answer", least=1
-    )
+    batch_size: int = option(128, "sequences decoded in parallel; same answers in fp32", least=1)
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
 
@@ -140,12 +132,13 @@ class Models:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Find everything, measure each task, compare base and tuned, and write the results."""
+    """Find the tasks and the models, measure each task, and write the results."""
     # 1. What is asked for: an evaluation, a comparison of two old ones, or one answer.
     config = parse(EvalConfig, argv, HELP, presets={"demo": DEMO}, groups=GROUPS)
     check(config)
     if config.compare:
-        return compare(*config.compare, seed=config.seed)
+        a, b = (read_result(Path(path)) for path in config.compare)
+        return print(comparison_text(a, b, config.seed))
     base = find_base(config)
     if config.ask:
         return ask(config, base)
@@ -199,13 +192,13 @@ def check(config: EvalConfig) -> None:
         )
     if config.shots and config.cot:
         raise BadOption("--shots and --cot are two different prompts", "give one of them")
+    if config.keep_correct and config.split != "train":
+        raise BadOption(
+            f"--keep-correct with --split {config.split}: problems cannot be trained on and then"
+            " measured on",
+            "add --split train",
+        )
     if config.keep_correct:
-        if config.split != "train":
-            raise BadOption(
-                f"--keep-correct with --split {config.split}: problems that are trained on can no"
-                " longer measure anything",
-                "add --split train",
-            )
         check_new_file(Path(config.keep_correct))
 
 
@@ -316,14 +309,14 @@ def measure_answers(
     config: EvalConfig, base: Base, models: Models, task: Task, folder: Path
 ) -> dict[str, Any]:
     """Let each model generate its answers; returns metrics, comparison, transcripts, examples."""
-    settings = GenerationSettings(
+    generation = GenerationSettings(
         decoding(config, base), config.prompt, tuple(task.shots), config.samples
     )
     completions, metrics = {}, {}
     for name, context in models.contexts.items():
         with context():
             log = folder / f"{name}.jsonl"
-            answers = answer_all(models.network, base.chat, task, settings, log)
+            answers = answer_all(models.network, base.chat, task, generation, log)
             metrics[name] = answer_metrics(task.judge, task.problems, answers)
             if not config.keep_correct:  # the loss of training rows would say little
                 metrics[name] |= teacher_forced_metrics(
@@ -394,23 +387,6 @@ def ask(config: EvalConfig, base: Base) -> None:
             for piece in pieces:
                 print(printable(piece, "\n\t"), end="", flush=True)
         print()
-
-
-def compare(one: str, other: str, *, seed: int) -> None:
-    """Compare two results, each by its tuned model or, if it has one model only, by that."""
-    a, b = read_result(Path(one)), read_result(Path(other))
-    if a["settings"]["problems_sha256"] != b["settings"]["problems_sha256"]:
-        raise BadData(
-            "the two results are for different problems",
-            "compare evaluations with the same --data, --split and --limit",
-        )
-    for key, value in a["settings"].items():
-        if value != b["settings"].get(key):
-            print(f"{key}: {value} against {b['settings'].get(key)}")
-    models = {name: list(r["models"].values())[-1] for name, r in (("A", a), ("B", b))}
-    print(models_table({"problems": a["problems"], "models": models}))
-    comparison = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
-    print(f"B against A: {comparison['in_words']}")
 
 
 if __name__ == "__main__":

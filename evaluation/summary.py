@@ -258,6 +258,28 @@ def accuracy(correct: int, n: int) -> str:
     return f"{100 * correct / n:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
 
 
+def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
+    """Two results compared, each by its tuned model or, if it has one model only, by that.
+
+    Raises BadData if they are for different problems.
+    """
+    settings = a["settings"], b["settings"]
+    if settings[0]["problems_sha256"] != settings[1]["problems_sha256"]:
+        raise BadData(
+            "the two results are for different problems",
+            "compare evaluations with the same --data, --split and --limit",
+        )
+    lines = [
+        f"{key}: {value} against {settings[1].get(key)}"
+        for key, value in settings[0].items()
+        if value != settings[1].get(key)
+    ]
+    models = {name: list(r["models"].values())[-1] for name, r in (("A", a), ("B", b))}
+    lines.append(models_table({"problems": a["problems"], "models": models}))
+    found = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
+    return "\n".join([*lines, f"B against A: {found['in_words']}"])
+
+
 # Results of finished evaluations.
 
 
