@@ -224,13 +224,13 @@ def main(argv: list[str] | None = None) -> int:
         console.print_start(to_json(config), base, mixture, lora)
     sources = encode_mixture(
         mixture, base.chat, limit=config.limit, validation_share=config.validation_share,
-        max_length=config.max_length, epochs=config.epochs,
+        max_length=config.max_length,
     )  # fmt: skip
     schedule = Schedule(
         [example for source in sources for example in source.train],
         batch_size=config.batch_size, grad_accum=config.grad_accum, epochs=config.epochs,
         max_steps=config.max_steps, seed=config.seed, rank=world.rank, ranks=world.size,
-        sources=tuple(source.share for source in sources),
+        sources=tuple(source.rows for source in sources),
     )  # fmt: skip
     held_out = [problem for source in sources for problem in source.held_out]
     validation = {source.name: source.validation for source in sources}

@@ -26,10 +26,10 @@ class Audit:
     sources: dict[str, dict] = field(default_factory=dict)
 
 
-DUPLICATES = {  # questions are duplicates if they are equal after this
+DUPLICATES = {  # kind -> what two questions are compared by
     "exact": str,
-    "case and space": normalize,
-    "numbers masked": mask_numbers,
+    "ignoring case": normalize,  # and white space
+    "ignoring numbers": mask_numbers,  # and case and white space
 }
 
 

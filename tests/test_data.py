@@ -421,7 +421,7 @@ def test_the_statistics_of_an_audit_equal_slow_formulas():
     }  # fmt: skip
     assert found.supervised_count == 1 + 2 + 3 + 4 + 5
     counts = {place: tuple(by_kind.values()) for place, by_kind in found.duplicates.items()}
-    assert counts == {  # exact, case and space, numbers masked
+    assert counts == {  # exact, ignoring case, ignoring numbers
         "within train": (1, 2, 3), "train and validation": (0, 0, 0),
         "train and test": (1, 1, 2), "validation and test": (0, 1, 1),
     }  # fmt: skip

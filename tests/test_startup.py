@@ -50,6 +50,12 @@ def test_a_script_does_not_import_what_only_some_runs_need(script):
     assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
 
 
+def test_the_public_names_of_the_data_room_are_imported_without_pyarrow():
+    names = "ChatFormat, Schedule, encode_problems, flat_batch, load_source, split_problems"
+    code = f"import sys; from data import {names}; sys.exit('pyarrow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_parts_of_the_startup_time_add_up_to_the_whole():
     spans = [("b", 1.0, 3.0), ("c", 1.5, 2.0), ("c", 2.0, 2.5), ("a", 0.0, 4.0), ("d", 4.0, 5.0)]
     assert own_seconds(spans) == {"a": 2.0, "b": 1.0, "c": 1.0, "d": 1.0}
