@@ -12,6 +12,7 @@ loop, `forward_backward` one micro-batch.
 
 import gc
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,7 @@ from data.mixture import (
     source_names,
 )
 from data.rows import Problem
+from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of
 from evaluation.teacher_forced import teacher_forced
@@ -467,3 +469,7 @@ def learning_rate(config: TrainConfig, step: int, last: int) -> float:
     done = (step - warmup) / max(1, last - warmup)  # 0 at the peak, 1 just after the last step
     shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.learning_rate * shapes[config.schedule]
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
