@@ -26,6 +26,7 @@ from data.audit import audit_mixture
 from data.batches import Schedule, Step, flat_batch
 from data.encode import Example
 from data.mixture import (
+    check_rounding,
     encode_mixture,
     load_mixture,
     mixture_identity,
@@ -42,6 +43,7 @@ from lora.inject import count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options, upgrade_options
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter
 from lora.plus import rate_groups
+from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
 from model.compile import check_compiler, compile_layers
 from model.generate import Decoding
 from model.loss import linear_cross_entropy
@@ -214,6 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])
     saved = {"options": to_json(config), "identity": identity}
     changes = run.check(saved, to_json(TrainConfig()), upgrade_options)  # None: a new run
+    if run.format == 1:
+        check_rounding(run.audit())
     if changes is None:
         check_space(run.folder, trainable)
     elif world.is_main:

@@ -6,9 +6,10 @@ are. Row ids, which key order and dropout, continue from one source to the next.
 in one source is held out in all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from typing import Any
 
 from data.batches import SourceRows
 from data.chat import ChatFormat
@@ -17,7 +18,7 @@ from data.encode import Example, encode_problems
 from data.rows import Problem, Source, fingerprint
 from data.split import split_sources
 from data.tasks import TASKS, is_on_hub, load_source
-from errors import BadData, BadOption
+from errors import BadData, BadOption, BadRun
 
 MAX_WEIGHT = 1000  # a larger one is a typing error
 MAX_DIGITS = 20  # of a weight, as written
@@ -72,12 +73,19 @@ def source_names(data: str | Sequence[str]) -> list[str]:
     return [parse_spec(text)[0] for text in ([data] if isinstance(data, str) else data)]
 
 
-def needs_exact_fractions(weights: Iterable[tuple[float, int]]) -> bool:
-    """Whether rounding changes the schedule: for some (weight, count) their product is no integer.
+def check_rounding(audit: Mapping[str, Any]) -> None:
+    """Raise BadRun if rounding changes the schedule of a run that was saved before rounding.
 
-    Runs saved before rounding took such sources by exact fractions, and cannot be resumed.
+    Such a run took the rows of a source by exact fractions. `audit` is its audit.json.
     """
-    return any(Decimal(str(weight)) * count % 1 != 0 for weight, count in weights)
+    for name, source in audit.get("sources", {}).items():
+        weight, count = source["weight"], source["rows"]["train"]
+        if Decimal(str(weight)) * count % 1 != 0:
+            raise BadRun(
+                f"this run takes {weight:g} x {count} rows of {name} in an epoch by exact"
+                " fractions, which are now rounded",
+                "start a new run in another --out, or resume with the version that started it",
+            )
 
 
 def load_mixture(
