@@ -1,4 +1,4 @@
-"""Laws of the report: right names, inert text, and no exception for what is missing."""
+"""Laws of the report: correct figures, inert text, and no exception for any damage."""
 
 import json
 import random
@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from errors import BadRun, run_script
-from report import figures
-from report.__main__ import command, main, more_epochs, report_blocks, write_report
+from report import figures, write_report
+from report.__main__ import main
 from report.page import fenced, inert, to_html, to_markdown
 from report.records import read_run
+from report.sections import command, more_epochs, report_blocks
 from run.options import parse, to_json
 from train import TrainConfig
 
@@ -70,13 +71,13 @@ def log_lines(steps: int = 200, every: int = 25) -> list[dict]:
     return lines
 
 
-def contestant(right: int, text: str) -> dict:
+def model_result(correct: int, text: str) -> dict:
     return {
-        "right": {"numeric-equal": right, "strict-match": right - 1}, "had_format": 30,
+        "correct": {"numeric-equal": correct, "strict-match": correct - 1}, "had_format": 30,
         "cut_off": 1, "empty": 0, "completions": 40, "tokens": 4000, "seconds": 50.0, "loss": 0.5,
         "token_accuracy": 0.8, "votes": {}, "pass": {},
-        "mistakes": {"correct": right, "format only": 2, text: 38 - right},
-        "by": {"reasoning steps": {"2": [right, 30], "3": [0, 10]}, "operations": {text: [3, 9]}},
+        "mistakes": {"correct": correct, "format only": 2, text: 38 - correct},
+        "by": {"reasoning steps": {"2": [correct, 30], "3": [0, 10]}, "operations": {text: [3, 9]}},
     }  # fmt: skip
 
 
@@ -86,10 +87,11 @@ def result(text: str) -> dict:
     return {
         "settings": {"split": "test", "prompt": "chat", "data": text, "max_new_tokens": 512},
         "problems": 40,
-        "contestants": {"base": contestant(10, text), "tuned": contestant(14, text)},
+        "models": {"base": model_result(10, text), "tuned": model_result(14, text)},
         "difference": {
-            "fixed": 6, "broke": 2, "both_right": 8, "both_wrong": 24, "p_value": 0.29,
-            "low_points": -2.5, "high_points": 22.5, "confidence": 0.95,
+            "n": 40, "fixed": 6, "broke": 2, "both_right": 8, "both_wrong": 24,
+            "difference_points": 10.0, "p_value": 0.29, "low_points": -2.5, "high_points": 22.5,
+            "confidence": 0.95,
         },
         "in_words": f"+10.0 points: not distinguishable {text}",
         "transcripts": {"fixed": [texts], "broken": [texts], "still wrong": [texts]},
@@ -111,7 +113,7 @@ def write_run(folder: Path, text: str = "What is 2 + 2?") -> Path:
     }
     audit = {
         "rows": {"train": 90, "validation": 10}, "left_out": [text], "tokens": {"total": 900},
-        "supervised": 450, "duplicates": {"within train": {"exact": 3}},
+        "supervised_count": 450, "duplicates": {"within train": {"exact": 3}},
     }  # fmt: skip
     write_json(folder / "config.json", config)
     write_json(folder / "audit.json", audit)
@@ -188,7 +190,12 @@ def test_every_picture_has_a_title_units_and_a_legend_where_there_are_two_series
         "Learning rate and gradient norm": ("(per step)", "(before clipping)", "clipped at 1"),
         "Training speed": ("tokens per second", "each step", "mean of 5 steps"),
         "Answer accuracy (generated), 95 % intervals": ("% of problems", "base", "tuned"),
-        "Answer accuracy by reasoning steps": ("% answered right", "how many", "base", "tuned"),
+        "Answer accuracy by reasoning steps": (
+            "% of problems",
+            "steps (problems)",
+            "base",
+            "tuned",
+        ),
         "Kinds of mistakes": ("answers, of 40", "base", "tuned"),
     }
     assert len(texts) == len(wanted)
@@ -230,9 +237,9 @@ def test_rates_have_wilsons_intervals_and_a_difference(run):
 def test_a_point_gained_costs_training_time_over_points(run):
     text = markdown(run, price=2.5)
     assert "12.0 min, $0.500; but the gain itself is not" in text.replace("\\", "")
-    assert row(text, "training, with its validations") == ["2 h 00 min", "\\$5.00 |"]
+    assert row(text, "training, including validation") == ["2 h 00 min", "\\$5.00 |"]
     assert "Price per hour: not given" in markdown(run)
-    assert row(markdown(run), "training, with its validations") == ["2 h 00 min", "– |"]
+    assert row(markdown(run), "training, including validation") == ["2 h 00 min", "– |"]
 
 
 @pytest.mark.parametrize("fixed", [2, 1])  # as many as it broke, or fewer
@@ -241,7 +248,7 @@ def test_without_a_gain_a_point_has_no_cost(own_run, fixed):
     found = json.loads(path.read_text())
     found["difference"]["fixed"] = fixed
     write_json(path, found)
-    assert "No point was gained" in markdown(own_run, price=2.5)
+    assert "No points were gained" in markdown(own_run, price=2.5)
 
 
 def test_a_dollar_in_a_label_is_a_dollar():
@@ -264,15 +271,15 @@ def test_the_command_gives_back_every_option(tmp_path):
     [
         ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "Likely"),
         ([1.0, 0.6, 0.5, 0.5, 0.55, 0.6], "Unlikely"),
-        ([1.0, 0.6, 0.5, 0.5001, 0.4999, 0.5, 0.5001, 0.4998], "Little"),
-        ([1.0, 0.5, 0.52, 0.48, 0.53, 0.47, 0.52, 0.48], "Little"),  # falls, within its scatter
-        ([1.0, 0.5, 0.5, 0.4999, 0.4998, 0.4997], "Little"),  # falls, by under 0.5 % of the best
-        ([1.0, 0.5, 0.4], "It cannot be said"),
-        ([], "It cannot be said"),
+        ([1.0, 0.6, 0.5, 0.5001, 0.4999, 0.5, 0.5001, 0.4998], "Not much"),
+        ([1.0, 0.5, 0.52, 0.48, 0.53, 0.47, 0.52, 0.48], "Not much"),  # falls, within its scatter
+        ([1.0, 0.5, 0.5, 0.4999, 0.4998, 0.4997], "Not much"),  # falls, by under 0.5 % of the best
+        ([1.0, 0.5, 0.4], "Unknown"),
+        ([], "Unknown"),
     ],
 )
 def test_more_epochs_by_the_rule(losses, verdict):
-    assert more_epochs(list(enumerate(losses))).startswith(verdict)
+    assert more_epochs(losses).startswith(verdict)
 
 
 def test_best_follows_what_training_stops_on(own_run):
@@ -286,6 +293,36 @@ def test_best_follows_what_training_stops_on(own_run):
         config["options"]["stop_on"] = stop_on
         write_json(own_run / "config.json", config)
         assert read_run(own_run).best["step"] == step
+
+
+def test_the_rank_and_alpha_of_earlier_versions_are_given_by_their_current_options(own_run):
+    config = json.loads((own_run / "config.json").read_text())
+    earlier = {"r": 8, "rank": "q_proj=16", "alpha": 16.0, "alphas": None}
+    config["options"] = {"epochs": 2} | earlier | {"bias": "none", "init": "kaiming"}
+    write_json(own_run / "config.json", config)
+    found = read_run(own_run)
+    assert found.options == {"epochs": 2, "rank": "8,q_proj=16", "alpha": "16"}
+    assert "--rank 8,q_proj=16" in command(found) and "--init" not in command(found)
+    assert "LoRA rank 8,q\\_proj=16" in markdown(own_run)
+
+
+def test_results_and_audits_of_earlier_versions_give_the_same_report(own_run):
+    now = markdown(own_run)
+    renamed = {'"models": {': '"contestants": {', '"correct": {': '"right": {'}
+    renamed |= {'"supervised_count":': '"supervised":'}
+    for path in (own_run / "evaluation/test-1/result.json", own_run / "audit.json"):
+        text = path.read_text()
+        for current, earlier in renamed.items():
+            text = text.replace(current, earlier)
+        assert text != path.read_text()
+        path.write_text(text)
+    assert markdown(own_run) == now
+
+
+def test_counts_that_exceed_the_problems_make_a_result_unreadable(own_run):
+    path = own_run / "evaluation/test-1/result.json"
+    write_json(path, json.loads(path.read_text()) | {"problems": 9})
+    assert "answers so far: test-1 (none)" in markdown(own_run).replace("\\", "")
 
 
 def test_hostile_text_is_only_text_in_html(tmp_path):
@@ -323,12 +360,15 @@ def test_bare_addresses_are_no_links_in_markdown():
 @pytest.mark.parametrize(
     ("gone", "said"),
     [
-        ("metrics.jsonl", "No step is in metrics.jsonl yet."),
-        ("metrics.jsonl", "There was no validation yet."),
-        ("audit.json", "There is no audit of the data"),
+        ("metrics.jsonl", "metrics.jsonl has no steps yet."),
+        ("metrics.jsonl", "No validation has run yet."),
+        ("audit.json", "This folder has no audit of the data"),
         ("checkpoints/step-000200/progress.json", "there is no checkpoint yet"),
-        ("evaluation/test-1/result.json", "Not finished, with the answers so far: test-1 (none)"),
-        ("evaluation/test-1/result.json", "No evaluation is finished in this folder."),
+        (
+            "evaluation/test-1/result.json",
+            "Unfinished evaluations, with answers so far: test-1 (none)",
+        ),
+        ("evaluation/test-1/result.json", "This folder has no finished evaluation."),
     ],
 )
 def test_what_is_missing_is_said(own_run, gone, said):
@@ -354,7 +394,7 @@ def test_nulls_torn_lines_and_damaged_lines_are_read_around(own_run):
     ]
     (own_run / "metrics.jsonl").write_text("\n".join(lines))
     found = read_run(own_run)
-    assert (len(found.steps), len(found.validations), found.torn) == (2, 1, 2)
+    assert (len(found.steps), len(found.validations), found.damaged_lines) == (2, 1, 2)
     assert found.best == {} and found.train("train_loss") == found.train("grad_norm") == []
     assert "2 lines of metrics.jsonl could not be read." in write_report(own_run).read_text()
 
@@ -364,7 +404,7 @@ def test_the_newest_readable_checkpoint_counts(own_run):
     for name in ("step-3000000.new", "step-999999", "step-1000000", "step-x"):
         write_json(folder / name / "progress.json", {"progress": {"stopped": name}})
     (folder / "step-2000000").mkdir()
-    assert read_run(own_run).progress == {"stopped": "step-1000000"}
+    assert read_run(own_run).progress.stopped == "step-1000000"
 
 
 def damaged(value: object, rng: random.Random) -> object:
@@ -414,7 +454,7 @@ def test_a_folder_that_is_no_run_is_refused_with_exit_code_2(tmp_path, capsys):
     write_json(tmp_path / "model/config.json", {"architectures": ["Qwen2ForCausalLM"]})
     for folder in (tmp_path, tmp_path / "model", tmp_path / "none", tmp_path / "model/config.json"):
         assert run_script(lambda folder=folder: main([str(folder)])) == 2
-        assert "is no run folder" in capsys.readouterr().err
+        assert "is not a run folder" in capsys.readouterr().err
         assert not (folder / "report.html").exists()
 
 
@@ -431,7 +471,8 @@ def test_a_negative_price_or_no_folder_is_refused(run):
 
 def test_torch_is_not_imported(own_run):
     code = (
-        "import sys; from report.__main__ import main; main([sys.argv[1]]);"
+        "import sys; import report; assert 'matplotlib' not in sys.modules;"
+        "from report.__main__ import main; main([sys.argv[1]]);"
         "assert 'report.figures' in sys.modules; assert 'torch' not in sys.modules"
     )
     done = python(code, own_run)
@@ -455,10 +496,13 @@ def test_the_same_folder_gives_the_same_report(own_run):
 def test_the_vote_of_all_samples_is_the_headline(own_run):
     path = own_run / "evaluation/test-1/result.json"
     found = json.loads(path.read_text())
-    for name, right in (("base", 12), ("tuned", 20)):
-        found["contestants"][name]["votes"] = {"maj@1": 1, "maj@8": right}
+    for name, correct in (("base", 12), ("tuned", 20)):
+        found["models"][name]["votes"] = {"maj@1": 1, "maj@8": correct}
     write_json(path, found)
-    assert row(markdown(own_run), "Answer accuracy (generated), test, chat")[0] == "30.0 → 50.0 %"
+    assert (
+        row(markdown(own_run), "Answer accuracy (generated), What is 2 + 2?, test, chat")[0]
+        == "30.0 → 50.0 %"
+    )
     assert "majority of all samples" in markdown(own_run)
 
 
