@@ -43,7 +43,6 @@ from lora.inject import count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options, upgrade_options
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter
 from lora.plus import rate_groups
-from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
 from model.compile import check_compiler, compile_layers
 from model.generate import Decoding
 from model.loss import linear_cross_entropy

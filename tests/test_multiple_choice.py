@@ -25,6 +25,7 @@ from evaluation.choices import (
     score,
     with_shots,
 )
+from evaluation.generative import TEXT
 from evaluation.log import read_log
 from evaluation.tasks import judge_of, run_sources
 from model.load import load_model
@@ -380,3 +381,11 @@ def test_weights_of_a_mixture_are_not_part_of_its_sources_names():
     for odd in (None, [], 5, ["gsm8k", 5]):
         with pytest.raises(BadRun, match="names its data as"):
             run_sources({"data": odd})
+
+
+def test_choices_are_judged_by_likelihood_and_by_text_where_answers_are_generated(hub):
+    problems = load("arc-easy").test
+    judge = judge_of(problems)
+    assert (judge.name, judge.headline, judge.generated) == ("choices", "acc_norm", False)
+    assert judge_of(load("mmlu").test).headline == "acc"
+    assert judge_of(problems, generated=True) is TEXT
