@@ -58,6 +58,7 @@ from run.device import (
     describe,
     is_out_of_memory,
     no_finite_gradient,
+    nothing_trained,
     out_of_memory,
     peak_memory_gb,
     pick_device,
@@ -253,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             if not (run.folder / "report.html").exists():
                 write_report(run.folder, config.price_per_hour)
             console.print_end(progress, run)
+        check_trained(progress, base)
         return 0
 
     # 5. The model, with adapters.
@@ -281,7 +283,16 @@ def main(argv: list[str] | None = None) -> int:
     elif world.is_main:
         print(f"{stop.reason}: stopped after step {progress.cursor} of {schedule.total_steps};"
               " rerun the command to resume")  # fmt: skip
-    return 0 if progress.stopped else stop.exit_code
+    if not progress.stopped:
+        return stop.exit_code
+    check_trained(progress, base)
+    return 0
+
+
+def check_trained(progress: Progress, base: Base) -> None:
+    """Raise TrainingFailed for a finished run that took no step or has no best adapter."""
+    if progress.step == 0 or progress.best_loss is None:
+        raise nothing_trained(progress.skipped, progress.step, base.precision)
 
 
 def train(
@@ -400,9 +411,13 @@ def train(
             peak_memory_gb=peak_memory_gb(base.device),
             **({} if finite else {"skipped_rows": step.row_ids}),
         )
-        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and scaler.get_scale() <= 1:
+        # A smaller scale may still make gradients finite, but not a loss.
+        hopeless = scaler.get_scale() <= 1 or not math.isfinite(nats)
+        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and hopeless:
             best = run.best if progress.best_step else None
-            raise no_finite_gradient(progress.skipped_in_a_row, progress.cursor, step.row_ids, best)
+            raise no_finite_gradient(
+                progress.skipped_in_a_row, progress.cursor, step.row_ids, best, base.precision
+            )
     bar.close()
     return progress
 

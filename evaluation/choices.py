@@ -30,6 +30,7 @@ from evaluation.generative import Judge
 from evaluation.log import resume_log
 from model.attention import FlatAttention
 from model.cache import attend_slots
+from model.generate import not_finite_logits
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
 
@@ -133,7 +134,10 @@ def score_all(
 
 @torch.inference_mode()
 def log_likelihoods(model: Qwen2, questions: list[Question]) -> list[list[float]]:
-    """For each question, the sum of log-probabilities of each continuation's tokens, in nats."""
+    """For each question, the sum of log-probabilities of each continuation's tokens, in nats.
+
+    Raises UserError if one is not finite.
+    """
     device = model.head_weight.device
     attend = SharedContext(questions, device)
     tokens = [t for q in questions for t in q.context]
@@ -158,6 +162,8 @@ def log_likelihoods(model: Qwen2, questions: list[Question]) -> list[list[float]
     found = log_probabilities(hidden, model.head_weight, scored[0], scored[1])  # (N,)
     sums = [0.0] * owner
     for owner, value in zip(owners, found.tolist()):
+        if not math.isfinite(value):
+            raise not_finite_logits(hidden.dtype)
         sums[owner] += value
     sums = iter(sums)
     return [[next(sums) for _ in q.continuations] for q in questions]

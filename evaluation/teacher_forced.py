@@ -5,6 +5,7 @@ predicted correctly when everything before them is given. It does not say whethe
 reach the answer by itself.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from data.batches import flat_batch, in_batches
 from data.chat import ChatFormat
 from data.encode import Example, encode_problems
 from data.rows import Problem
+from model.generate import not_finite_logits
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
@@ -52,8 +54,13 @@ def teacher_forced(
 def teacher_forced_metrics(
     model: Qwen2, chat: ChatFormat, problems: list[Problem], batch_size: int
 ) -> dict[str, float]:
-    """Loss in nats per supervised token, and token accuracy, of the gold answers."""
+    """Loss in nats per supervised token, and token accuracy, of the gold answers.
+
+    Raises UserError if the loss is not finite.
+    """
     examples, _ = encode_problems(problems, list(range(len(problems))), chat, max_length=2**20)
     nats, correct = teacher_forced(model, examples, batch_size)
+    if not math.isfinite(nats):
+        raise not_finite_logits(model.head_weight.dtype)
     supervised_count = sum(example.supervised_count for example in examples)
     return {"loss": nats / supervised_count, "token_accuracy": correct / supervised_count}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import BadCheckpoint, BadOption, UserError
 from model.cache import KVCache, advance, shared_prefix
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2
@@ -23,6 +24,8 @@ from model.qwen2 import Qwen2
 # Prompts join the batch in groups of batch_size // GROUPS. A larger group would have to wait longer
 # for room, and meanwhile the places of finished sequences would stay empty.
 GROUPS = 4
+
+NOT_FINITE = -1  # instead of a token, where the logits are not finite
 
 # stopped(tokens so far) -> whether the answer ends here, called after each token
 Stopped = Callable[[list[int]], bool]
@@ -93,7 +96,7 @@ def decode(
     """`generate`, step by step: yields (prompt's index, token, ended) of each sequence decoded.
 
     `ended` is True with an end token, or where `stopped` returns True. A sequence that reaches its
-    limit has not ended, but gets no further tokens.
+    limit has not ended, but gets no further tokens. Raises UserError if logits are not finite.
     """
     limits = limits or [decoding.max_new_tokens] * len(prompts)
     if not prompts or max(limits) < 1:
@@ -130,6 +133,8 @@ def decode(
         # Record the tokens, and take finished sequences out of the batch.
         step, finished = [], set()
         for i, token in zip(batch, picked.tolist()):
+            if token == NOT_FINITE:
+                raise not_finite_logits(logits.dtype)
             answers[i].append(token)
             ended = token in decoding.eos_ids or stopped is not None and stopped(answers[i])
             step.append((i, token, ended))
@@ -152,11 +157,14 @@ def _uniform_draws(sequence_id: int, decoding: Decoding) -> Iterator[float]:
 def pick(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
     """The next token (B,) for each row of `logits (B, V)`, sampled with uniform `draws (B,)`.
 
+    It is `NOT_FINITE` for a row with NaN or infinity: the host reads the tokens anyway, so that
+    this check makes it wait no more often.
     A draw in [0, 1) is mapped to a token by the inverse of the cumulative distribution over the
     tokens that top-k and top-p allow.
     """
     if decoding.temperature == 0:
-        return logits.max(dim=-1).indices  # equals argmax, in a fifth of its time on a CPU
+        largest, token = logits.max(dim=-1)  # equals argmax, in a fifth of its time on a CPU
+        return token.where(largest.isfinite(), NOT_FINITE)  # NaN counts as the largest
     assert decoding.top_p > 0, f"top_p {decoding.top_p} allows no token"
     p = torch.softmax(logits.float() / decoding.temperature, dim=-1)  # (B, V)
     p, order = p.sort(dim=-1, descending=True, stable=True)  # (B, V), (B, V)
@@ -170,4 +178,19 @@ def pick(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
     target = draws.to(wide)[:, None] * edges[:, -1:]  # (B, 1)
     place = torch.searchsorted(edges, target, right=True)  # (B, 1): the first edge above target
     place = place.minimum(allowed.sum(dim=-1, keepdim=True) - 1)  # rounding may exceed the last
-    return order.gather(1, place).squeeze(1)  # (B,)
+    token = order.gather(1, place.clamp(min=0)).squeeze(1)  # (B,)
+    return token.where(edges[:, -1].isfinite(), NOT_FINITE)
+
+
+def not_finite_logits(dtype: torch.dtype) -> UserError:
+    """The error for logits of NaN or infinity, of a model in `dtype`: they would mean nothing."""
+    if dtype == torch.float16:
+        return BadOption(
+            "in fp16 the model's logits are not finite: its activations exceed 65504, which is the"
+            " largest number of fp16",
+            "use --precision bf16 or fp32",
+        )
+    return BadCheckpoint(
+        f"the model's logits are not finite, although it is computed in {str(dtype)[6:]}",
+        "the base or its adapter has diverged in training or is damaged: use another",
+    )

@@ -1,7 +1,7 @@
 """Loads a checkpoint into a frozen Qwen2 without a second copy of the weights.
 
 The network is built on the meta device, which allocates nothing. Then the tensors of the files,
-memory-mapped, become its parameters. All checks are in `checkpoint.py`.
+memory-mapped, become its parameters. The checks of its files are in `tensor_files.py`.
 """
 
 from pathlib import Path
@@ -11,8 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from errors import BadCheckpoint, listed
-from model.checkpoint import find_tensors, read_config
+from model.checkpoint import read_config
 from model.qwen2 import Qwen2
+from model.tensor_files import find_tensors
 from progress_bar import progress_bar
 
 

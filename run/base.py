@@ -11,7 +11,7 @@ import torch
 
 from data.chat import ChatFormat
 from files import hash_files
-from model.checkpoint import find_checkpoint, read_config, read_eos_ids
+from model.checkpoint import find_checkpoint, read_config, read_eos_ids, remarks
 from model.load import load_model
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
@@ -74,8 +74,9 @@ class Base:
         return hash_files([path for pattern in patterns for path in self.folder.glob(pattern)])
 
     def lines(self) -> list[str]:
-        """For people: which base, where it is computed and how."""
+        """For people: which base, how it was understood, and where and how it is computed."""
         return [
             f"base {self.name} at {self.commit or self.folder}",
+            *(f"  {remark}" for remark in remarks(self.folder, self.config)),
             f"device {describe(self.device)}; precision {self.precision}: {self.precision_reason}",
         ]

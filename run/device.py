@@ -134,11 +134,26 @@ def out_of_memory(lengths: list[int], error: Exception) -> TrainingFailed:
 
 
 def no_finite_gradient(
-    skipped: int, step: int, row_ids: list[int], best: Path | None
+    skipped: int, step: int, row_ids: list[int], best: Path | None, precision: str
 ) -> TrainingFailed:
     """The error for a run whose last `skipped` steps, up to `step`, had no finite gradient."""
     return TrainingFailed(
         f"{skipped} steps in a row had no finite gradient, up to step {step},"
         f" rows {row_ids[:4]}...; best adapter: {best or 'none yet'}",
-        "lower --learning-rate, or use --precision fp32",
+        _finite_remedy(precision),
     )
+
+
+def nothing_trained(skipped: int, step: int, precision: str) -> TrainingFailed:
+    """The error for a finished run without an adapter that is worth anything."""
+    if step:
+        cause = "no validation loss was finite, so there is no best adapter"
+    else:
+        cause = f"nothing was trained: all {skipped} steps were skipped, without a finite gradient"
+    return TrainingFailed(cause, _finite_remedy(precision))
+
+
+def _finite_remedy(precision: str) -> str:
+    if precision == "fp16":
+        return "use --precision bf16 or fp32, with another --out: fp16 holds nothing above 65504"
+    return "lower --learning-rate, or use --precision fp32, with another --out"

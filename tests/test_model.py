@@ -259,9 +259,13 @@ def test_a_folder_without_weights_or_config_is_refused(folder, tmp_path):
 
 UNSUPPORTED = {
     "is a llama, not a qwen2": {"model_type": "llama"},
-    "use_sliding_window is not supported": {"use_sliding_window": True},
-    "rope type 'yarn' is not supported": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-    "rope type 'linear' is not": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}},
+    "use_sliding_window is not supported": {"use_sliding_window": True, "max_window_layers": 1},
+    "rope_scaling of type 'yarn' is not supported": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0}
+    },
+    "rope_parameters of type 'linear' is not": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}
+    },
     "hidden_act 'gelu' is not supported": {"hidden_act": "gelu"},
     "hidden_size is None": {"hidden_size": None},
     "num_hidden_layers is -1": {"num_hidden_layers": -1},
@@ -285,7 +289,11 @@ def test_an_unsupported_config_is_refused(folder, cause, changes):
 def test_all_problems_of_a_config_are_listed(folder):
     yarn = {"type": "yarn", "factor": 4.0}
     toys.change_json(
-        folder / "config.json", hidden_size=0, use_sliding_window=True, rope_scaling=yarn
+        folder / "config.json",
+        hidden_size=0,
+        use_sliding_window=True,
+        max_window_layers=0,
+        rope_scaling=yarn,
     )
     cause = cause_of_refusal(folder)
     assert "hidden_size" in cause and "use_sliding_window" in cause and "yarn" in cause
