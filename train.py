@@ -456,8 +456,10 @@ def validate(
             )
             settings = GenerationSettings(decoding)
             mine = sample[world.rank :: world.size]
-            (right,) = world.sum(exact_matches(model, base.chat, mine, settings, data.judge, poll))
-            found["val_exact_match"] = right / len(sample)
+            (correct,) = world.sum(
+                exact_matches(model, base.chat, mine, settings, data.judge, poll)
+            )
+            found["val_exact_match"] = correct / len(sample)
         return found
     except StopRequested:
         model.train()

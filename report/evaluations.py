@@ -58,9 +58,8 @@ def setup(e: Evaluation) -> str:
         )
     decoding = "greedy decoding"
     if temperature := given("temperature"):
-        decoding = (
-            f"{show.value(given('samples', 1))} samples at temperature {show.value(temperature)}"
-        )
+        samples = show.value(given("samples", 1))
+        decoding = f"{samples} samples at temperature {show.value(temperature)}"
     return (
         f"{e.problems:,} problems, answered by {models} with the same prompts: {decoding}, at most"
         f" {show.value(given('max_new_tokens'))} new tokens per answer."
@@ -126,7 +125,7 @@ def fields_by_key(e: Evaluation, name: str, formatter: Callable[..., str]) -> li
 
 def details_section(e: Evaluation) -> list[Block]:
     """One evaluation in full: properties of the answers, breakdowns, transcripts, settings."""
-    blocks = [page.heading(f"In detail: {e.title}", 3), answer_table(e), mistake_table(e)]
+    blocks = [page.heading(e.title, 3), answer_table(e), mistake_table(e)]
     for name in dict.fromkeys(name for model in e.models.values() for name in model.by):
         blocks.append(breakdown_table(e, name))
     blocks += transcripts("Two problems that are part of every evaluation", e.examples, {})
@@ -159,14 +158,8 @@ def answer_table(e: Evaluation) -> Block:
 def mistake_table(e: Evaluation) -> Block:
     """How many answers are of each kind, and what the kinds mean."""
     as_share = show.accuracy_of(e.problems)
-    fields = [
-        (
-            f"{kind}: {KINDS[kind]}" if kind in KINDS else kind,
-            getter,
-            lambda n: f"{n:,}: {as_share(n)}",
-        )
-        for kind, getter, _ in fields_by_key(e, "mistakes", str)
-    ]
+    fields = fields_by_key(e, "mistakes", lambda n: f"{n:,}: {as_share(n)}")
+    fields = [(f"{kind}: {KINDS[kind]}" if kind in KINDS else kind, *how) for kind, *how in fields]
     return page.comparison("Answers by kind, with 95 % intervals", "kind", fields, e.models)
 
 

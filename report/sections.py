@@ -19,6 +19,7 @@ from report.evaluations import details_section, evaluation_section, measure, tas
 from report.page import Block, Field
 from report.records import RunRecord, clean, conform, mapping, read_run
 
+TOKEN_ACCURACY = "token accuracy (teacher-forced)"
 TEACHER_FORCED = (
     "Token accuracy (teacher-forced) is the share of a reference answer's tokens that the model"
     " predicts correctly when it is given all the reference tokens before them. It is not answer"
@@ -44,6 +45,7 @@ DECAY = (
     "The learning rate decays to zero over the run, which by itself flattens the end of the curve."
     " Over more epochs it would decay more slowly."
 )
+MOST_REASONS = 20  # lines for rows left out
 
 
 def write_report(folder: Path, price_per_hour: float | None = None) -> Path:
@@ -208,20 +210,18 @@ def learning_table(run: RunRecord) -> Block:
     width = max(1, round(len(run.steps) / 100))
     tenth = train[-max(2, len(train) // 10) :]
     middle = len(tenth) // 2
-    pairs = {
+    losses = {
         "train loss": means(train[:width], train[-width:]),
         "train loss over the last tenth of the steps": means(tenth[:middle], tenth[middle:]),
         "validation loss, first and last": means(val[:1], val[-1:]),
         "validation loss, first and best": means(val[:1], sorted(val)[:1]),
     }
-    rows = [(label, *show.change(pair)) for label, pair in pairs.items()]
-    pairs = {
-        "train": means(train_accuracy[:width], train_accuracy[-width:]),
-        "validation": means(val_accuracy[:1], val_accuracy[-1:]),
+    accuracies = {
+        f"{TOKEN_ACCURACY}, train": means(train_accuracy[:width], train_accuracy[-width:]),
+        f"{TOKEN_ACCURACY}, validation": means(val_accuracy[:1], val_accuracy[-1:]),
     }
-    for split, pair in pairs.items():
-        label = f"token accuracy (teacher-forced), {split}"
-        rows.append((label, *show.change(pair, points=True)))
+    rows = [(label, *show.change(pair)) for label, pair in losses.items()]
+    rows += [(label, *show.change(pair, points=True)) for label, pair in accuracies.items()]
     return page.table("First and last values", ("", "first", "last", "change"), rows)
 
 
@@ -266,7 +266,7 @@ def validation_table(run: RunRecord) -> Block:
         ("step", lambda v: v.get("step"), show.count),
         ("epoch", lambda v: v.get("epoch"), "{:.2f}".format),
         ("validation loss", lambda v: v.get("val_loss"), show.nats),
-        ("token accuracy (teacher-forced)", lambda v: v.get("val_token_accuracy"), show.share),
+        (TOKEN_ACCURACY, lambda v: v.get("val_token_accuracy"), show.share),
         ("answer accuracy (generated)", lambda v: v.get("val_exact_match"), show.share),
         ("", lambda v: "best" if v is best else "", str),
     ]
@@ -317,34 +317,29 @@ def cost_per_point(run: RunRecord, price: float | None) -> str:
 
 def data_section(run: RunRecord) -> list[Block]:
     """Rows, tokens, rows left out, and questions that occur more than once."""
-    audit = run.audit
-    if audit is None:
-        return [
-            page.heading("Data"),
-            page.paragraph("This folder has no audit of the data (audit.json)."),
-        ]
-    supervised = page.known(
-        show.share, show.ratio(audit.supervised_count, audit.tokens.get("total"))
-    )
+    if (audit := run.audit) is None:
+        missing = "This folder has no audit of the data (audit.json)."
+        return [page.heading("Data"), page.paragraph(missing)]
     values = {f"{split} rows": show.count(n) for split, n in audit.rows.items()}
-    values |= {
-        f"tokens of training rows, {name}": show.count(n) for name, n in audit.tokens.items()
-    }
-    values["tokens of training rows, supervised"] = (
-        f"{page.known(show.count, audit.supervised_count)} ({supervised})"
-    )
     values["rows left out"] = show.count(len(audit.left_out))
-    more = len(audit.left_out) - 20
-    reasons = audit.left_out[:20] + ([f"and {more:,} more in audit.json"] if more > 0 else [])
-    kinds = dict.fromkeys(kind for counts in audit.duplicates.values() for kind in counts)
+    tokens = audit.tokens | {"supervised": audit.supervised_count}
+    for name, n in tokens.items():
+        values[f"tokens of training rows, {name}"] = page.known(show.count, n)
+    supervised = show.ratio(audit.supervised_count, audit.tokens.get("total"))
+    values["share of tokens supervised"] = page.known(show.share, supervised)
+    more = len(audit.left_out) - MOST_REASONS
+    reasons = audit.left_out[:MOST_REASONS]
+    reasons += [f"and {more:,} more in audit.json"] if more > 0 else []
+    table = duplicates_table(audit.duplicates)
+    return [page.heading("Data"), page.pairs(values), page.code("\n".join(reasons)), table]
+
+
+def duplicates_table(duplicates: dict[str, dict[str, int]]) -> Block:
+    """How many questions occur more than once, within and across the splits."""
+    kinds = dict.fromkeys(kind for counts in duplicates.values() for kind in counts)
     fields: list[Field] = [("where", lambda item: item[0], str)]
     fields += [(kind, lambda item, kind=kind: item[1].get(kind), show.count) for kind in kinds]
-    return [
-        page.heading("Data"),
-        page.pairs(values),
-        page.code("\n".join(reasons)),
-        page.listing("Questions that occur more than once", fields, audit.duplicates.items()),
-    ]
+    return page.listing("Questions that occur more than once", fields, duplicates.items())
 
 
 def repeat_section(run: RunRecord) -> list[Block]:
