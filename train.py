@@ -55,10 +55,10 @@ from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import (
     DTYPES,
+    check_trained,
     describe,
     is_out_of_memory,
     no_finite_gradient,
-    nothing_trained,
     out_of_memory,
     peak_memory_gb,
     pick_device,
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             if not (run.folder / "report.html").exists():
                 write_report(run.folder, config.price_per_hour)
             console.print_end(progress, run)
-        check_trained(progress, base)
+        check_trained(progress, base.precision)
         return 0
 
     # 5. The model, with adapters.
@@ -285,14 +285,8 @@ def main(argv: list[str] | None = None) -> int:
               " rerun the command to resume")  # fmt: skip
     if not progress.stopped:
         return stop.exit_code
-    check_trained(progress, base)
+    check_trained(progress, base.precision)
     return 0
-
-
-def check_trained(progress: Progress, base: Base) -> None:
-    """Raise TrainingFailed for a finished run that took no step or has no best adapter."""
-    if progress.step == 0 or progress.best_loss is None:
-        raise nothing_trained(progress.skipped, progress.step, base.precision)
 
 
 def train(
@@ -307,10 +301,10 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     scaler.scale(torch.zeros((), device=base.device))  # or a rank without rows could not unscale
-    progress = load_checkpoint(run, parameters=parameters, optimizer=optimizer, scaler=scaler)
+    progress = load_checkpoint(run, parameters, optimizer, scaler)
     last = data.schedule.total_steps
-    # The options may allow more steps now than when the run finished.
-    progress.stopped = progress.reason_finished(last, config.patience, config.stop_on)
+    goal = (last, config.patience, config.stop_on)
+    progress.stopped = progress.reason_finished(*goal)  # the options may allow more steps now
     log = JsonLines(run.log_file if world.is_main else None, keep=progress.log_bytes)
     bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)
@@ -325,18 +319,13 @@ def train(
             found = validate(config, progress, data, base, model, world, stop)
             stopping = found is None  # a stop was requested; the validation is repeated on resuming
             if found:
-                is_best = progress.record_validation(
-                    found["val_loss"], found.get("val_exact_match")
-                )
-                progress.stopped = progress.reason_finished(last, config.patience, config.stop_on)
+                is_best = progress.record_validation(**found)
+                progress.stopped = progress.reason_finished(*goal)
+                if is_best and world.is_main:
+                    publish_best(model, lora, base, run, progress)
                 epoch = data.schedule.epochs_in(progress.cursor)
                 log.write(step=progress.step, epoch=epoch, **found)
-            if found and world.is_main:
-                if is_best:
-                    publish_best(
-                        model, lora, base, run, data=", ".join(config.data), progress=progress
-                    )
-                bar.write(console.validation_line(progress.step, found, is_best))
+                console.show_validation(bar, progress.step, found, is_best)
 
         # Save what resuming needs, and leave the loop if the run is finished or must stop.
         stopping = stopping or progress.stopped is not None
@@ -345,9 +334,7 @@ def train(
         if stopping or world.any(now - saved > config.save_every):
             progress.log_bytes = log.sync()
             if world.is_main:
-                save_checkpoint(
-                    run, progress, parameters=parameters, optimizer=optimizer, scaler=scaler
-                )
+                save_checkpoint(run, progress, parameters, optimizer, scaler)
             world.wait()
             saved = time.perf_counter()
             stop.record(saved - now)
@@ -386,12 +373,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["ratio"]
             scaler.step(optimizer)
-            progress.step += 1
         scaler.update()
         optimizer.zero_grad()
-        progress.cursor += 1
-        progress.skipped += not finite
-        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        progress.record_step(finite)
         stopping = stops > 0
 
         # Log: one line per step.
@@ -411,13 +395,10 @@ def train(
             peak_memory_gb=peak_memory_gb(base.device),
             **({} if finite else {"skipped_rows": step.row_ids}),
         )
-        # A smaller scale may still make gradients finite, but not a loss.
+        # A smaller scale may make gradients finite, but not a loss.
         hopeless = scaler.get_scale() <= 1 or not math.isfinite(nats)
         if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and hopeless:
-            best = run.best if progress.best_step else None
-            raise no_finite_gradient(
-                progress.skipped_in_a_row, progress.cursor, step.row_ids, best, base.precision
-            )
+            raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
     bar.close()
     return progress
 

@@ -15,6 +15,7 @@ import tokenizers
 import torch
 
 from errors import BadOption, TrainingFailed
+from run.folder import Progress
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -134,23 +135,28 @@ def out_of_memory(lengths: list[int], error: Exception) -> TrainingFailed:
 
 
 def no_finite_gradient(
-    skipped: int, step: int, row_ids: list[int], best: Path | None, precision: str
+    progress: Progress, row_ids: list[int], best: Path, precision: str
 ) -> TrainingFailed:
-    """The error for a run whose last `skipped` steps, up to `step`, had no finite gradient."""
+    """The error for a run whose last steps, the last of them with these rows, had no finite
+    gradient.
+    """
     return TrainingFailed(
-        f"{skipped} steps in a row had no finite gradient, up to step {step},"
-        f" rows {row_ids[:4]}...; best adapter: {best or 'none yet'}",
+        f"{progress.skipped_in_a_row} steps in a row had no finite gradient, up to step"
+        f" {progress.cursor}, rows {row_ids[:4]}...;"
+        f" best adapter: {best if progress.best_step else 'none yet'}",
         _finite_remedy(precision),
     )
 
 
-def nothing_trained(skipped: int, step: int, precision: str) -> TrainingFailed:
-    """The error for a finished run without an adapter that is worth anything."""
-    if step:
+def check_trained(progress: Progress, precision: str) -> None:
+    """Raise TrainingFailed for a finished run that took no step, or has no best adapter."""
+    if progress.step == 0:
+        cause = f"nothing was trained: none of the {progress.skipped} steps had a finite gradient"
+    elif progress.best_loss is None:
         cause = "no validation loss was finite, so there is no best adapter"
     else:
-        cause = f"nothing was trained: all {skipped} steps were skipped, without a finite gradient"
-    return TrainingFailed(cause, _finite_remedy(precision))
+        return
+    raise TrainingFailed(cause, _finite_remedy(precision))
 
 
 def _finite_remedy(precision: str) -> str:

@@ -22,6 +22,14 @@ from run.device import DTYPES
 from run.folder import check_place
 from run.options import option, parse
 
+# Files of the base that belong to the merged checkpoint. Whatever else lies in the base's folder,
+# such as other weights, stays there.
+COPIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "LICENSE", "NOTICE",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -44,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     check_place(out)
     _, base, revision = read_adapter_config(Path(config.adapter))
     checkpoint = find_checkpoint(config.model or base or "", None if config.model else revision)
-    read_config(checkpoint.folder)
+    base = read_config(checkpoint.folder)
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
@@ -57,10 +65,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     new = out.with_name(out.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(
-        checkpoint.folder, new, ignore=lambda _, names: [n for n in names if "safetensors" in n]
+    new.mkdir(parents=True)
+    for name in COPIED:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, new / name)
+    _update_config(
+        new / "config.json", str(dtype).removeprefix("torch."), tied=base.tie_word_embeddings
     )
-    _set_dtype(new / "config.json", str(dtype).removeprefix("torch."))
     save_file(state, new / "model.safetensors", metadata={"format": "pt"})
     (new / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
     os.rename(new, out)
@@ -75,10 +86,12 @@ def _saved_dtype(path: Path) -> str | None:
     return config.get("dtype", config.get("torch_dtype"))
 
 
-def _set_dtype(path: Path, dtype: str) -> None:
-    """Write the dtype of the weights into `config.json`, under whichever key it uses."""
+def _update_config(path: Path, dtype: str, *, tied: bool) -> None:
+    """Write what describes the merged weights into `config.json`, under the keys that it uses."""
     config = json.loads(path.read_text())
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    config["tie_word_embeddings"] = tied  # false for a base with an output embedding of its own
+    config.pop("auto_map", None)  # names Python files, which are not copied
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
