@@ -384,9 +384,11 @@ def ask(config: EvalConfig, base: Base) -> None:
         print(f"\n{name}: ", end="", flush=True)
         with context():
             pieces = stream_answer(models.network, base.chat, config.ask, decoding(config, base))
-            for piece in pieces:
-                print(printable(piece, "\n\t"), end="", flush=True)
-        print()
+            try:
+                for piece in pieces:
+                    print(printable(piece, "\n\t"), end="", flush=True)
+            finally:  # an error begins on a line of its own
+                print()
 
 
 if __name__ == "__main__":

@@ -141,7 +141,11 @@ def _join(
 def _foreign(value: object) -> Iterator[str]:
     """Yield the components and patterns in a tokenizer's JSON that Qwen2's does not have."""
     if isinstance(value, dict):
-        if value.get("type", "BPE") not in COMPONENTS:
+        # transformers 5 writes a template that adds nothing where it writes a new tokenizer.json.
+        adds_nothing = (
+            value.get("type") == "TemplateProcessing" and value.get("special_tokens") == {}
+        )
+        if value.get("type", "BPE") not in COMPONENTS and not adds_nothing:
             yield f"part {value['type']}"
         if value.get("Regex", WORDS) != WORDS:
             yield f"pattern {value['Regex']}"

@@ -19,6 +19,7 @@ from errors import BadCheckpoint
 from files import read_json
 
 MOST_FILES = 10_000  # entries of a folder that are looked at
+LONGEST_NAME = 300  # characters of a name that is matched with the patterns below
 
 USE_QWEN2 = "use a Qwen2 or Qwen2.5 checkpoint in the Hub's layout, e.g. Qwen/Qwen2-0.5B-Instruct"
 COPY_AGAIN = "download or copy it again"
@@ -33,8 +34,8 @@ RESAVE_TOKENIZER = (
     " AutoTokenizer.from_pretrained('{place}').save_pretrained('NEW')\", then copy it from NEW"
 )
 UNQUANTIZED = (
-    "give the checkpoint that it was quantized from, in bf16, fp16 or fp32: its name has no -4bit,"
-    " -GPTQ, -AWQ, -FP8 or the like, as Qwen/Qwen2-0.5B-Instruct"
+    "give the checkpoint that it was quantized from with --model, in bf16, fp16 or fp32: its name"
+    " has no -4bit, -GPTQ, -AWQ, -FP8 or the like, as Qwen/Qwen2-0.5B-Instruct"
 )
 ORIGINAL = "give the checkpoint that it was converted from: a folder or Hub id with safetensors"
 
@@ -63,12 +64,13 @@ NAMES = {
     ID + r"@([\w.-]+)": ("a Hub id and a revision", "give {1} --revision {2}"),
     r"[\w./-]+:[\w.-]+": ("a name in Ollama's form", "give the Hub id of the original checkpoint"),
 }  # fmt: skip
+NAMES = {re.compile(pattern, re.ASCII): known for pattern, known in NAMES.items()}
 
 
 def refuse_name(name: str) -> None:
     """Raise BadCheckpoint if `name`, which is no folder, has the form of something recognized."""
     for pattern, (what, remedy) in NAMES.items():
-        if found := re.fullmatch(pattern, name, re.ASCII):
+        if len(name) <= LONGEST_NAME and (found := pattern.fullmatch(name)):
             raise BadCheckpoint(
                 f"{name} is {what}, {NEITHER}", remedy.format(name, *found.groups())
             )
@@ -94,8 +96,8 @@ CONFIG, TOKENIZER = ("config.json",), ("tokenizer.json",)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER = "adapter_config.json"
 GIVE_ADAPTER = (
-    "give its base with --model ({file} names it), and {place}/{inner} itself with --adapter, or"
-    " with --from-adapter in train.py"
+    "give the base that it was trained on with --model, and {place}/{inner} itself with --adapter,"
+    " or with --from-adapter in train.py"
 )
 NO_INDEX = "{place} has shards, such as {file}, but no model.safetensors.index.json"
 NO_TOKENIZER = "{place} has no tokenizer.json, but {file}: "
@@ -103,8 +105,7 @@ PICKLED = "{place} has its weights in {file}, a pickle, which may run code when 
 FILES = (
     Sign(WEIGHTS, ADAPTER, "{place} is an adapter, not a base model: it holds {file}",
          GIVE_ADAPTER.replace("/{inner}", "")),
-    Sign(WEIGHTS, "*.gguf */*.gguf", "{place} is in GGUF, a format for inference: {file}",
-         ORIGINAL),
+    Sign(WEIGHTS, "*.gguf", "{place} is in GGUF, a format for inference: {file}", ORIGINAL),
     Sign(WEIGHTS, "model-*-of-*.safetensors", NO_INDEX,
          "copy model.safetensors.index.json from where the shards are from"),
     Sign(WEIGHTS, "pytorch_model*.bin", PICKLED, RESAVE),
@@ -124,6 +125,7 @@ FILES = (
          "give the folder inside: {place}/{inner}"),
     Sign(CONFIG, "*/" + ADAPTER, "{place} is not a base model, but holds the adapter {inner}",
          GIVE_ADAPTER),
+    Sign(WEIGHTS, "*/*.gguf", "{place} is in GGUF, a format for inference: {file}", ORIGINAL),
     Sign(WEIGHTS, "*.safetensors", "{place} holds {file}, but no model.safetensors",
          "if it holds all the weights, rename it to model.safetensors"),
     Sign(TOKENIZER, "vocab.json", NO_TOKENIZER + "only a slow tokenizer", RESAVE_TOKENIZER),

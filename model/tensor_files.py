@@ -30,8 +30,8 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[Path, list[str]]:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Some exporters also write the output embedding of a tied model.
     allowed = expected.keys() | {HEAD} if model.config.tie_word_embeddings else expected
-    problems = [f"{name} is missing" for name in expected if name not in file_of]
-    problems += [f"{name} is not expected" for name in file_of if name not in allowed]
+    problems = [f"{name} is not expected" for name in file_of if name not in allowed]
+    problems += [f"{name} is missing" for name in expected if name not in file_of]
     to_load: dict[Path, list[str]] = {}
     for name in expected.keys() & file_of.keys():
         to_load.setdefault(file_of[name], []).append(name)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from errors import BadOption, listed, run_script
 from lora.inject import merge, unwrapped_state
 from lora.peft_format import read_adapter, read_adapter_config
-from model.checkpoint import find_checkpoint, read_config
+from model.checkpoint import find_checkpoint, read_config, remarks
 from model.load import load_model
 from run.device import DTYPES
 from run.folder import check_place
@@ -27,7 +27,8 @@ from run.options import option, parse
 COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "LICENSE", "NOTICE",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "LICENSE", "NOTICE",
 )  # fmt: skip
 
 
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     _, base, revision = read_adapter_config(Path(config.adapter))
     checkpoint = find_checkpoint(config.model or base or "", None if config.model else revision)
     base = read_config(checkpoint.folder)
+    for remark in remarks(checkpoint.folder, base):
+        print(remark)
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
@@ -66,9 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     new = out.with_name(out.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    for name in COPIED:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, new / name)
+    for pattern in COPIED:
+        for file in filter(Path.is_file, checkpoint.folder.glob(pattern)):
+            copy = new / file.relative_to(checkpoint.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     _update_config(
         new / "config.json", str(dtype).removeprefix("torch."), tied=base.tie_word_embeddings
     )
@@ -82,13 +87,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _saved_dtype(path: Path) -> str | None:
     """The dtype that `config.json` gives the weights, under either key."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_bytes())
     return config.get("dtype", config.get("torch_dtype"))
 
 
 def _update_config(path: Path, dtype: str, *, tied: bool) -> None:
     """Write what describes the merged weights into `config.json`, under the keys that it uses."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_bytes())
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     config["tie_word_embeddings"] = tied  # false for a base with an output embedding of its own
     config.pop("auto_map", None)  # names Python files, which are not copied
