@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from data.chat import ChatFormat
+from data.custom import parse_columns
 from data.encode import encode_problems
 from data.gsm8k import EXAMPLES
 from data.mixture import source_names
 from data.multiple_choice import CHOICE_TASKS
-from data.own import parse_columns
 from data.rows import Message, Problem, Source, fingerprint, read_problems
 from data.split import split_sources
 from data.tasks import TASKS, load_source

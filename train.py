@@ -28,6 +28,7 @@ from data.audit import audit_mixture
 from data.batches import Schedule, Step, flat_batch
 from data.encode import Example
 from data.mixture import (
+    check_rounding,
     encode_mixture,
     load_mixture,
     mixture_identity,
@@ -211,6 +212,8 @@ def main(argv: list[str] | None = None) -> int:
         identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])
     saved = {"options": to_json(config), "identity": identity}
     changes = run.check(saved, to_json(TrainConfig()), upgrade_options)  # None: a new run
+    if run.format == 1:
+        check_rounding(run.audit())
     if changes is None:
         check_space(run.folder, trainable)
     elif world.is_main:
@@ -223,13 +226,13 @@ def main(argv: list[str] | None = None) -> int:
         console.print_start(to_json(config), base, mixture, lora)
     sources = encode_mixture(
         mixture, base.chat, limit=config.limit, validation_share=config.validation_share,
-        max_length=config.max_length, epochs=config.epochs,
+        max_length=config.max_length,
     )  # fmt: skip
     schedule = Schedule(
         [example for source in sources for example in source.train],
         batch_size=config.batch_size, grad_accum=config.grad_accum, epochs=config.epochs,
         max_steps=config.max_steps, seed=config.seed, rank=world.rank, ranks=world.size,
-        sources=tuple(source.share for source in sources),
+        sources=tuple(source.rows for source in sources),
     )  # fmt: skip
     held_out = [problem for source in sources for problem in source.held_out]
     validation = {source.name: source.validation for source in sources}

@@ -117,6 +117,11 @@ class Run:
         return config
 
     @property
+    def format(self) -> int | None:
+        """The version of the folder's format, `FORMAT` for new ones; None without a run."""
+        return self.config.get("format", 1) if self.config else None
+
+    @property
     def options(self) -> dict[str, Any]:
         """The command line's options, as JSON values by name."""
         return self.config.get("options", {})

@@ -196,7 +196,7 @@ BAD_DATA = {
     "no JSON": ("x.jsonl", b"question,answer\n1,2\n", "2 of 2 rows are bad: x.jsonl:1: not JSON"),
     "other keys": ("x.jsonl", b'{"text": "x"}\n' * 9, "9 of 9 rows are bad"),
     "another kind": ("x.csv", b"question,answer\n", "neither .jsonl nor .parquet"),
-    "no parquet": ("x.parquet", GOOD, "x.parquet is no readable parquet file"),
+    "no parquet": ("x.parquet", GOOD, "x.parquet is not a readable parquet file"),
     "one question": ("x.jsonl", GOOD * 5, "5 rows to train on and 0 to validate on"),
     "no train file": ("x/test.jsonl", GOOD, "holds no train.jsonl or train.parquet"),
 }

@@ -10,7 +10,7 @@ import torch
 
 import evaluate
 from data.chat import ChatFormat
-from data.own import load_path
+from data.custom import load_path
 from data.rows import Message, Problem
 from errors import BadData, BadOption
 from evaluation.answers import Completion, GenerationSettings, answers

@@ -5,7 +5,7 @@ import json
 import evaluate
 import train
 from data.rows import Message, Problem, parse_row
-from data.split import normal, split_problems
+from data.split import normalize, split_problems
 from evaluation.answers import Completion
 from evaluation.rejection import right_solutions
 from tests import toys
@@ -49,18 +49,18 @@ def test_a_row_held_out_from_one_source_is_in_no_train_split(tmp_path):
         for data in ((), (str(many),)):
             config = evaluate.EvalConfig(adapter=str(tmp_path / "best"), data=data, split=split)
             tasks = evaluate.find_tasks(config)
-            found[split, len(tasks)] = {normal(p.question) for t in tasks for p in t.problems}
+            found[split, len(tasks)] = {normalize(p.question) for t in tasks for p in t.problems}
             assert tasks[-1].name == str(many)
     assert found["train", 2] and found["train", 1] == found["train", 2]
     assert found["validation", 1] == found["validation", 2]
     assert not found["train", 2] & found["validation", 2]
-    alone = {normal(problems[row].question) for row in held_out}
+    alone = {normalize(problems[row].question) for row in held_out}
     assert alone < found["validation", 2]
 
 
 def test_a_kept_conversation_holds_the_turns_of_the_model_and_has_the_same_question():
     messages = ("user", "a?"), ("assistant", "gold"), ("user", "b?"), ("assistant", "so\n#### 7")
-    problem = Problem("t:1", tuple(Message(*turn) for turn in messages), stem="a and b")
+    problem = Problem("t:1", tuple(Message(*turn) for turn in messages), original_question="a and b")
     turns = [["own", "7\n#### 7"], ["own ", "7 #### 7"], ["other", "7\n#### 7"], ["", "#### 7"]]
     given = [Completion("t:1", n, t[-1], 9, False, 0.1, t) for n, t in enumerate(turns)]
     rows = list(right_solutions([problem], {"t:1": given}))
