@@ -41,6 +41,7 @@ from files import JsonLines, hash_files
 from lora.inject import count, inject, seed_dropout, trained_parameters
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter
 from lora.plus import rate_groups
+from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
 from model.compile import check_compiler, compile_layers
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2

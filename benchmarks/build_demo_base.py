@@ -37,7 +37,7 @@ from data import demo
 from data.chat import END, START, WORDS, ChatFormat
 from data.rows import Message
 from errors import run_script
-from model.generate import generate
+from model.generate import Decoding, generate
 from model.load import load_model
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
@@ -279,13 +279,7 @@ def measure(model: Qwen2, chat: ChatFormat, ids: dict[str, int], count: int) -> 
         answers = []
         for start in progress_bar(range(0, len(prompts), 50), desc="measure", leave=False):
             batch = prompts[start : start + 50]
-            found = generate(
-                model,
-                batch,
-                max_new_tokens=max_new_tokens,
-                eos_ids=eos_ids,
-                vocabulary=chat.vocab_size,
-            )
+            found = generate(model, batch, Decoding(max_new_tokens, eos_ids, chat.vocab_size))
             answers += [chat.decode(answer.tokens) for answer in found]
         return answers
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import run_script
 from lora.inject import inject, trained_parameters
 from lora.options import lora_config
-from model.load import find_checkpoint, load_model
+from model.checkpoint import find_checkpoint
+from model.load import load_model
 from run.best import publish_best
 from run.checkpoint import save_checkpoint
 from run.folder import Progress, Run

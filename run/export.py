@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from errors import BadOption, listed, run_script
 from lora.inject import merge, unwrapped_state
 from lora.peft_format import read_adapter, read_adapter_config
-from model.load import find_checkpoint, load_model, read_config
+from model.checkpoint import find_checkpoint, read_config
+from model.load import load_model
 from run.device import DTYPES
 from run.folder import check_place
 from run.options import option, parse

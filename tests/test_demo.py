@@ -13,7 +13,7 @@ from benchmarks.build_demo_base import ENDOFTEXT, Texts, document
 from data import demo
 from data.chat import ChatFormat
 from data.rows import fingerprint
-from model.load import SHIPPED
+from model.checkpoint import SHIPPED
 from run.options import parse
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+) = <<\1\2\3=(\d+)>>\4 ")

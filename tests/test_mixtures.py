@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,14 @@ from data.custom import load_path
 from data.encode import encode_problems
 from data.mixture import (
     EncodedSource,
+    check_rounding,
     encode_mixture,
     load_mixture,
-    needs_exact_fractions,
     parse_spec,
     source_names,
 )
 from data.split import normalize, split_problems
-from errors import BadOption
+from errors import BadOption, BadRun
 from tests import toys
 from tests.campaign.harness import await_steps, finish, left_behind, start
 from tests.test_bad_input import TRAIN, refused, world  # noqa: F401
@@ -64,10 +65,15 @@ def test_a_weight_out_of_range_is_refused(weight):
     [(1.0, 7, False), (3.0, 7, False), (0.5, 10, False), (0.1, 30, False), (1e-3, 2000, False),
      (0.07, 100, False), (0.5, 7, True), (0.1, 31, True), (0.333, 300, True)],
 )  # fmt: skip
-def test_rounding_changes_a_schedule_only_if_weight_times_rows_is_no_integer(
+def test_a_run_from_before_rounding_is_refused_only_if_rounding_changes_its_schedule(
     weight, count, is_fraction
 ):
-    assert needs_exact_fractions([(1.0, 5), (weight, count)]) == is_fraction
+    audit = {"sources": {
+        "a": {"weight": 1.0, "rows": {"train": 5}}, "b": {"weight": weight, "rows": {"train": count}}
+    }}  # fmt: skip
+    with pytest.raises(BadRun, match="of b in an epoch") if is_fraction else nullcontext():
+        check_rounding(audit)
+
 
 
 # What an epoch takes

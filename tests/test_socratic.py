@@ -14,7 +14,7 @@ from data.socratic import parse_turns
 from data.split import split_problems
 from evaluation.answers import GenerationSettings, answers
 from evaluation.conversation import next_turn
-from model.generate import Sampling, generate
+from model.generate import Decoding, generate
 from model.load import load_model
 from tests import toys
 from tests.test_custom_data import parquet
@@ -144,12 +144,12 @@ def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int
     messages, said = [], []
     for user in problem.messages[::2]:
         messages.append(user)
-        seed = asking.sampling.seed + len(said) * 2**40
-        (answer,) = generate(
-            model, [chat.prompt(tuple(messages))], max_new_tokens=asking.max_new_tokens,
-            vocabulary=chat.vocab_size, rows=[place], **ENDS,
-            sampling=Sampling(temperature=asking.sampling.temperature, seed=seed),
+        decoding = Decoding(
+            max_new_tokens=asking.max_new_tokens, vocab_size=chat.vocab_size, **ENDS,
+            temperature=asking.temperature, seed=asking.seed + len(said) * 2**40,
         )  # fmt: skip
+        prompt = chat.prompt(tuple(messages))
+        (answer,) = generate(model, [prompt], decoding, sequence_ids=[place])
         said.append(chat.decode(answer.tokens))
         messages.append(Message("assistant", said[-1]))
     return said
@@ -159,7 +159,7 @@ def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int
 @pytest.mark.parametrize("samples, temperature", [(1, 0.0), (2, 1.0)])
 def test_each_turn_hears_the_models_own_answers(model, chat, batch_size, samples, temperature):
     asking = GenerationSettings(
-        sampling=Sampling(temperature=temperature, seed=3), samples=samples, max_new_tokens=6,
+        temperature=temperature, seed=3, samples=samples, max_new_tokens=6,
         batch_size=batch_size,
     )  # fmt: skip
     given = {(c.id, c.sample): c for c in answers(model, chat, PROBLEMS, asking, **ENDS)}
@@ -192,9 +192,7 @@ def test_what_is_shown_before_a_turn_holds_no_gold():
 def test_conversations_that_are_done_are_not_held_again_and_the_rest_comes_out_the_same(
     model, chat
 ):
-    asking = GenerationSettings(
-        sampling=Sampling(temperature=1.0), samples=2, max_new_tokens=5, batch_size=1
-    )
+    asking = GenerationSettings(temperature=1.0, samples=2, max_new_tokens=5, batch_size=1)
     whole = {(c.id, c.sample): (c.text, c.turns)
              for c in answers(model, chat, PROBLEMS, asking, **ENDS)}  # fmt: skip
     done = {("p0", 1), ("p1", 0), ("p2", 0)}
