@@ -1,0 +1,131 @@
+"""The architecture: which file may import which, and what a function may look like.
+
+From the bottom up: cellar (single files), ground floor (model, lora, data), halls (run,
+evaluation), upper hall (report), roof (scripts). Imports run downward only.
+"""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parents[1]
+FLOORS = {
+    "errors": 0, "files": 0, "hub": 0, "progress_bar": 0,
+    "model": 1, "lora": 1, "data": 1,
+    "run": 2, "evaluation": 2,
+    "report": 3,
+    "train": 4, "evaluate": 4,
+}  # fmt: skip
+SCRIPTS = {"train", "evaluate", "run.export", "report.__main__"}
+MAX_PARAMETERS = 7
+FOUND = [HOUSE / f"{place}.py" for place in FLOORS if (HOUSE / f"{place}.py").exists()]
+FOUND += [path for place in FLOORS for path in sorted((HOUSE / place).rglob("*.py"))]
+SOURCES = {  # module -> its syntax tree
+    ".".join(path.relative_to(HOUSE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+        path.read_text()
+    )
+    for path in FOUND
+}
+
+
+def imports(module: str) -> Iterator[tuple[str, str | None]]:
+    """(imported module, imported name or None) of every import, also those inside functions."""
+    for node in ast.walk(SOURCES[module]):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner, None) if inner in SOURCES else (node.module, alias.name)
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of the product that `module` imports."""
+    return {name for name, _ in imports(module) if name in SOURCES}
+
+
+def place(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def crossings() -> set[tuple[str, str]]:
+    """(importing place, imported place) wherever an import leaves its place."""
+    pairs = {(place(module), place(name)) for module in SOURCES for name in own_imports(module)}
+    return {(here, there) for here, there in pairs if here != there}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """(where it is, function) for every function of the product."""
+    for module, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{module}.{node.name}", node
+
+
+def test_every_file_of_the_product_is_read_here():
+    packages = {path.parent.name for path in HOUSE.glob("*/__init__.py")} - {"tests"}
+    scripts = {path.stem for path in HOUSE.glob("*.py")}
+    assert packages | scripts == FLOORS.keys()
+    assert {"train", "lora.layer", "model", "report"} <= SOURCES.keys()
+
+
+def test_no_module_imports_itself_through_others():
+    TopologicalSorter({module: own_imports(module) for module in SOURCES}).prepare()  # CycleError
+
+
+def test_imports_run_downward_only():
+    cellar = {name for name, floor in FLOORS.items() if floor == 0}  # its files may use each other
+    upward = {pair for pair in crossings() if FLOORS[pair[0]] <= FLOORS[pair[1]]}
+    assert {pair for pair in upward if not set(pair) <= cellar} == set()
+
+
+@pytest.mark.parametrize("neighbours", [("model", "lora", "data"), ("run", "evaluation")])
+def test_neighbours_on_a_floor_know_nothing_of_each_other(neighbours):
+    assert not {pair for pair in crossings() if set(pair) <= set(neighbours)}
+
+
+def test_only_scripts_import_the_report_and_it_needs_no_torch():
+    assert {here for here, there in crossings() if there == "report"} <= {"train", "evaluate"}
+    reached, to_read = set(), [module for module in SOURCES if place(module) == "report"]
+    while to_read:
+        module = to_read.pop()
+        reached.add(module)
+        to_read += [name for name in with_packages(own_imports(module)) if name not in reached]
+    libraries = {(module, place(name)) for module in reached for name, _ in imports(module)}
+    assert {module for module, library in libraries if library == "torch"} == set()
+
+
+def with_packages(modules: set[str]) -> set[str]:
+    """`modules`, and the packages that Python imports with them."""
+    return modules | {place(module) for module in modules if place(module) in SOURCES}
+
+
+def test_scripts_do_not_import_scripts():
+    assert {(script, name) for script in SCRIPTS for name in own_imports(script) & SCRIPTS} == set()
+
+
+def test_no_import_crosses_files_with_a_private_name():
+    private = {
+        (module, name, imported)
+        for module in SOURCES
+        for name, imported in imports(module)
+        if any(part.startswith("_") and part != "__main__" for part in (imported or name).split("."))
+    }
+    assert private - {(m, "__future__", n) for m, _, n in private} == set()
+
+
+def test_no_function_has_more_than_seven_parameters():
+    counts = {
+        where: len(f.args.posonlyargs + f.args.args + f.args.kwonlyargs)
+        - (f.args.args[:1] != [] and f.args.args[0].arg in ("self", "cls"))
+        for where, f in functions()
+    }
+    assert {where: n for where, n in counts.items() if n > MAX_PARAMETERS} == {}
+
+
+def test_no_function_passes_arbitrary_keywords_on():
+    assert [where for where, f in functions() if f.args.kwarg and f.name != "write"] == []
