@@ -3,10 +3,10 @@
 import os
 import shutil
 
-from lora.config import LoRAConfig
 from torch import nn
 
 from files import sync_files, sync_folder
+from lora.config import LoRAConfig
 from lora.peft_format import WEIGHTS, save_adapter
 from run.base import Base
 from run.folder import Progress, Run
