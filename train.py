@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     held_out = [problem for source in sources for problem in source.held_out]
     validation = {source.name: source.validation for source in sources}
-    data = Data(schedule, validation, held_out, judge_of(held_out, generated=True))
+    data = Data(schedule, validation, held_out, judge_of(held_out, [*validation], generated=True))
     audit = audit_mixture(sources)
     if world.is_main:
         console.print_audit(audit)
