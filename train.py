@@ -12,6 +12,7 @@ loop, `forward_backward` one micro-batch.
 
 import gc
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ from data.mixture import (
     source_names,
 )
 from data.rows import Problem
+from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of
 from evaluation.teacher_forced import teacher_forced
