@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from data.audit import Audit, audit_lines
 from data.batches import Schedule
 from data.chat import ChatFormat
@@ -70,6 +72,12 @@ def validation_line(step: int, found: Mapping[str, Any], is_best: bool) -> str:
     for source, loss in found.get("val_loss_by_source", {}).items():
         line += f"\n{'':12}val loss {loss:.4f}  {printable(source)[-45:]}"
     return line
+
+
+def show_validation(bar: tqdm, step: int, found: Mapping[str, Any], is_best: bool) -> None:
+    """Print a validation above the progress bar, unless the bar is disabled, as on other ranks."""
+    if not bar.disable:
+        bar.write(validation_line(step, found, is_best))
 
 
 def print_end(progress: Progress, run: Run) -> None:
