@@ -314,7 +314,9 @@ def train(
             found = validate(config, progress, data, base, model, world, stop)
             stopping = found is None  # a stop was requested; the validation is repeated on resuming
             if found:
-                is_best = progress.record_validation(**found)
+                is_best = progress.record_validation(
+                    found["val_loss"], found.get("val_exact_match")
+                )
                 progress.stopped = progress.reason_finished(*goal)
                 if is_best and world.is_main:
                     publish_best(model, lora, base, run, progress)

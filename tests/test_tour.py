@@ -108,11 +108,10 @@ torch.testing.assert_close(ours.grad, plain.grad)
 
 def test_a_task_with_its_own_scorer_is_added_in_two_files(changed):
     code, run = changed("own scorer")
-    train = run("train.py", *SHORT, "--data", "sorting", "--stop-on", "exact-match",
-                "--exact-match-problems", 4, "--max-new-tokens", 8)  # fmt: skip
-    assert "answers correct" in train
-    measured = run("evaluate.py", "--adapter", "out/tiny/best", "--limit", 4, "--max-new-tokens", 8)
-    assert "answers correct, same-words" in measured
-    held_out = run("evaluate.py", "--adapter", "out/tiny/best", "--split", "validation", "--limit", 4,
-                   "--max-new-tokens", 8)  # fmt: skip
-    assert "judged as sorting, by same-words" in held_out
+    short = ["--max-new-tokens", 8]
+    validated = run("train.py", *SHORT, *short, "--data", "sorting", "--stop-on", "exact-match",
+                    "--exact-match-problems", 4)  # fmt: skip
+    assert "answers correct" in validated
+    measure = ["evaluate.py", *short, "--adapter", "out/tiny/best", "--limit", 4]
+    assert "answers correct, same-words" in run(*measure)
+    assert "judged as sorting, by same-words" in run(*measure, "--split", "validation")
