@@ -100,8 +100,7 @@ class _Names(argparse.Action):
 
 def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-    hidden = default in (None, "") or default is False  # False equals 0, which is shown
-    note = "" if hidden else f" (default: {default})".replace("%", "%%")
+    note = "" if default in (None, "") else f" (default: {default})".replace("%", "%%")
     argument = {"help": field.metadata["help"] + note, "default": field.default}
     if kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction}
