@@ -15,10 +15,10 @@ from model.foreign import (
     COPY_AGAIN,
     NEITHER,
     USE_QWEN2,
-    names_in,
     read_object,
     refuse_config,
     refuse_files,
+    refuse_folder,
     refuse_name,
 )
 from model.qwen2 import Qwen2Config
@@ -104,7 +104,7 @@ def read_config(folder: Path) -> Qwen2Config:
     As in transformers 5, a checkpoint whose embeddings are tied by its config is not tied if it
     holds an `lm_head.weight` that differs from the embedding.
     """
-    refuse_files(str(folder), names_in(folder))
+    refuse_folder(folder)
     path = folder / "config.json"
     missing = f"{folder} is not a checkpoint: it has no config.json"
     layout = "give a folder with config.json, model.safetensors and tokenizer.json, or a Hub id"

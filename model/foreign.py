@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from errors import BadCheckpoint
+from errors import BadCheckpoint, listed
 from files import read_json
 
 MOST_FILES = 10_000  # entries of a folder that are looked at
@@ -125,6 +125,9 @@ FILES = (
          "give the folder inside: {place}/{inner}"),
     Sign(CONFIG, "*/" + ADAPTER, "{place} is not a base model, but holds the adapter {inner}",
          GIVE_ADAPTER),
+    Sign(CONFIG, "tokenizer.json model.safetensors model.safetensors.index.json",
+         "{place} holds {file}, but it has no config.json: a part of it is missing",
+         "download or copy the whole checkpoint again, or give its Hub id"),
     Sign(WEIGHTS, "*/*.gguf", "{place} is in GGUF, a format for inference: {file}", ORIGINAL),
     Sign(WEIGHTS, "*.safetensors", "{place} holds {file}, but no model.safetensors",
          "if it holds all the weights, rename it to model.safetensors"),
@@ -148,7 +151,7 @@ def refuse_files(place: str, names: Iterable[str]) -> None:
     if ADAPTER in names:
         raise BadCheckpoint(
             f"{place} holds a base model and an adapter, so which is meant is not clear",
-            f"move {ADAPTER} and the adapter's weights to a folder of their own",
+            f"to use the base model alone, remove {ADAPTER} from a copy of it on this machine",
         )
 
 
@@ -157,10 +160,16 @@ def _matching(names: list[str], pattern: str) -> list[str]:
     return [n for n in names if n.count("/") == depth and fnmatch.fnmatchcase(n, pattern)]
 
 
-def names_in(folder: Path) -> list[str]:
-    """The files and folders in `folder`, and those directly in its folders, as relative paths."""
+def refuse_folder(folder: Path) -> None:
+    """`refuse_files` for a folder: its files and folders, and those directly in its folders."""
+    gone = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
+    if gone:
+        raise BadCheckpoint(
+            f"{folder} holds links to files that are not there: {listed(sorted(gone), 3)}",
+            "copy the folder with `cp -rL`, which follows links, or download it again",
+        )
     entries = islice(chain(folder.glob("*"), folder.glob("*/*")), MOST_FILES)
-    return [entry.relative_to(folder).as_posix() for entry in entries]
+    refuse_files(str(folder), [entry.relative_to(folder).as_posix() for entry in entries])
 
 
 # First bytes
