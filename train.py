@@ -39,7 +39,7 @@ from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.teacher_forced import teacher_forced
 from files import JsonLines, hash_files
 from lora.inject import count, inject, seed_dropout, trained_parameters
-from lora.peft_format import CONFIG, WEIGHTS, read_adapter
+from lora.peft_format import CONFIG, WEIGHTS, check_adapter, read_adapter
 from lora.plus import rate_groups
 from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
 from model.compile import check_compiler, compile_layers
@@ -191,7 +191,10 @@ def main(argv: list[str] | None = None) -> int:
     mixture = load_mixture(config.data, config.data_revision, config.columns)
     base = Base.find(config.model, config.revision, precision=config.precision, device=device)
     with torch.device("meta"):
-        trainable = added_parameters(Qwen2(base.config), lora)  # BadOption if they do not fit
+        network = Qwen2(base.config)
+    if config.from_adapter:
+        check_adapter(Path(config.from_adapter), network)
+    trainable = added_parameters(network, lora)  # BadOption if the options do not fit the base
     fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # hashes while the rest goes on
     if config.show_example:
         for part in mixture:

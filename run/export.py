@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from errors import BadOption, listed, run_script
 from lora.inject import merge, unwrapped_state
-from lora.peft_format import read_adapter, read_adapter_config
-from model.checkpoint import find_checkpoint, read_config
+from lora.peft_format import read_adapter
+from model.checkpoint import read_config
 from model.load import load_model
+from run.base import checkpoint_of_adapter
 from run.device import DTYPES
 from run.folder import check_place
 from run.options import option, parse
@@ -42,8 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists():
         raise BadOption(f"--out {out} exists already", "give a folder that does not exist")
     check_place(out)
-    _, base, revision = read_adapter_config(Path(config.adapter))
-    checkpoint = find_checkpoint(config.model or base or "", None if config.model else revision)
+    if not config.adapter:
+        raise BadOption("--adapter is not given", "give an adapter's folder, such as out/.../best")
+    checkpoint = checkpoint_of_adapter(config.adapter, config.model)
     read_config(checkpoint.folder)
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
