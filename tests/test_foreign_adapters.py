@@ -177,8 +177,8 @@ def test_what_is_saved_of_it_and_of_its_options_loads_the_same_layers_in_peft(
 
 
 @given(
-    st.sampled_from([QV, ["all-linear"], ["layers.1.self_attn.q_proj"], ["model.layers.0.mlp.up_proj"],
-                     ["self_attn.q_proj", "none"]]),
+    st.sampled_from([QV, ["all-linear"], ["layers.1.self_attn.q_proj"], ["self_attn.q_proj", "none"],
+                     ["model.layers.0.mlp.up_proj"]]),
     st.sampled_from([None, [], ["q_proj"], ["layers.1.self_attn.q_proj", "mlp.up_proj"]]),
     st.sampled_from([None, [], 1, [0, 2]]),
     st.sampled_from([None, "layers", ["h", "layers"], ["h"]]),
@@ -534,8 +534,8 @@ def test_the_revision_of_an_adapter_counts_for_its_own_base_on_the_hub(plain, mo
     asked = []
     monkeypatch.setattr(run_base, "find_checkpoint", lambda *args: asked.append(args))
     names_base(plain, "owner/name", "abc")
-    for given in ((), (None, "def"), ("other/name",), ("other/name", "def")):
-        checkpoint_of_adapter(plain, *given)
+    for options in ((), (None, "def"), ("other/name",), ("other/name", "def")):
+        checkpoint_of_adapter(plain, *options)
     expected = [("owner/name", "abc"), ("owner/name", "def"), ("other/name", None)]
     assert asked == [*expected, ("other/name", "def")]
 
