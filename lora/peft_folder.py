@@ -14,9 +14,9 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from errors import listed
-from lora.config import LoRAConfig, ends_in, last_part, of_layer
+from lora.config import LoRAConfig, last_part, of_layer
 from lora.foreign import CONFIG, WEIGHTS, check_folder
-from lora.peft_settings import MERGE, Problem, Settings, matches, plain_name, read_settings, refuse
+from lora.peft_settings import MERGE, Problem, Settings, plain_name, read_settings, refuse
 from lora.peft_tensors import (
     PREFIX,
     Tensors,
@@ -76,7 +76,7 @@ class AdapterFolder:
             targets=_targets(settings, tensors),
             rslora=settings.rslora,
             dora=settings.dora,
-            ranks=_by_name(tensors.ranks(), settings.r) if ranks is None else ranks,
+            ranks=_by_name(tensors.ranks, settings.r) if ranks is None else ranks,
             alphas=_plain_pattern(settings.alpha_pattern),
         )
         return cls(folder, settings, tensors, config)
@@ -92,12 +92,12 @@ class AdapterFolder:
 
     def problems(self, model: nn.Module) -> list[Problem]:
         """Everything that does not fit `model`, except values; it may be on the meta device."""
-        names, found = self.names_in(model), list(self.tensors.problems)
-        for name, layer in self.tensors.layers.items():
-            if name in names:
-                found += self._shape_problems(names[name], layer.keys, model)
-            else:
-                found += [_unexpected(key) for key in layer.keys.values()]
+        names, layers, found = self.names_in(model), self.tensors.layers, []
+        for name in sorted(layers.keys() - names.keys()):
+            found += [_unexpected(key) for key in layers[name].keys.values()]
+        found += self.tensors.problems
+        for name, full_name in sorted(names.items()):
+            found += self._shape_problems(full_name, layers[name].keys, model)
         if not self.settings.has_expression:
             found += self._selection_problems(set(names.values()), model)
         state = _base_tensors(model)
@@ -106,8 +106,8 @@ class AdapterFolder:
                 found.append(_unexpected(key))
             elif (shape := self.tensors.header[key].shape) != (ours := tuple(state[name].shape)):
                 found.append(Problem(f"{key} is {shape}, and {ours} in the base", TRAINED))
-        others = [f".{name}" for name in self.tensors.others.values()]
-        lacking = [m for m in self.settings.saved_modules if not any(f".{m}." in o for o in others)]
+        parts = {part for name in self.tensors.others.values() for part in name.split(".")}
+        lacking = [m for m in self.settings.saved_modules if last_part(m) not in parts]
         if lacking:
             cause = f"modules_to_save is {', '.join(lacking)}, without tensors in {WEIGHTS}"
             found.append(Problem(cause, INCOMPLETE))
@@ -137,7 +137,8 @@ class AdapterFolder:
     ) -> Iterator[Problem]:
         out_features, in_features = model.get_submodule(name).weight.shape
         rank = of_layer(name, self.config.ranks, self.config.r)
-        shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
+        rows = self.tensors.ranks.get(bare(name), rank)  # a wrong rank is one problem, not two
+        shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rows)}
         if self.config.dora:
             shapes["lora_magnitude_vector"] = (out_features,)
         elif key := keys.get("lora_magnitude_vector"):
@@ -170,9 +171,8 @@ class AdapterFolder:
 def _targets(settings: Settings, tensors: Tensors) -> tuple[str, ...]:
     """Name endings that select the layers with tensors: the config's own if these do."""
     if settings.selects_by_name:
-        paths = [layer.path for layer in tensors.layers.values()]
-        is_used = {t: any(ends_in(path, t) for path in paths) for t in settings.targets}
-        if used := tuple(t for t in settings.targets if t == "all-linear" or is_used[t]):
+        endings = {"all-linear"} | tensors.endings
+        if used := tuple(target for target in settings.targets if target in endings):
             return used
     return tuple(tensors.layers)
 
@@ -199,19 +199,20 @@ def _by_name(values: Mapping[str, T], default: T) -> dict[str, T]:
 
 def _pattern_problems(settings: Settings, tensors: Tensors) -> Iterator[Problem]:
     """Entries of rank_pattern and alpha_pattern that no layer with tensors answers to."""
-    paths = [layer.path for layer in tensors.layers.values()]
+    paths = {layer.path for layer in tensors.layers.values()}
     patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
     for field, pattern in patterns.items():
-        unmatched = [
-            key for key in pattern
-            if plain_name(key) and not any(matches(path, key) for path in paths)
-        ]  # fmt: skip
+        unmatched = []
+        for key in pattern:
+            name, is_full = plain_name(key) or (None, False)
+            if name and name not in (paths if is_full else tensors.endings):
+                unmatched.append(key)
         if unmatched:
             cause = f"{field}: no adapted layer is named {', '.join(unmatched)}"
             yield Problem(cause, UNUSED_ENTRY)
     if _plain_pattern(settings.rank_pattern) is not None:
         return
-    ranks, allowed = set(tensors.ranks().values()), {settings.r, *settings.rank_pattern.values()}
+    ranks, allowed = set(tensors.ranks.values()), {settings.r, *settings.rank_pattern.values()}
     for key, rank in settings.rank_pattern.items():
         if rank not in ranks:
             yield Problem(f"rank_pattern: no layer has the rank {rank} of {key!r}", OTHER_CONFIG)

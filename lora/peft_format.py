@@ -95,7 +95,7 @@ def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None
             problems.append(Problem(f"{key} holds NaN or infinity", NOT_FINITE))
     differing, ignored = adapter.compare_others(model)
     _refuse_all(folder, problems + differing)
-    inject(model, config)
+    inject(model, replace(config, targets=tuple(names.values())))
     load_trained(model, tensors)
 
     notes = [f"{listed(ignored, 2)}: equal to the base's own, so not used"] if ignored else []

@@ -48,6 +48,8 @@ HARMLESS = {"task_type", "inference_mode", "auto_mapping", "peft_version", "fan_
 # not fit the published base. PEFT can convert them, given the adapter from before training.
 CONVERTIBLE = ("pissa", "corda", "olora", "lora_ga")
 
+LONGEST = 2**14  # entries of a list, characters of a text; matching takes time with both
+
 MERGE = "merge it with PEFT (merge_and_unload, save_pretrained) and give the result with --model"
 CONVERT = (
     "convert it to a plain adapter with PEFT: save_pretrained(FOLDER,"
@@ -104,6 +106,8 @@ class Settings:
         assert not self.has_expression
         if any(ends_in(name, end) for end in self.excluded):
             return False
+        if name in self.targets:
+            return True  # a full name counts whatever its layer's number
         if self.layers and _layer_number(name, self.layers_pattern) not in self.layers:
             return False
         if self.targets == ("all-linear",):
@@ -154,7 +158,6 @@ def read_settings(folder: Path) -> Settings:
 
 def refuse(where: Path | str, problems: list[Problem]) -> NoReturn:
     """Raise BadAdapter with all problems and the remedy of each kind."""
-    problems = sorted(problems)
     remedies = dict.fromkeys(problem.remedy for problem in problems)
     raise BadAdapter(
         f"{where}: {listed(problem.cause for problem in problems)}", "; ".join(remedies)
@@ -175,16 +178,14 @@ def plain_name(key: str) -> tuple[str, bool] | None:
     return (name, is_full) if _is_name(name) else None
 
 
-def matches(name: str, key: str) -> bool:
-    """Whether PEFT would match a key, which must be a plain name, with the layer `name`."""
-    end, is_full = plain_name(key)
-    return name == end if is_full else ends_in(name, end)
-
-
 def _problems(raw: dict[str, Any]) -> list[Problem]:
     """Everything in the config that cannot be honored."""
     if raw.get("peft_type") != "LORA":
         return [Problem(f"peft_type is {raw.get('peft_type')!r}, not 'LORA'", UNSUPPORTED)]
+    long = [field for field, value in raw.items() if isinstance(value, list | dict | str)
+            and len(value) > LONGEST]  # fmt: skip
+    if long:
+        return [Problem(f"{', '.join(long)}: more than {LONGEST:,} entries", UNSUPPORTED)]
     wrong = []
     if not _is_rank(raw.get("r")):
         wrong.append(f"r is {raw.get('r')!r}")

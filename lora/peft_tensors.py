@@ -8,6 +8,7 @@ such matrix is kept under its name in the base, to be compared with the base's t
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from lora.peft_settings import Problem
 
 PREFIX = "base_model.model."
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+MOST_PARTS = 32  # of a key that can be a layer's
 MATRICES = ("lora_A", "lora_B", "lora_magnitude_vector")
 DAMAGED = "the file is damaged: copy or train the adapter again"
 RESAVE = "save it again with PEFT's save_pretrained"
@@ -46,7 +48,8 @@ class Layer:
     keys: dict[str, str] = field(default_factory=dict)  # one of MATRICES -> key in the file
 
 
-class Tensors(NamedTuple):
+@dataclass(frozen=True)
+class Tensors:
     """The keys of the file, sorted by what they are."""
 
     header: dict[str, Shape]  # by key
@@ -54,6 +57,7 @@ class Tensors(NamedTuple):
     others: dict[str, str]  # key -> bare name of the base's tensor that it would be
     problems: list[Problem]
 
+    @cached_property
     def ranks(self) -> dict[str, int]:
         """The rows of A by bare name, where there is a matrix A."""
         shapes = {
@@ -62,6 +66,12 @@ class Tensors(NamedTuple):
             if "lora_A" in layer.keys
         }
         return {name: shape[0] for name, shape in shapes.items() if len(shape) == 2 and shape[0]}
+
+    @cached_property
+    def endings(self) -> set[str]:
+        """Everything in whole parts that the path of a layer ends in: b.c and c of a.b.c, too."""
+        paths = [layer.path.split(".") for layer in self.layers.values()]
+        return {".".join(parts[i:]) for parts in paths for i in range(len(parts))}
 
 
 def read_header(path: Path) -> dict[str, Shape]:
@@ -95,11 +105,11 @@ def sort_keys(header: dict[str, Shape]) -> Tensors:
     others: dict[str, str] = {}
     adapters: set[str] = set()
     problems = []
-    for key, (shape, is_float) in header.items():
+    for key, (shape, is_float) in sorted(header.items()):
         parts = [part for part in key.split(".") if part not in WRAPPERS]
         place = next((i for i, part in enumerate(parts) if part in MATRICES), len(parts))
         adapter = _adapter_name(parts[place:])
-        if adapter is None:
+        if adapter is None or len(parts) > MOST_PARTS:
             others[key] = bare(_without_peft(parts))
             continue
         adapters.add(adapter)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from errors import BadAdapter, HubError, UserError, run_script
-from lora.config import LoRAConfig
+from lora.config import LoRAConfig, ends_in
 from lora.inject import adapters, merge, unwrapped_state
 from lora.options import lora_config, lora_options
 from lora.peft_format import (
@@ -30,7 +30,7 @@ from lora.peft_format import (
     read_adapter_config,
     save_adapter,
 )
-from lora.peft_settings import matches, plain_name, read_settings
+from lora.peft_settings import plain_name, read_settings
 from model.load import load_model
 from run import base as run_base
 from run import export
@@ -119,7 +119,7 @@ SELECTIONS = {
     "MiCA's initial values": {"init_lora_weights": "mica"},
     "DoRA on one layer": {"use_dora": True, "layers_to_transform": [2]},
     "rsLoRA on some": {"use_rslora": True, "target_modules": r".*\.2\..*up_proj"},
-    "ranks by expression": {"rank_pattern": {r".*\.layers\.2\..*": 2, r"(?i)Q_PROJ": 3}},
+    "ranks by expression": {"rank_pattern": {r".*\.layers\.2\..*": 2, r".*[01]\..*q.proj": 3}},
     "ranks and alphas by anchored names": {
         "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, r".*\.v_proj$": 3},
         "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 5, r".*\.v_proj$": 9},
@@ -177,8 +177,8 @@ def test_what_is_saved_of_it_and_of_its_options_loads_the_same_layers_in_peft(
 
 
 @given(
-    st.sampled_from([QV, ["all-linear"], ["layers.1.self_attn.q_proj"], ["self_attn.q_proj", "none"],
-                     ["model.layers.0.mlp.up_proj"]]),
+    st.sampled_from([QV, ["all-linear"], ["layers.1.self_attn.q_proj"], ["self_attn.q_proj"],
+                     ["model.layers.0.mlp.up_proj", "none"]]),
     st.sampled_from([None, [], ["q_proj"], ["layers.1.self_attn.q_proj", "mlp.up_proj"]]),
     st.sampled_from([None, [], 1, [0, 2]]),
     st.sampled_from([None, "layers", ["h", "layers"], ["h"]]),
@@ -216,10 +216,11 @@ KEYS = ["q_proj", "proj", "self_attn.q_proj", "layers.1.self_attn.q_proj", "1.ml
 @pytest.mark.parametrize("key", KEYS)
 def test_a_key_that_spells_out_a_name_matches_the_layers_that_it_matches_in_peft(key):
     expected = [bool(re.match(rf"(.*\.)?({key})$", name)) for name in NAMES]  # as get_pattern_key
-    assert plain_name(key) and [matches(name, key) for name in NAMES] == expected
+    end, is_full = plain_name(key)
+    assert [name == end if is_full else ends_in(name, end) for name in NAMES] == expected
 
 
-EXPRESSIONS = ["(a+)+b", r".*\.(q|v)_proj", "q_.*", "[qv]_proj", "q_proj|v_proj", ".", "", "*", "("]
+EXPRESSIONS = ["(a+)+b", r".*\.layers\.1\..*(q_proj|v_proj)$", r".*\.(q|v)_proj", "q_.*", "[qv]_proj", "q_proj|v_proj", ".", "", "*", "("]
 
 
 @pytest.mark.parametrize("key", EXPRESSIONS)
@@ -253,9 +254,6 @@ SELECTION_FAULTS = {
     ),
     "a rank that no layer has": ({"rank_pattern": {"q_.*": 2}}, "no layer has the rank 2"),
     "a rank that is not given": ({"r": 8, "rank_pattern": {".*": 8}}, "the rank 8 of '.*'"),
-    "a rank besides": (
-        {"r": 2, "rank_pattern": {"[q]_proj": 4}}, None,
-    ),
     "another rank": ({"r": 8}, "lora_A.weight is (4, 64), not (8, 64)"),
     "a rank for no layer": ({"rank_pattern": {"k_proj": 2}}, "no adapted layer is named k_proj"),
     "an alpha for no layer": ({"alpha_pattern": {"^q_proj": 2}}, "layer is named ^q_proj"),
@@ -266,8 +264,6 @@ SELECTION_FAULTS = {
 @pytest.mark.parametrize("change, cause", SELECTION_FAULTS.values(), ids=SELECTION_FAULTS)
 def test_a_config_that_contradicts_the_tensors_is_refused(folder, plain, change, cause):
     toys.change_json(plain / CONFIG, **change)
-    if cause is None:  # an expression may mean any layers: these ranks are possible
-        return loaded(folder, plain)
     error = refusal(folder, plain)
     assert cause in error.cause and (CONFIG in error.remedy or "copy it again" in error.remedy)
 
@@ -332,7 +328,7 @@ def test_a_state_dict_saved_by_hand_is_read_as_peft_reads_it(folder, tmp_path, c
     for tensors in (only_adapters, {k: t.clone() for k, t in state.items()}):
         save_file(tensors, tmp_path / WEIGHTS)
         torch.testing.assert_close(logits(loaded(folder, tmp_path)), truth, atol=1e-4, rtol=0)
-    assert "and 36 more: equal to the base's own, so not used" in capsys.readouterr().out
+    assert "and 37 more: equal to the base's own, so not used" in capsys.readouterr().out
 
 
 KEY_FAULTS = {
@@ -651,7 +647,7 @@ OTHERS = {
         "does not exist", "hf download owner/name --local-dir name",
     ),
     "a path": (lambda a, _: a / "nothing", "does not exist", "check the path; give the folder"),
-    "a long name": (lambda *_: Path("x" * 5000), "does not exist", "check the path"),
+    "a long name": (lambda *_: Path("x" * 300), "does not exist", "check the path"),
     "an empty folder": (lambda a, _: with_file(a, "e/x") / "e", "has no adapter_config", "such as"),
 }  # fmt: skip
 
@@ -710,7 +706,7 @@ def test_training_continues_an_adapter_on_some_layers_and_peft_loads_the_result(
              "--precision", "fp32", "--device", "cpu", "--dropout", 0]  # fmt: skip
     with torch.enable_grad():
         train.main([str(flag) for flag in flags])
-    assert "on q_proj, up_proj of layers 1" in capsys.readouterr().out
+    assert "on up_proj, q_proj of layers 1" in capsys.readouterr().out
     best = tmp_path / "run" / "best"
     tensors = load_file(best / WEIGHTS)
     assert tensors.keys() == load_file(tmp_path / "given" / WEIGHTS).keys()
@@ -741,6 +737,13 @@ def field(tmp_path_factory):
     return out
 
 
+def aligned(model):
+    """`model` with copies of its weights: kernels round otherwise where memory is not aligned."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["plain", "some-layers", "expression", "default-keys",
                                   "saved-table", "revision"])  # fmt: skip
@@ -750,8 +753,9 @@ def test_an_export_of_a_case_has_the_logits_of_pefts_merged_model(field, tmp_pat
     adapter = field / f"adapter-{case}"
     export.main(["--adapter", str(adapter), "--dtype", "fp32", "--out", str(tmp_path / "out")])
     theirs = PeftModel.from_pretrained(transformers_model("model/demo"), adapter)
-    expected = peft_logits(theirs.merge_and_unload().eval())
-    assert torch.equal(peft_logits(transformers_model(tmp_path / "out")), expected)
+    expected = peft_logits(aligned(theirs.merge_and_unload().eval()))
+    ours = aligned(transformers_model(tmp_path / "out"))
+    assert torch.equal(peft_logits(ours), expected)
     assert (expected - peft_logits(transformers_model("model/demo"))).abs().max() > 0.1
 
 
