@@ -1,6 +1,6 @@
-"""The errors a user can cause: each says what is wrong and what helps, without a traceback.
+"""Errors that a user can cause: each states the cause and a remedy, without a traceback.
 
-Anything else that goes wrong is a defect of ours and keeps its traceback.
+Any other exception is a bug in this project and keeps its traceback.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 
-LONGEST = 1500  # characters of a cause
-CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@|\bhf_[A-Za-z0-9]{16,}")  # in an address; of the Hub
+LONGEST = 1500  # characters of a printed cause
+CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@|\bhf_[A-Za-z0-9]{16,}")  # in a URL; a Hub token
 
 
 class UserError(Exception):
-    """What went wrong (`cause`), what helps (`remedy`), and how the scripts exit (`exit_code`)."""
+    """What went wrong (`cause`), what the user can do (`remedy`), and the script's exit code."""
 
     exit_code = 2
 
@@ -28,15 +28,15 @@ class UserError(Exception):
 
 
 class BadOption(UserError):
-    """A flag or a value that cannot be used."""
+    """An invalid flag or value."""
 
 
 class BadCheckpoint(UserError):
-    """A base model that is missing, broken, or not a Qwen2."""
+    """A base model that is missing, damaged or not a Qwen2."""
 
 
 class BadAdapter(UserError):
-    """An adapter folder that is broken or does not fit its base."""
+    """An adapter folder that is damaged or does not fit its base."""
 
 
 class BadData(UserError):
@@ -44,21 +44,21 @@ class BadData(UserError):
 
 
 class HubError(UserError):
-    """Files the Hub did not give."""
+    """Files that could not be fetched from the Hub."""
 
 
 class BadRun(UserError):
-    """A run folder that cannot be continued or written."""
+    """A run folder that cannot be resumed or written."""
 
 
 class TrainingFailed(UserError):
-    """A run whose numbers went wrong."""
+    """A run that failed while training, such as by running out of memory."""
 
     exit_code = 1
 
 
 def plain(text: str) -> str:
-    """`text` on one line, without control characters or secrets: others wrote parts of it."""
+    """`text` on one line, without control characters or credentials: parts of it are untrusted."""
     text = CREDENTIALS.sub("[hidden]", text)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if token := os.environ.get(name, "").strip():
@@ -67,22 +67,22 @@ def plain(text: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST] + "..."
 
 
-def printable(text: str, besides: str = "") -> str:
-    """`text` without what a terminal would obey, but for the characters in `besides`."""
-    return "".join(c if c.isprintable() or c in besides else "\ufffd" for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters replaced, except for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
 
 
 def listed(problems: Iterable[str], most: int = 6) -> str:
-    """Everything that is wrong, on one line: the first `most` in full, then a count of the rest."""
+    """All problems on one line: the first `most` in full, then a count of the rest."""
     problems = list(problems)
     rest = f"; and {len(problems) - most} more" if len(problems) > most else ""
     return "; ".join(problems[:most]) + rest
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """Run a script's `main` and give its exit code; a user's error is printed in two lines.
+    """Run a script's `main` and return its exit code; a user's error is printed in two lines.
 
-    So is a disk that is full, and a reader of the output that has gone is no defect either.
+    A full disk is reported in the same way, and a closed pipe (`| head -1`) ends quietly.
     """
     try:
         code = main() or 0
@@ -94,32 +94,34 @@ def run_script(main: Callable[[], int | None]) -> int:
         _say(f"error: {error.cause}\n  {error.remedy}")
         return error.exit_code
     except KeyboardInterrupt:
-        _say("stopped by the keyboard")
+        _say("interrupted")
         return 130
-    except BrokenPipeError:  # as of `| head -1`
+    except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except OSError as error:
         if not is_full(error):
             raise
         place = plain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-        _say(f"error: the disk is full: {place}\n  make room; the same command then goes on")
+        _say(
+            f"error: the disk is full: {place}\n  free some space, then rerun the command to resume"
+        )
         return 1
     finally:
         _flush()
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a file could not grow: the disk, the user's share of it, or a limit is used up."""
+    """Whether the disk, the user's quota or a file size limit is exhausted."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # where nobody can be told, the exit code still tells
+    with contextlib.suppress(OSError):  # a closed stderr: the exit code still reports it
         print(text, file=sys.stderr, flush=True)
 
 
 def _flush() -> None:
-    """Write out what was printed; what cannot be written is dropped, or Python would complain."""
+    """Flush both streams; what cannot be written is dropped, or Python would print an error."""
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()

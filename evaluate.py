@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from data.chat import ChatFormat
+from data.custom import parse_columns
 from data.encode import encode_problems
 from data.gsm8k import EXAMPLES
 from data.mixture import source_names
 from data.multiple_choice import CHOICE_TASKS
-from data.own import parse_columns
 from data.rows import Message, Problem, Source, fingerprint, read_problems
 from data.split import split_sources
 from data.tasks import TASKS, load_source
@@ -55,8 +55,9 @@ from evaluation.teacher_forced import teacher_forced
 from files import JsonLines, write_file, write_json
 from lora.inject import disabled
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, read_adapter_config
-from model.generate import Sampling, decode
-from model.load import Checkpoint, find_checkpoint, load_model, read_config, read_eos_ids
+from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
+from model.generate import Decoding, decode
+from model.load import load_model
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
 from report.__main__ import write_report
@@ -207,7 +208,8 @@ def measure_answers(
     """`result` with what the contestants generated, counted and compared."""
     config, problems = bench.config, task.problems
     asking = GenerationSettings(
-        prompt=config.prompt, shots=tuple(task.shots), sampling=sampling(config),
+        prompt=config.prompt, shots=tuple(task.shots), temperature=config.temperature,
+        top_k=config.top_k, top_p=config.top_p, seed=config.seed,
         samples=config.samples, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
     )  # fmt: skip
     given: dict[str, Completions] = {}
@@ -473,12 +475,6 @@ def results_folder(config: EvalConfig, task: Task, settings: dict[str, Any]) -> 
     return Path(config.out or home) / "evaluation" / f"{kind}-{code}"
 
 
-def sampling(config: EvalConfig) -> Sampling:
-    return Sampling(
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
-    )
-
-
 def answer_all(
     model: Qwen2,
     chat: ChatFormat,
@@ -553,15 +549,15 @@ def ask(
 ) -> None:
     """Print each contestant's answer to one question as it is generated."""
     prompt = chat.prompt((Message("user", config.ask),))
+    decoding = Decoding(
+        max_new_tokens=config.max_new_tokens, eos_ids=eos_ids, vocab_size=chat.vocab_size,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed,
+    )  # fmt: skip
     for name, context in contestants.items():
         print(f"\n{name}: ", end="", flush=True)
         tokens, shown = [], ""
         with context():
-            steps = decode(
-                model, [prompt], max_new_tokens=config.max_new_tokens, eos_ids=eos_ids,
-                vocabulary=chat.vocab_size, sampling=sampling(config),
-            )  # fmt: skip
-            for ((_, token, ended),) in steps:
+            for ((_, token, ended),) in decode(model, [prompt], decoding):
                 tokens += [] if token in eos_ids else [token]
                 text = chat.decode(tokens)
                 if not text.endswith("\ufffd") or ended:  # half of a character may be still to come

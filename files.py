@@ -1,8 +1,8 @@
-"""Files that are whole or not there: written beside their place, forced to the disk, renamed.
+"""Files that are either complete or absent: written under another name, synced, then renamed.
 
-A rename within one folder is atomic, and lasts once the folder itself is forced to the disk. So
-what can be seen under its name was complete before it got the name, whatever happened since; that
-it still is what was written, `damage` tells from the sizes and hashes in the folder's manifest.
+A rename within a folder is atomic, and durable once the folder itself is synced. So a file that is
+visible under its final name was complete before it got that name; whether it still is what was
+written, `damage` checks against the sizes and hashes in the folder's manifest.
 """
 
 import hashlib
@@ -65,8 +65,11 @@ class JsonLines:
     disk that lost its power may have kept less than it reported, or zeros.
     """
 
-    def __init__(self, path: Path, keep: int = 0):
+    def __init__(self, path: Path | None, keep: int = 0):
+        """`path` None is a log that is switched off: it writes nothing."""
         self.path = path
+        if path is None:
+            return
         lines = self.read(path, keep)
         while lines and lines[-1].value is None:
             lines.pop()
@@ -91,6 +94,8 @@ class JsonLines:
 
     def write(self, **values: Any) -> None:
         """Append one line; a number that is not finite becomes null, since JSON has no NaN."""
+        if self.path is None:
+            return
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
@@ -100,6 +105,8 @@ class JsonLines:
 
     def sync(self) -> int:
         """Force the log to the disk; returns its size in bytes, which a checkpoint records."""
+        if self.path is None:
+            return 0
         os.fsync(self._file.fileno())
         return self.path.stat().st_size
 
@@ -113,10 +120,10 @@ def _object_or_none(text: bytes) -> dict[str, Any] | None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Whoever reads `path` finds all of the old bytes or all of the new."""
-    beside = path.with_name(path.name + ".new")
-    _write(beside, data)
-    os.replace(beside, path)
+    """Replace `path` atomically: a reader finds all of the old bytes or all of the new."""
+    new = path.with_name(path.name + ".new")
+    _write(new, data)
+    os.replace(new, path)
     sync_folder(path.parent)
 
 
@@ -129,26 +136,26 @@ def json_bytes(value: Any) -> bytes:
 
 
 def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
-    """Make `final` a folder of these files and their manifest, all at once.
+    """Publish a folder of these files and their manifest in one rename.
 
-    A folder that is there already is replaced: it stands aside as `.old` for that moment.
+    An existing folder is replaced; until the rename is durable it is kept as `.old`.
     """
-    beside, old = final.with_name(final.name + ".new"), final.with_name(final.name + ".old")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    new, old = final.with_name(final.name + ".new"), final.with_name(final.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     manifest = {name: {"bytes": len(data), "sha256": _hash(data)} for name, data in files.items()}
     for name, data in (files | {MANIFEST: json_bytes(manifest)}).items():
-        _write(beside / name, data)
-    sync_folder(beside)
+        _write(new / name, data)
+    sync_folder(new)
     if final.exists():
         os.rename(final, old)
-    os.rename(beside, final)
+    os.rename(new, final)
     sync_folder(final.parent)
     remove_folder(old)
 
 
 def remove_folder(folder: Path) -> None:
-    """Take the name away first, so that no half of it is ever seen under it."""
+    """Rename the folder before deleting it, so that no half of it is visible under its name."""
     gone = folder.with_name(folder.name + ".gone")
     if folder.exists():
         os.rename(folder, gone)
@@ -156,7 +163,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def clean_up(parent: Path, pattern: str) -> None:
-    """Remove what `write_folder` and `remove_folder`, killed, have left of folders named so."""
+    """Remove what a killed `write_folder` or `remove_folder` left of folders matching `pattern`."""
     for old in parent.glob(pattern + ".old"):
         if not old.with_suffix("").exists():  # killed between the two renames
             os.rename(old, old.with_suffix(""))
@@ -166,7 +173,7 @@ def clean_up(parent: Path, pattern: str) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_folder` made; None if it is as it was written."""
+    """What is wrong with a folder that `write_folder` made; None if it is as written."""
     try:
         raw = (folder / MANIFEST).read_bytes()
         manifest = json.loads(raw)
@@ -186,7 +193,7 @@ def damage(folder: Path) -> str | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
+    """Force a folder's directory entries to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -195,7 +202,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Force a folder's files and their names to the disk."""
+    """Force a folder's files and its directory entries to the disk."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -216,13 +223,13 @@ def _hash(data: bytes) -> str:
 def hash_files(paths: list[Path]) -> str:
     """SHA-256 of the files' names and contents, in the order of their names.
 
-    Each file is one call that needs no interpreter: another thread goes on all the while.
+    Each file is hashed in one call that releases the GIL, so other threads keep running.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size:  # nothing cannot be mapped
+            if os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     digest.update(data)
     return digest.hexdigest()

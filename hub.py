@@ -1,7 +1,7 @@
 """Fetching files from the Hugging Face Hub, with errors a person can act on.
 
-`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` mean what they mean everywhere. Imported
-by every room; the Hub's client is imported only to fetch something, since a local run needs none.
+`HF_HUB_OFFLINE`, `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` have their usual meaning. The Hub's client
+is imported only when something is fetched, since a local run does not need it.
 """
 
 import logging
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from errors import HubError, UserError, plain
 
-TRIES, PATIENCE = 3, 7  # requests for one address in a row, seconds that each may be silent
+TRIES, TIMEOUT = 3, 7  # consecutive requests for one URL; seconds without a byte
 
 
 def fetch(
@@ -26,18 +26,23 @@ def fetch(
 ) -> Path:
     """The folder with the files of `repo` that match `patterns`; its name is the resolved commit.
 
-    Where the patterns depend on what there is, `choose` makes them of the names of all files (or of
-    those in the cache, without a network); its own errors are raised as they are. Downloads what
-    the cache lacks, with progress bars. Where the Hub cannot be reached, a complete cached copy is
-    used and said so. Raises HubError otherwise.
+    Downloads what the cache lacks, with progress bars. If the Hub cannot be reached, a complete
+    cached copy is used, and a line says so.
+
+    Args:
+        choose: makes the patterns from the names of all files in the repository (offline: in the
+            cache), for callers whose patterns depend on them. Its errors are raised as they are.
+
+    Raises:
+        HubError: the files can be had neither from the Hub nor from the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
 
     what = f"{repo_type} {repo}" + (f" at revision {revision}" if revision else "")
     wanted = {"revision": revision, "repo_type": repo_type, "allow_patterns": patterns}
-    # Its warnings hold whole addresses, credentials included.
+    # Its warnings contain whole URLs, including credentials.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    with _bounded_patience():
+    with _bounded_waiting():
         for wait in (1, 2, 0):
             try:
                 info = HfApi().repo_info(repo, revision=revision, repo_type=repo_type)
@@ -57,7 +62,7 @@ def fetch(
             time.sleep(wait)
     try:
         if choose:
-            bare = wanted | {"allow_patterns": []}  # for its place, whatever lies there
+            bare = wanted | {"allow_patterns": []}  # only to learn where the cached snapshot is
             there = Path(snapshot_download(repo, local_files_only=True, **bare))
             names = [p.relative_to(there).as_posix() for p in there.rglob("*") if p.is_file()]
             wanted["allow_patterns"] = choose(names)
@@ -66,31 +71,31 @@ def fetch(
         raise
     except Exception:  # nothing usable in the cache: the first error is the cause
         raise _unreachable(what, failure, patterns) from failure
-    print(plain(f"the Hub gave no answer ({_reason(failure)}): using the cached copy of {what}"))
+    print(plain(f"the Hub did not answer ({_reason(failure)}): using the cached copy of {what}"))
     return folder
 
 
 @contextmanager
-def _bounded_patience() -> Iterator[None]:
-    """Inside, the client gives up on a Hub that is silent or busy within a minute.
+def _bounded_waiting() -> Iterator[None]:
+    """Limits the client's waiting for a silent or busy Hub to a minute.
 
-    By itself it waits without end for a list of files, and for as long as a busy Hub tells it to.
+    By default it waits forever for a list of files, and as long as a busy Hub asks it to.
     """
     from huggingface_hub import get_session
 
-    asked: Counter[str] = Counter()  # how often in a row, by address
+    requests: Counter[str] = Counter()  # consecutive ones, by URL
 
     def before(request) -> None:
         address = str(request.url).partition("?")[0]
-        if asked[address] == TRIES:
-            raise ConnectionError(f"asked {TRIES} times for {address}")
-        asked[address] += 1
+        if requests[address] == TRIES:
+            raise ConnectionError(f"requested {address} {TRIES} times")
+        requests[address] += 1
         kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = dict.fromkeys(kinds, PATIENCE)
+        request.extensions["timeout"] = dict.fromkeys(kinds, TIMEOUT)
 
     def after(response) -> None:
         if response.status_code < 400:
-            del asked[str(response.request.url).partition("?")[0]]
+            del requests[str(response.request.url).partition("?")[0]]
         for name in ("Retry-After", "RateLimit"):
             response.headers.pop(name, None)
 
@@ -105,7 +110,7 @@ def _bounded_patience() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    text = plain(str(error).partition("\n")[0])  # before it is cut: half a secret is one too
+    text = plain(str(error).partition("\n")[0])  # hide secrets before cutting: half of one is one
     return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
 
 
@@ -113,12 +118,13 @@ def _refused(what: str, error: Exception, status: int | None) -> HubError:
     kind = type(error).__name__
     if "Gated" in kind or status == 403:
         return HubError(
-            f"{what} is gated: the Hub asks who you are",
-            "accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN",
+            f"{what} is gated: the Hub requires a login",
+            "accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN",
         )
     if "Revision" in kind:
         return HubError(
-            f"{what} does not exist", "leave the revision out, or give a branch, tag or commit"
+            f"{what} does not exist",
+            "leave out the revision, or give an existing branch, tag or commit",
         )
     if status in (401, 404):
         return HubError(
@@ -131,8 +137,8 @@ def _refused(what: str, error: Exception, status: int | None) -> HubError:
 def _unreachable(what: str, error: Exception, patterns: list[str]) -> HubError:
     if getattr(getattr(error, "response", None), "status_code", 0) == 429:
         return HubError(
-            f"the Hub has had too many requests, and gives no {what}",
-            "wait some minutes and start again; logged in (`hf auth login`) one may ask more often",
+            f"the Hub refuses {what}: too many requests",
+            "wait a few minutes and try again; a login (`hf auth login`) raises the limit",
         )
     if "Offline" in type(error).__name__:
         return HubError(
@@ -141,5 +147,5 @@ def _unreachable(what: str, error: Exception, patterns: list[str]) -> HubError:
         )
     return HubError(
         f"the Hub could not be reached for {what} ({_reason(error)})",
-        "check the network and start again, or give a local folder instead of a Hub name",
+        "check the network and try again, or give a local folder instead of a Hub name",
     )

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal they move; in a log file they leave a line every half minute."""
+"""Progress bars: on a terminal they move; in a log file they leave one line per half minute."""
 
 import sys
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def progress_bar(items: Iterable | None = None, **options: Any) -> tqdm:
-    """tqdm, quieter where nobody watches: short work then leaves no line at all."""
+    """tqdm, but off a terminal it is quieter: work of under 5 seconds prints nothing."""
     if not sys.stderr.isatty():
         options = {"mininterval": 30, "delay": 5, "ascii": True, "ncols": 78, **options}
     return tqdm(items, **options)

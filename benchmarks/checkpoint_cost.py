@@ -14,17 +14,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from errors import run_script
-from lora.inject import LoRAConfig, inject, trained_parameters
-from model.load import find_checkpoint, load_model
-from run.checkpoint import Progress, save_checkpoint
-from run.export import publish_best
+from lora.inject import inject, trained_parameters
+from lora.options import lora_config
+from model.checkpoint import find_checkpoint
+from model.load import load_model
+from run.best import publish_best
+from run.checkpoint import save_checkpoint
+from run.folder import Progress, Run
 from run.options import option, parse
 from train import TrainConfig, fingerprint_base
 
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     hashed = time.perf_counter() - started
 
     model = load_model(checkpoint.folder, dtype=torch.bfloat16)
-    lora = LoRAConfig(r=run.r, alpha=run.alpha, dropout=run.dropout, targets=run.targets)
+    lora = lora_config(asdict(run))
     inject(model, lora, seed=0)
     parameters = trained_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), fused=True)
@@ -59,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(out: Path) -> None:
         progress.cursor += 1
-        save_checkpoint(out, progress, parameters=parameters, optimizer=optimizer, scaler=scaler)
+        save_checkpoint(
+            Run(out), progress, parameters=parameters, optimizer=optimizer, scaler=scaler
+        )
 
     def publish(out: Path) -> None:
         publish_best(model, out, lora, checkpoint=checkpoint, data="gsm8k", step=1, loss=1.0)

@@ -1,17 +1,19 @@
-"""Scaling: what a training step costs against one size at a time, beside what arithmetic says.
+"""Scaling: what a training step costs as one size grows, compared with what arithmetic predicts.
 
     python benchmarks/scaling.py --json scaling.json      # some minutes on two cores
 
-The one idea: a step should cost what its products and its saved tensors cost. So each axis grows
-one size of a small model with random weights, and each point's seconds are divided by its FLOPs
-and its peak memory by the bytes that the formulas below give. Where that quotient is over 1.3 times
-the lowest of the smaller points, growth is worse than the arithmetic, and that is said.
+A step should cost what its matrix products and its saved tensors cost. Each axis grows one size of
+a small model with random weights. Each point's time is divided by its number of floating-point
+operations, and its peak memory by the bytes that the formulas below give. If that quotient exceeds
+the lowest of the earlier points of the axis by more than WORSE, the cost grows worse than the
+arithmetic, and is reported.
 
-Points of an axis take turns, since a machine's speed drifts. Memory is exact: on a CPU the highest
-sum of what PyTorch's allocator gave out and had not got back during one step, by its profiler; on
-CUDA `max_memory_allocated` above what lay there. The weights are in neither.
+The points of an axis are timed in turns, since a machine's speed drifts. Memory is exact: on a CPU
+the largest sum of what PyTorch's allocator had given out at one time during a step, from its
+profiler; on CUDA `max_memory_allocated` minus what was allocated before. Neither counts weights.
 
-Legend: T tokens, N supervised, C hidden, F MLP, K = G x D key/value size, L layers, V vocabulary.
+Legend: T tokens, N supervised tokens, C hidden size, F MLP size, K = G x D key/value size, L
+layers, V vocabulary size.
 """
 
 import json
@@ -37,25 +39,27 @@ from data.batches import Batch, flat_batch
 from data.encode import IGNORE, Example
 from errors import run_script
 from lora.inject import LoRAConfig, inject, seed_dropout, trained_parameters
-from model.loss import BLOCK_BYTES, CHUNK_BYTES, linear_cross_entropy
+from model.loss import LOGITS_BYTES, PROBABILITIES_BYTES, linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory, synchronize
 from run.options import option, parse, to_json
 
-WORSE = 1.3  # times the arithmetic's growth, from which on it is said
+WORSE = 1.3  # growth relative to the arithmetic above which a cost is reported
 
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    repeat: int = option(3, "timed steps of each point", least=1)
-    device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu"))
-    precision: str = option("auto", "of all axes but its own", choices=("auto", "bf16", "fp32"))
+    repeat: int = option(3, "timed steps per point", least=1)
+    device: str = option("auto", "device to train on", choices=("auto", "cuda", "cpu"))
+    precision: str = option(
+        "auto", "dtype of the base (except on its own axis)", choices=("auto", "bf16", "fp32")
+    )
     json: str | None = option(None, "file to write the result to")
 
 
 @dataclass(frozen=True)
 class Point:
-    """The sizes of one step; half of each example is supervised."""
+    """The sizes of one step. Half of each example is supervised."""
 
     lengths: tuple[int, ...] = (128,) * 8
     rank: int = 8
@@ -65,7 +69,7 @@ class Point:
     precision: str = "bf16"
 
     @property
-    def supervised(self) -> int:
+    def supervised_count(self) -> int:
         return sum(n // 2 for n in self.lengths)
 
     @property
@@ -78,7 +82,7 @@ class Point:
 
 
 def axes(base: Point) -> dict[str, dict[str, Point]]:
-    """Axis -> name -> point; what the later points are judged by comes first."""
+    """Axis -> name -> point. Each point is compared with the earlier ones of its axis."""
     lengths, one_long = (64, 128, 256, 512, 1024, 2048), (50,) * 8 + (550,)
     return {
         "length": {f"4 x {n}": replace(base, lengths=(n,) * 4) for n in lengths},
@@ -98,10 +102,11 @@ def axes(base: Point) -> dict[str, dict[str, Point]]:
 
 
 def flop(p: Point) -> float:
-    """Of a step, a multiply and an add being 2.
+    """Floating-point operations of a step; a multiplication and an addition count as 2.
 
-    A frozen weight costs 4 a token (forward, and its input's gradient), a trained one 6; attention
-    4 C a pair of a token and one that it sees, and 8 C backward; the head 4 a supervised token.
+    A frozen weight costs 4 per token (forward pass and gradient of its input), a trained one 6.
+    Attention costs 4 C forward and 8 C backward per pair of a token and a token it attends to. The
+    output embedding costs 4 per weight and supervised token.
     """
     C, F, K, L, T = p.hidden, 3 * p.hidden, 128, p.layers, sum(p.lengths)
     frozen = 2 * C * C + 2 * C * K + 3 * C * F  # q, o; k, v; gate, up, down
@@ -112,22 +117,22 @@ def flop(p: Point) -> float:
 
 
 def peak_bytes(p: Point) -> float:
-    """Of a step: what the forward pass keeps for the backward pass, and the loss's buffers.
+    """Peak memory of a step: what is kept for the backward pass, and the buffers of the loss.
 
-    A layer keeps for each token: its two norms' inputs, four adapters' dropped inputs (C each),
-    their masks (a byte a channel) and their r numbers, q, k, v and attention's result, and the
-    MLP's gate and up.
+    For each token a layer keeps: the inputs of its two norms; of four adapters, the input after
+    dropout (C), its mask (one byte per channel) and the r values; q, k, v and the result of
+    attention; and the MLP's gate and up.
     """
     C, F, K, T, N = p.hidden, 3 * p.hidden, 128, sum(p.lengths), p.supervised_count
     size = DTYPES[p.precision].itemsize
     kept = size * (2 * C + 4 * C + 4 * p.rank + 2 * C + 2 * K + 2 * F) + 4 * C
-    logits = min(CHUNK_BYTES, size * N * p.vocabulary)
-    probabilities = min(BLOCK_BYTES, 4 * N * p.vocabulary)
+    logits = min(LOGITS_BYTES, size * N * p.vocabulary)
+    probabilities = min(PROBABILITIES_BYTES, 4 * N * p.vocabulary)
     return p.layers * T * kept + logits + probabilities
 
 
 class Step:
-    """A point's model and batch; `run` makes one optimizer step, as the loop of train.py does."""
+    """A point's model and batch; `run` makes one optimizer step, like the loop of train.py."""
 
     def __init__(self, p: Point, device: torch.device):
         torch.manual_seed(0)
@@ -145,7 +150,7 @@ class Step:
         self.device = device
 
     def run(self) -> float:
-        """Seconds of it."""
+        """Make one step; returns its seconds."""
         b = self.batch
         synchronize(self.device)
         started = time.perf_counter()
@@ -161,17 +166,17 @@ class Step:
 
 
 @dataclass
-class Found:
-    """What was measured of one point."""
+class Measured:
+    """The measurements of one point."""
 
     point: Point
-    peak: int = 0  # bytes above what lay there before the step
+    peak: int = 0  # bytes above those allocated before the step
     seconds: list[float] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure axis by axis; print a table, and what grows worse than it should."""
-    config = parse(ScalingConfig, argv, "What a training step costs against each of its sizes.")
+    """Measure axis by axis; print a table and what grows worse than the arithmetic."""
+    config = parse(ScalingConfig, argv, "What a training step costs as its sizes grow.")
     device = pick_device(config.device)
     prepare_memory(device)
     precision, _ = pick_precision(config.precision, device)
@@ -181,22 +186,22 @@ def main(argv: list[str] | None = None) -> None:
     for name, points in axes(Point(precision=precision)).items():
         print(name)
         found = measure(points, config.repeat, device)
-        for row in judged(name, found):
+        for row in rows_of(name, found):
             rows.append(row)
             print(line(row))
-    print("growth: cost over its formula, against the lowest of the points above it in the axis")
-    print("\n".join(verdicts(rows)))
-    about = {"options": to_json(config), "device": describe(device)}
-    write_result(config.json, about | {"rows": rows})
+    print("growth: cost / formula, relative to the lowest of the earlier points of the axis")
+    print("\n".join(conclusions(rows)))
+    settings = {"options": to_json(config), "device": describe(device)}
+    write_result(config.json, settings | {"rows": rows})
 
 
-def measure(points: dict[str, Point], repeat: int, device: torch.device) -> dict[str, Found]:
-    """One step to warm up, one whose memory is watched, then timed ones in turns."""
-    found = {name: Found(point) for name, point in points.items()}
+def measure(points: dict[str, Point], repeat: int, device: torch.device) -> dict[str, Measured]:
+    """Of each point, a step to warm up and one to measure memory; then timed steps in turns."""
+    found = {name: Measured(point) for name, point in points.items()}
     steps = {name: Step(point, device) for name, point in points.items()}
     for name, step in steps.items():
         step.run()
-        with watched_memory(device) as peak:
+        with peak_memory(device) as peak:
             step.run()
         found[name].peak = peak[0]
     for _ in range(repeat):
@@ -206,8 +211,8 @@ def measure(points: dict[str, Point], repeat: int, device: torch.device) -> dict
 
 
 @contextmanager
-def watched_memory(device: torch.device) -> Iterator[list[int]]:
-    """Yields a list that afterwards holds the peak, in bytes above what lay there before."""
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Yields a list that afterwards holds the peak, in bytes above those allocated before."""
     peak: list[int] = []
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -222,25 +227,26 @@ def watched_memory(device: torch.device) -> Iterator[list[int]]:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     moves = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    assert moves, "the profiler saw no memory"
+    assert moves, "the profiler recorded no allocation"
     peak.append(int(np.cumsum([size for _, size in moves]).max()))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, nothing is printed, not even by C++: the profiler tells each start and stop."""
+    """Inside, nothing is printed, not even by C++: the profiler prints when it starts and stops."""
     sys.stdout.flush()
     with open(os.devnull, "w") as nowhere:
-        kept = {number: os.dup(number) for number in (1, 2)}
-        for number in kept:
+        saved = {number: os.dup(number) for number in (1, 2)}  # stdout and stderr
+        for number in saved:
             os.dup2(nowhere.fileno(), number)
         yield
-    for number, stream in kept.items():
+    for number, stream in saved.items():
         os.dup2(stream, number)
+        os.close(stream)
 
 
-def judged(axis: str, found: dict[str, Found]) -> list[dict[str, Any]]:
-    """A row for each point, with how far its costs outgrow the formulas'."""
+def rows_of(axis: str, found: dict[str, Measured]) -> list[dict[str, Any]]:
+    """A table row for each point, with the growth of its costs relative to the formulas."""
     rows: list[dict[str, Any]] = []
     for name, f in found.items():
         seconds = statistics.median(f.seconds)
@@ -259,41 +265,43 @@ def judged(axis: str, found: dict[str, Found]) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A point in 80 columns."""
-    marked = [row["time_growth"], row["memory_growth"]]
-    marked = [f"{growth:.2f}{'*' if growth > WORSE else ' '}" for growth in marked]
+    """A table row in 80 columns; `*` marks a growth above WORSE."""
+    growths = [row["time_growth"], row["memory_growth"]]
+    time, memory = (f"{growth:.2f}{'*' if growth > WORSE else ' '}" for growth in growths)
     return (
         f"  {row['name']:<20}{1e3 * row['seconds']['median']:>9,.1f}"
-        f"{row['gflop_per_second']:>10,.0f}{marked[0]:>10}"
+        f"{row['gflop_per_second']:>10,.0f}{time:>10}"
         f"{row['peak_bytes'] / 1e6:>10,.1f}{row['formula_bytes'] / 1e6:>9,.1f}"
-        f"{marked[1]:>10}"
+        f"{memory:>10}"
     )
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """What is to be said of each axis: mixed lengths, precisions, and each * of the table."""
+def conclusions(rows: list[dict[str, Any]]) -> list[str]:
+    """Sentences about mixed lengths, precisions, and each `*` of the table."""
     by_name = {(row["axis"], row["name"]): row for row in rows}
-    said = []
+    sentences = []
     if long := by_name.get(("mixed", "9 x 550")):
         mixed = by_name["mixed", "8 x 50 + 550"]
         memory_share, share = (mixed[key] / long[key] for key in ("peak_bytes", "flop"))
         time_share = mixed["seconds"]["median"] / long["seconds"]["median"]
-        said.append(
-            f"8 sequences of 50 and one of 550 against nine of 550: {time_share:.0%} of the time,"
-            f"\n  {memory_share:.0%} of the memory; {share:.0%} of the arithmetic"
+        sentences.append(
+            "8 sequences of 50 tokens and one of 550, compared with nine of 550:\n"
+            f"  {time_share:.0%} of the time, {memory_share:.0%} of the memory,"
+            f" {share:.0%} of the arithmetic"
         )
     if wide := by_name.get(("precision", "fp32")):
         narrow = by_name["precision", "bf16"]
         slower = wide["seconds"]["median"] / narrow["seconds"]["median"]
         larger = wide["peak_bytes"] / narrow["peak_bytes"]
-        said.append(f"fp32 against bf16: {slower:.1f} times the time, {larger:.1f} the memory")
+        sentences.append(f"fp32 needs {slower:.1f}x the time and {larger:.1f}x the memory of bf16")
     for row in rows:
         for cost in ("time", "memory"):
-            over = row[f"{cost}_growth"]  # between precisions, time is the hardware's affair
-            if over > WORSE and (row["axis"], cost) != ("precision", "time"):
+            growth = row[f"{cost}_growth"]
+            # How precisions differ in time depends on the hardware.
+            if growth > WORSE and (row["axis"], cost) != ("precision", "time"):
                 point = f"{row['axis']}, {row['name']}"
-                said.append(f"{point}: {cost} grows worse than the arithmetic ({over:.1f} times)")
-    return said
+                sentences.append(f"{point}: {cost} grows {growth:.1f}x as much as the arithmetic")
+    return sentences
 
 
 if __name__ == "__main__":

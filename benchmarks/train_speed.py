@@ -41,7 +41,8 @@ from data.tasks import load_source
 from errors import BadData, BadOption, UserError, run_script
 from lora.inject import LoRAConfig, inject, seed_dropout, trained_parameters
 from lora.peft_format import peft_key
-from model.load import find_checkpoint, load_model
+from model.checkpoint import find_checkpoint
+from model.load import load_model
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory, synchronize

@@ -1,20 +1,17 @@
-"""Flat micro-batches, and which rows each step takes: a pure function of (seed, epoch, step).
+"""Flat micro-batches, and the schedule: which rows each step takes.
 
-A micro-batch is its examples end to end, without padding. A step is `grad_accum` micro-batches on
-each rank; an epoch's last step takes what is left, so every row is taken exactly once an epoch.
+A micro-batch is its examples concatenated, without padding. A step is `grad_accum` micro-batches
+on each rank. The schedule is a pure function of (seed, epoch, step), so a run can resume anywhere.
 
-Of several sources, each is shuffled again and again by itself, without end; in epoch e one of n
-rows and weight w gives those from e*w*n to (e+1)*w*n of that, rounded down. So its rows are taken
-as evenly as can be, and after any number of epochs as often as the weight says.
+Each source is an endless sequence of shuffles of its examples, and every epoch takes the next
+`per_epoch` of them: all once if that is their count, half of them or each twice at other weights.
+All sources' rows are then shuffled together. The last step of an epoch takes the remaining rows.
 
-Legend: T tokens of a micro-batch, N supervised ones.
+Legend: T tokens in a micro-batch, N supervised ones.
 """
 
 import functools
-import math
-from bisect import bisect_right
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -29,15 +26,15 @@ class Batch:
     """One flat micro-batch, on one device."""
 
     tokens: Tensor  # (T,) int64
-    targets: Tensor  # (T,) int64, IGNORE where silent
+    targets: Tensor  # (T,) int64: the next token where it is supervised, else IGNORE
     positions: Tensor  # (T,) int64, from 0 in each example
     row_ids: Tensor  # (T,) int64: the row id of each token's example, which keys its dropout
-    supervised_rows: Tensor  # (N,) int64: indices at which targets are not IGNORE
-    lengths: list[int]  # of the examples, T in all
+    supervised_rows: Tensor  # (N,) int64: indices where `targets` is not IGNORE
+    lengths: list[int]  # tokens of each example; their sum is T
 
 
 def flat_batch(examples: list[Example], device: torch.device | str = "cpu") -> Batch:
-    """Examples laid end to end; copied to the device without waiting for it."""
+    """Concatenate examples into one micro-batch; the copy to a GPU is asynchronous."""
     lengths = [len(e.tokens) for e in examples]
     targets = np.concatenate([e.targets for e in examples])
     arrays = (
@@ -47,51 +44,49 @@ def flat_batch(examples: list[Example], device: torch.device | str = "cpu") -> B
         np.repeat([e.row_id for e in examples], lengths),
         np.flatnonzero(targets != IGNORE),
     )
-    flat = torch.from_numpy(np.concatenate(arrays))  # one copy instead of five
+    flat = torch.from_numpy(np.concatenate(arrays))  # one copy to the device instead of five
     if torch.device(device).type == "cuda":
-        flat = flat.pin_memory()  # without it the host would wait for what the GPU has yet to do
+        flat = flat.pin_memory()  # a copy from pageable memory would wait for the GPU's queue
     parts = flat.to(device, non_blocking=True).split([len(a) for a in arrays])
     return Batch(*parts, lengths)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from, over all ranks."""
+    """The rows of one optimizer step."""
 
     epoch: int  # from 0
-    micro_batches: list[list[Example]]  # this rank's
+    micro_batches: list[list[Example]]  # of this rank
     token_count: int  # over all ranks
-    supervised_count: int  # over all ranks: the summed loss is divided by it
+    supervised_count: int  # over all ranks: the divisor of the summed loss
     row_ids: list[int]  # over all ranks
 
 
-class Share(NamedTuple):
-    """One source's part in an epoch."""
+class SourceRows(NamedTuple):
+    """How many examples a source has, and how many an epoch takes of them."""
 
-    count: int  # of its examples
-    weight: Fraction = Fraction(1)  # how often an epoch takes each of them
-
-    def taken(self, epochs: int) -> int:
-        """How many rows so many epochs take in all."""
-        return math.floor(self.weight * self.count * epochs)
+    count: int
+    per_epoch: int
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a whole training run over `examples`."""
+    """The steps of a whole training run over `examples`, as one of its ranks sees them."""
 
     examples: list[Example]
-    batch_size: int  # examples of a micro-batch
-    grad_accum: int  # micro-batches of a step and rank
+    batch_size: int  # examples in a micro-batch
+    grad_accum: int  # micro-batches in a step, on each rank
     epochs: int
     seed: int
+    max_steps: int | None = None
     rank: int = 0
     ranks: int = 1
-    sources: tuple[Share, ...] = ()  # whose examples follow one another; none: they are all of one
+    sources: tuple[SourceRows, ...] = ()  # in the order of `examples`; (): each row once an epoch
 
     @property
-    def shares(self) -> tuple[Share, ...]:
-        return self.sources or (Share(len(self.examples)),)
+    def source_rows(self) -> tuple[SourceRows, ...]:
+        count = len(self.examples)
+        return self.sources or (SourceRows(count, per_epoch=count),)
 
     @property
     def examples_per_step(self) -> int:
@@ -99,38 +94,39 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the first epoch; where weights are fractions, others may have a step more or less."""
-        return self.epoch_start(1)
+        rows = sum(source.per_epoch for source in self.source_rows)
+        return -(-rows // self.examples_per_step)  # rounded up
 
     @property
     def total_steps(self) -> int:
-        return self.epoch_start(self.epochs)
+        steps = self.epoch_start(self.epochs)
+        return min(steps, self.max_steps or steps)
 
     def epoch_start(self, epoch: int) -> int:
-        """How many steps come before `epoch`."""
-        ends = epoch_ends(self.shares, self.examples_per_step, self.epochs)
-        rounds, rest = divmod(epoch, len(ends))
-        return rounds * ends[-1] + (ends[rest - 1] if rest else 0)
+        """How many steps precede `epoch`."""
+        return epoch * self.steps_per_epoch
 
     def place(self, index: int) -> tuple[int, int]:
-        """(epoch, step in it) of step `index`, all from 0."""
-        ends = epoch_ends(self.shares, self.examples_per_step, self.epochs)
-        rounds, rest = divmod(index, ends[-1])
-        epoch = rounds * len(ends) + bisect_right(ends, rest)
-        return epoch, index - self.epoch_start(epoch)
+        """(epoch, step within it) of step `index`, all from 0."""
+        return divmod(index, self.steps_per_epoch)
 
     def epochs_in(self, steps: int) -> float:
-        """How many epochs the first so many steps are."""
-        epoch, step = self.place(steps)
-        size = self.epoch_start(epoch + 1) - self.epoch_start(epoch)
-        return min((epoch * size + step) / size, self.epochs)
+        """How many epochs the first `steps` steps are."""
+        return min(steps / self.steps_per_epoch, self.epochs)
+
+    def validation_steps(self, evals_per_epoch: int) -> set[int]:
+        """After how many steps to validate: evenly spaced in each epoch, and at the very end."""
+        size, last = self.steps_per_epoch, self.total_steps
+        offsets = [round((k + 1) * size / evals_per_epoch) for k in range(evals_per_epoch)]
+        steps = {start + offset for start in range(0, last, size) for offset in offsets}
+        return {step for step in steps | {last} if 0 < step <= last}
 
     def step(self, index: int, halved: int = 0) -> Step:
-        """Step `index`, from 0; in micro-batches halved so many times."""
+        """Step `index`, from 0, with the micro-batch size halved `halved` times."""
         epoch, place = self.place(index)
-        order = epoch_examples(self.shares, self.seed, epoch)
-        n = self.examples_per_step
-        group = [self.examples[i] for i in order[place * n : (place + 1) * n]]
+        order = epoch_order(self.source_rows, self.seed, epoch)
+        first = place * self.examples_per_step
+        group = [self.examples[i] for i in order[first : first + self.examples_per_step]]
         mine = group[self.rank :: self.ranks]
         return Step(
             epoch=epoch,
@@ -141,39 +137,27 @@ class Schedule:
         )
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_ends(shares: tuple[Share, ...], per_step: int, epochs: int) -> tuple[int, ...]:
-    """Steps up to the end of each epoch, until epochs are as long again as the first ones were."""
-    period = math.lcm(*((share.weight * share.count).denominator for share in shares))
-    steps, ends = 0, []
-    for epoch in range(min(period, epochs)):
-        rows = sum(share.taken(epoch + 1) - share.taken(epoch) for share in shares)
-        steps += -(-rows // per_step)
-        ends.append(steps)
-    return tuple(ends)
-
-
 @functools.lru_cache(maxsize=2)
-def epoch_examples(shares: tuple[Share, ...], seed: int, epoch: int) -> np.ndarray:
-    """(rows of the epoch,) which examples it takes, all sources shuffled together."""
-    first, chosen = 0, []
-    for number, share in enumerate(shares, 1):
-        start, end = share.taken(epoch), share.taken(epoch + 1)
-        for turn in range(start // share.count, -(-end // share.count)):
-            # Of three numbers, the last not 0, so that it is none of `epoch_order`'s.
-            order = np.random.default_rng((seed, turn, number)).permutation(share.count)
-            before = turn * share.count
-            chosen.append(first + order[max(0, start - before) : end - before])
-        first += share.count
-    chosen = np.sort(np.concatenate(chosen))  # so that whole turns leave the order to the epoch
-    return chosen[epoch_order(len(chosen), seed, epoch)]
+def epoch_order(sources: tuple[SourceRows, ...], seed: int, epoch: int) -> np.ndarray:
+    """(rows of the epoch,) indices of the examples that `epoch` takes, in order."""
+    first, chosen = 0, []  # `first`: index of the source's first example
+    for number, (count, per_epoch) in enumerate(sources, 1):
+        start, end = epoch * per_epoch, (epoch + 1) * per_epoch  # places in the source's sequence
+        for repeat in range(start // count, -(-end // count)):  # its shuffles that overlap them
+            # A third number that is not 0 makes it a different generator from `shuffle`'s.
+            order = np.random.default_rng((seed, repeat, number)).permutation(count)
+            begin = repeat * count
+            chosen.append(first + order[max(0, start - begin) : end - begin])
+        first += count
+    chosen = np.sort(np.concatenate(chosen))  # so the order depends only on which rows they are
+    return chosen[shuffle(len(chosen), seed, epoch)]
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """(count,) a shuffle of 0..count-1 that depends on (seed, epoch) alone."""
+def shuffle(count: int, seed: int, epoch: int) -> np.ndarray:
+    """(count,) a permutation of 0..count-1 that depends on nothing but seed and epoch."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def in_batches(items: list, size: int) -> list[list]:
-    """`items` in order, `size` at a time."""
+    """Consecutive slices of `items`, each of `size`; the last may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,14 +1,16 @@
-"""ChatML by token ids: control tokens are placed by hand, so no text can forge a turn.
+r"""ChatML as token ids. Control tokens are inserted as ids, so no text can forge a turn.
 
-    <|im_start|>system\n...<|im_end|>\n<|im_start|>user\n...<|im_end|>\n<|im_start|>assistant\n...<|im_end|>\n
+    <|im_start|>system\n...<|im_end|>\n
+    <|im_start|>user\n...<|im_end|>\n
+    <|im_start|>assistant\n...<|im_end|>\n
 
-Only what the assistant says is supervised, through its `<|im_end|>`: a model that never learns to
-end its turn never stops. The default system prompt is the checkpoint's own, read off its chat
+Only the assistant's text is supervised, and the `<|im_end|>` that follows it: a model that never
+learns to end its turn never stops. The default system prompt is read from the checkpoint's chat
 template.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,125 +21,130 @@ from errors import BadCheckpoint, listed
 from files import read_json
 
 START, END = "<|im_start|>", "<|im_end|>"
-# What a `tokenizer.json` may ask for: Qwen2's own parts, and its own split into words. Others'
-# expressions may run for ever, and others' parts take the whole process down when misused.
-PARTS = ("NFC", "Sequence", "Split", "ByteLevel", "BPE")
+# All that a `tokenizer.json` may contain: Qwen2's components, and Qwen2's pre-tokenization pattern.
+# An arbitrary pattern can take exponential time, and other components can crash the process.
+COMPONENTS = ("NFC", "Sequence", "Split", "ByteLevel", "BPE")
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The literal system prompt of a template; its newline is a character, or still Jinja's escape.
+# A literal system prompt in a template, where a newline may still be written as Jinja's escape.
 DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"]{1,2000}?)<\|im_end\|>")
-LONGEST_TEMPLATE = 2**17  # characters that are read; published ones have some 5,000
+MAX_TEMPLATE = 2**17  # characters of a template that are searched; published ones have about 5,000
 
 
 @dataclass
 class EncodedChat:
-    """Token ids, and for each whether it is supervised."""
+    """The token ids of a conversation, and a flag for each: whether it is supervised."""
 
     tokens: list[int]
     supervised_mask: list[bool]
 
 
 class ChatFormat:
-    """A checkpoint's tokenizer and its default system prompt (None: no system turn is added)."""
+    """A tokenizer, and the system prompt of conversations without one (None: they get none)."""
 
     def __init__(self, tokenizer: Tokenizer, default_system: str | None):
         self.tokenizer, self.default_system = tokenizer, default_system
         ids = [tokenizer.token_to_id(token) for token in (START, END)]
         if None in ids:
             raise BadCheckpoint(
-                f"the tokenizer has no {START} or {END}", "give a checkpoint that speaks ChatML"
+                f"the tokenizer has no {START} or {END}", "use a checkpoint with a ChatML tokenizer"
             )
         self.start, self.end = ids
-        tokenizer.encode_special_tokens = True  # control tokens inside a text stay text
+        tokenizer.encode_special_tokens = True  # a control token inside a text is encoded as text
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
     @classmethod
-    def from_folder(cls, folder: Path, table_rows: int | None = None) -> "ChatFormat":
-        """Read `tokenizer.json` and the chat template; ids must fit the embedding table."""
+    def from_folder(cls, folder: Path, embedding_rows: int | None = None) -> "ChatFormat":
+        """Read a checkpoint's `tokenizer.json` and chat template.
+
+        Raises BadCheckpoint for a tokenizer that is not of Qwen2's kind, or that has an id outside
+        the embedding table of `embedding_rows` rows.
+        """
         path = folder / "tokenizer.json"
-        remedy = "give a checkpoint with a tokenizer.json of Qwen2's kind"
+        remedy = "use a checkpoint with a tokenizer.json of Qwen2's kind"
         if foreign := list(_foreign(read_json(path, BadCheckpoint, remedy))):
-            raise BadCheckpoint(f"{path} is not Qwen2's: {listed(foreign, 1)}", remedy)
+            raise BadCheckpoint(f"{path} is not a Qwen2 tokenizer: {listed(foreign, 1)}", remedy)
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BadCheckpoint(f"{path} cannot be read: {str(error)[:100]}", remedy) from None
         chat = cls(tokenizer, read_default_system(folder))
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-        if table_rows is not None and largest >= table_rows:
+        if embedding_rows is not None and largest >= embedding_rows:
             raise BadCheckpoint(
-                f"{path} has a token {largest}, and the embedding table {table_rows} rows",
-                "give a checkpoint with its own tokenizer",
+                f"{path} has a token {largest}, but the embedding table has only"
+                f" {embedding_rows} rows",
+                "use the tokenizer that belongs to the checkpoint",
             )
         return chat
 
     @property
     def vocab_size(self) -> int:
-        """Tokens with a meaning; the embedding table has more rows than that."""
+        """How many tokens the tokenizer has; the embedding table is padded to more rows."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, messages: tuple[Message, ...]) -> EncodedChat:
-        """A whole conversation; every assistant turn and its end token are supervised."""
-        return self._lay_out(messages, self._ids)
+        """Encode a whole conversation; every assistant message and its end token are supervised."""
+        return _join(self._pieces(messages), self.plain)
 
     def encode_all(self, conversations: list[tuple[Message, ...]]) -> list[EncodedChat]:
-        """`encode` of each, sooner: every text once, on all cores."""
-        texts: dict[str, list[int]] = {}
-        for messages in conversations:  # only to learn which texts there are
-            self._lay_out(messages, lambda text: texts.setdefault(text, []))
-        found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        texts = {text: encoding.ids for text, encoding in zip(texts, found, strict=True)}
-        return [self._lay_out(messages, texts.__getitem__) for messages in conversations]
-
-    def _lay_out(
-        self, messages: tuple[Message, ...], ids: Callable[[str], list[int]]
-    ) -> EncodedChat:
-        out = EncodedChat([], [])
-        for role, content in self._with_system(messages):
-            if role == "assistant":
-                self._add(out, [self.start, *ids("assistant\n")], False)
-                self._add(out, [*ids(content), self.end], True)
-            else:
-                self._add(out, [self.start, *ids(f"{role}\n{content}"), self.end], False)
-            self._add(out, ids("\n"), False)
-        return out
+        """`encode` each conversation, but tokenize each distinct text once, on all cores."""
+        conversations = [list(self._pieces(messages)) for messages in conversations]
+        pieces = dict.fromkeys(piece for pieces in conversations for piece, _ in pieces)
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        return [_join(pieces, ids.__getitem__) for pieces in conversations]
 
     def prompt(self, messages: tuple[Message, ...]) -> list[int]:
-        """What the model is given so that its next tokens are the next assistant turn."""
-        return [*self.encode(messages).tokens, self.start, *self._ids("assistant\n")]
+        """Token ids of a conversation, up to where the assistant's next message begins."""
+        return [*self.encode(messages).tokens, self.start, *self.plain("assistant\n")]
 
     def plain(self, text: str) -> list[int]:
-        """Token ids of a text without any turns."""
-        return self._ids(text)
-
-    def decode(self, tokens: list[int]) -> str:
-        """The text of `tokens`, control tokens left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        if self.default_system is None or messages[0].role == "system":
-            return messages
-        return (Message("system", self.default_system), *messages)
-
-    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text alone, without control tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    @staticmethod
-    def _add(out: EncodedChat, ids: list[int], supervised: bool) -> None:
-        out.tokens += ids
-        out.supervised_mask += [supervised] * len(ids)
+    def decode(self, tokens: list[int]) -> str:
+        """The text of `tokens`, without control tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _pieces(self, messages: tuple[Message, ...]) -> Iterator[tuple[int | str, bool]]:
+        """Control token ids and texts in order, each with whether it is supervised."""
+        if self.default_system is not None and messages[0].role != "system":
+            messages = (Message("system", self.default_system), *messages)
+        for role, content in messages:
+            yield self.start, False
+            if role == "assistant":
+                yield "assistant\n", False
+                yield content, True
+                yield self.end, True
+            else:
+                yield f"{role}\n{content}", False
+                yield self.end, False
+            yield "\n", False
+
+
+def _join(
+    pieces: Iterable[tuple[int | str, bool]], tokenize: Callable[[str], list[int]]
+) -> EncodedChat:
+    chat = EncodedChat([], [])
+    for piece, supervised in pieces:
+        ids = [piece] if isinstance(piece, int) else tokenize(piece)
+        chat.tokens += ids
+        chat.supervised_mask += [supervised] * len(ids)
+    return chat
 
 
 def _foreign(value: object) -> Iterator[str]:
-    """What the JSON of a tokenizer asks for that Qwen2's does not."""
+    """Yield the components and patterns in a tokenizer's JSON that Qwen2's does not have."""
     if isinstance(value, dict):
-        if value.get("type", "BPE") not in PARTS:
+        if value.get("type", "BPE") not in COMPONENTS:
             yield f"part {value['type']}"
         if value.get("Regex", WORDS) != WORDS:
-            yield f"expression {value['Regex']}"
+            yield f"pattern {value['Regex']}"
         value = [part for key, part in value.items() if key not in ("vocab", "merges")]
     if isinstance(value, list):
         for part in value:
@@ -145,17 +152,17 @@ def _foreign(value: object) -> Iterator[str]:
 
 
 def read_default_system(folder: Path) -> str | None:
-    """The system prompt that the checkpoint's template inserts when a conversation has none."""
-    template, path = None, folder / "chat_template.jinja"  # where transformers 5 keeps it
+    """The system prompt that a checkpoint's template inserts if a conversation has none."""
+    template, path = None, folder / "chat_template.jinja"  # the file that transformers 5 writes
     try:
         if path.exists():
             with path.open() as file:
-                template = file.read(LONGEST_TEMPLATE)
+                template = file.read(MAX_TEMPLATE)
         elif (path := folder / "tokenizer_config.json").exists():
             template = read_json(path, BadCheckpoint, "copy it again").get("chat_template")
     except (OSError, ValueError) as error:
         raise BadCheckpoint(f"{path} cannot be read: {error}", "copy it again") from None
     if not isinstance(template, str):
         return None
-    found = DEFAULT_SYSTEM.search(template, 0, LONGEST_TEMPLATE)
+    found = DEFAULT_SYSTEM.search(template, 0, MAX_TEMPLATE)
     return found.group(1) if found else None

@@ -1,4 +1,4 @@
-r"""Generated word problems in GSM8K's form: for the demo, and for trying things without a network.
+r"""Generated word problems in GSM8K's format: for the demo, and for experiments without a network.
 
     {"question": "Ann has 24 pens. She gives a third of them to Ben, and then she finds 5 more. How
                   many pens does Ann have now?",
@@ -6,8 +6,8 @@ r"""Generated word problems in GSM8K's form: for the demo, and for trying things
                 she has 16+5 = <<16+5=21>>21 pens.\n#### 21",
      "category": "fractions"}
 
-Eight kinds of stories of two to four steps, `KINDS`, each with two ways to ask. Every problem has
-its own numbers: no two of them, in training or test, share what they are computed from.
+There are eight kinds of stories (`KINDS`) with two to four steps, each worded in two ways. No two
+problems, in training or test, are computed from the same numbers.
 """
 
 import operator
@@ -38,7 +38,7 @@ PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 
 @dataclass(frozen=True)
 class Step:
-    """One sentence of a solution: `before`, a sum of two whole numbers, `after`."""
+    """One sentence of a solution: `before`, an operation on two whole numbers, `after`."""
 
     before: str
     left: int
@@ -47,7 +47,7 @@ class Step:
     after: str
 
     @property
-    def sum(self) -> str:
+    def expression(self) -> str:
         return f"{self.left}{self.operator}{self.right}"
 
     @property
@@ -59,7 +59,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Story:
-    """A question, the numbers it is made from, and the steps to its answer."""
+    """A question, the numbers it is computed from, and the steps to its answer."""
 
     category: str
     numbers: tuple[int, ...]
@@ -68,7 +68,7 @@ class Story:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """The numbers in order of size: what no two problems of the demo share."""
+        """The numbers, sorted: no two problems of the demo have the same key."""
         return tuple(sorted(self.numbers))
 
     @property
@@ -76,27 +76,28 @@ class Story:
         return self.steps[-1].result
 
     def solution(self) -> str:
-        """The answer as GSM8K writes it, each sum a second time for the calculator."""
+        """The solution as GSM8K writes it: each calculation is repeated inside <<...>>."""
         lines = [
-            f"{s.before} {s.sum} = <<{s.sum}={s.result}>>{s.result} {s.after}." for s in self.steps
+            f"{s.before} {s.expression} = <<{s.expression}={s.result}>>{s.result} {s.after}."
+            for s in self.steps
         ]
         return "\n".join([*lines, f"#### {self.answer}"])
 
 
 def load(revision: str | None = None) -> Source:
-    """The demo's problems: always the same."""
-    told = stories(SEED)
+    """The demo's problems, which never change; `revision` is ignored."""
+    generated = stories(SEED)
     source = Source("demo")
     for split, problems, count in (("train", source.train, TRAIN), ("test", source.test, TEST)):
         for number in range(1, count + 1):
-            s = next(told)
-            turns = (Message("user", s.question), Message("assistant", s.solution()))
-            problems.append(Problem(f"{split}:{number}", turns, s.category))
+            s = next(generated)
+            messages = (Message("user", s.question), Message("assistant", s.solution()))
+            problems.append(Problem(f"{split}:{number}", messages, s.category))
     return source
 
 
 def stories(seed: int) -> Iterator[Story]:
-    """Stories without end, kind after kind, no two with the same numbers."""
+    """Yield stories endlessly, cycling through the kinds, no two with the same key."""
     rng = random.Random(seed)
     seen = set()
     while True:
@@ -109,18 +110,18 @@ def stories(seed: int) -> Iterator[Story]:
 
 
 def purchase(rng: random.Random) -> Story:
-    """Two kinds of things, each at its price; what they cost together."""
+    """Two kinds of things, each with its price. What do they cost together?"""
     (who, he), (one, other) = _person(rng), rng.sample(THINGS, 2)
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     p, q = rng.randint(2, 12), rng.randint(2, 12)
-    bought = f"{who} buys {a} {one} for {p} dollars each and {b} {other} for {q} dollars each."
+    text = f"{who} buys {a} {one} for {p} dollars each and {b} {other} for {q} dollars each."
     if rng.random() < 0.5:
-        bought = (
+        text = (
             f"At the shop {who} takes {a} {one} at {p} dollars each"
             f" and {b} {other} at {q} dollars each."
         )
     return Story(
-        "purchase", (a, p, b, q), f"{bought} How many dollars does {he} pay in all?",
+        "purchase", (a, p, b, q), f"{text} How many dollars does {he} pay in all?",
         (Step(f"The {one} cost", a, "*", p, "dollars"),
          Step(f"The {other} cost", b, "*", q, "dollars"),
          Step(f"In all {who} pays", a * p, "+", b * q, "dollars")),
@@ -128,33 +129,33 @@ def purchase(rng: random.Random) -> Story:
 
 
 def change(rng: random.Random) -> Story:
-    """Things bought from a sum of money; what is left of it."""
+    """Things bought with a sum of money. How much is left?"""
     (who, he), thing = _person(rng), rng.choice(THINGS)
     a, p = rng.randint(2, 9), rng.randint(2, 9)
     m = a * p + rng.randint(1, 60)
-    told = f"{who} has {m} dollars. {he.title()} buys {a} {thing} for {p} dollars each."
+    text = f"{who} has {m} dollars. {he.title()} buys {a} {thing} for {p} dollars each."
     if rng.random() < 0.5:
-        told = f"{who} pays for {a} {thing} at {p} dollars each. {he.title()} had {m} dollars."
+        text = f"{who} pays for {a} {thing} at {p} dollars each. {he.title()} had {m} dollars."
     return Story(
-        "change", (m, a, p), f"{told} How many dollars does {who} have left?",
+        "change", (m, a, p), f"{text} How many dollars does {who} have left?",
         (Step(f"The {thing} cost", a, "*", p, "dollars"),
          Step(f"{who} has", m, "-", a * p, "dollars left")),
     )  # fmt: skip
 
 
 def fractions(rng: random.Random) -> Story:
-    """A fraction given away, and some found; how many there are then."""
+    """A fraction given away, and some found. How many are there now?"""
     ((who, he), (friend, _)), thing = _people(rng, 2), rng.choice(THINGS + FRUITS)
     d, part, m = rng.choice((2, 3, 4, 5)), rng.randint(2, 12), rng.randint(2, 40)
     n = d * part
-    told = (
+    text = (
         f"{who} has {n} {thing}. {he.title()} gives {PARTS[d]} of them to {friend},"
         f" and then {he} finds {m} more."
     )
     if rng.random() < 0.5:
-        told = f"From {n} {thing} {who} sells {PARTS[d]} to {friend}. Then {he} gets {m} more."
+        text = f"From {n} {thing} {who} sells {PARTS[d]} to {friend}. Then {he} gets {m} more."
     return Story(
-        "fractions", (n, d, m), f"{told} How many {thing} does {who} have now?",
+        "fractions", (n, d, m), f"{text} How many {thing} does {who} have now?",
         (Step(f"{who} gives away", n, "/", d, thing),
          Step(f"{he.title()} keeps", n, "-", part, thing),
          Step(f"Now {he} has", n - part, "+", m, thing)),
@@ -162,14 +163,14 @@ def fractions(rng: random.Random) -> Story:
 
 
 def weeks(rng: random.Random) -> Story:
-    """So many a day for some weeks, and some more."""
+    """A number per day for some weeks, and some more. How many in all?"""
     (who, _), (verb, thing) = _person(rng), rng.choice(DAILY)
     w, a, m = rng.randint(2, 4), rng.randint(2, 9), rng.randint(2, 40)
-    told = f"{who} {verb} {a} {thing} a day for {w} weeks, and {m} more {thing} on the last day."
+    text = f"{who} {verb} {a} {thing} a day for {w} weeks, and {m} more {thing} on the last day."
     if rng.random() < 0.5:
-        told = f"For {w} weeks {who} {verb} {a} {thing} each day, and then {m} {thing} more."
+        text = f"For {w} weeks {who} {verb} {a} {thing} each day, and then {m} {thing} more."
     return Story(
-        "weeks", (w, a, m, 7), f"{told} How many {thing} is that in all?",
+        "weeks", (w, a, m, 7), f"{text} How many {thing} is that in all?",
         (Step("There are", w, "*", 7, "days"),
          Step(f"{who} {verb}", 7 * w, "*", a, f"{thing} in these days"),
          Step("In all that is", 7 * w * a, "+", m, thing)),
@@ -177,21 +178,21 @@ def weeks(rng: random.Random) -> Story:
 
 
 def wages(rng: random.Random) -> Story:
-    """Hours on two days at a wage, and something spent."""
+    """Hours on two days at a wage, and something spent. How much is left?"""
     (who, he), (one, other) = _person(rng), rng.sample(DAYS, 2)
     a, b, p = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 12)
     s = rng.randint(1, (a + b) * p - 1)
-    told = (
+    text = (
         f"{who} earns {p} dollars an hour. {he.title()} works {a} hours on {one}"
         f" and {b} hours on {other}, and spends {s} dollars."
     )
     if rng.random() < 0.5:
-        told = (
+        text = (
             f"{who} works {a} hours on {one} and {b} hours on {other} for {p} dollars an hour."
             f" {he.title()} spends {s} dollars."
         )
     return Story(
-        "wages", (a, b, p, s), f"{told} How many dollars does {who} keep?",
+        "wages", (a, b, p, s), f"{text} How many dollars does {who} keep?",
         (Step(f"{who} works", a, "+", b, "hours"),
          Step(f"{he.title()} earns", a + b, "*", p, "dollars"),
          Step(f"{who} keeps", (a + b) * p, "-", s, "dollars")),
@@ -199,23 +200,23 @@ def wages(rng: random.Random) -> Story:
 
 
 def comparison(rng: random.Random) -> Story:
-    """Three people, one with a multiple, one with fewer; all together."""
+    """Three people, one with a multiple, one with fewer. How many in all?"""
     (who, _), (friend, _), (third, _) = _people(rng, 3)
     thing = rng.choice(THINGS + FRUITS)
     n, k = rng.randint(3, 12), rng.randint(2, 5)
     m = rng.randint(1, n * k - 1)
-    told = (
+    text = (
         f"{who} has {n} {thing}. {friend} has {k} times as many,"
         f" and {third} has {m} fewer than {friend}."
     )
     if rng.random() < 0.5:
-        told = (
+        text = (
             f"{friend} has {k} times as many {thing} as {who}, who has {n}."
             f" {third} has {m} fewer than {friend}."
         )
     x, y = n * k, n * k - m
     return Story(
-        "comparison", (n, k, m), f"{told} How many {thing} do the three have in all?",
+        "comparison", (n, k, m), f"{text} How many {thing} do the three have in all?",
         (Step(f"{friend} has", k, "*", n, thing),
          Step(f"{third} has", x, "-", m, thing),
          Step(f"{who} and {friend} have", n, "+", x, thing),
@@ -224,34 +225,34 @@ def comparison(rng: random.Random) -> Story:
 
 
 def sharing(rng: random.Random) -> Story:
-    """What two have, shared equally."""
+    """What two people have, shared equally. How much does each get?"""
     (who, _), (friend, _) = _people(rng, 2)
     thing, k, each = rng.choice(FRUITS), rng.randint(3, 9), rng.randint(2, 12)
     a = rng.randint(1, k * each - 1)
     b = k * each - a
-    told = (
+    text = (
         f"{who} picks {a} {thing} and {friend} picks {b}."
         f" They share them equally among {k} friends."
     )
     if rng.random() < 0.5:
-        told = f"{k} friends share equally the {thing} that {who} and {friend} have, {a} and {b}."
+        text = f"{k} friends share equally the {thing} that {who} and {friend} have, {a} and {b}."
     return Story(
-        "sharing", (a, b, k), f"{told} How many {thing} does each of the friends get?",
+        "sharing", (a, b, k), f"{text} How many {thing} does each of the friends get?",
         (Step("Together they have", a, "+", b, thing),
          Step("Each of the friends gets", a + b, "/", k, thing)),
     )  # fmt: skip
 
 
 def dozens(rng: random.Random) -> Story:
-    """Some dozens and some more, less what was eaten."""
+    """Some dozens and some more, minus what was eaten. How many are left?"""
     (who, he), fruit = _person(rng), rng.choice(FRUITS)
     k, p = rng.randint(2, 9), rng.randint(1, 60)
     eaten = rng.randint(1, min(60, 12 * k - 1))
-    told = f"{who} buys {k} dozen {fruit} and finds {p} more. {he.title()} eats {eaten} of them."
+    text = f"{who} buys {k} dozen {fruit} and finds {p} more. {he.title()} eats {eaten} of them."
     if rng.random() < 0.5:
-        told = f"There are {k} dozen {fruit} in a box and {p} in a bag. {who} eats {eaten}."
+        text = f"There are {k} dozen {fruit} in a box and {p} in a bag. {who} eats {eaten}."
     return Story(
-        "dozens", (k, p, eaten, 12), f"{told} How many {fruit} are left?",
+        "dozens", (k, p, eaten, 12), f"{text} How many {fruit} are left?",
         (Step(f"{k} dozen are", k, "*", 12, fruit),
          Step("With the others there are", 12 * k, "+", p, fruit),
          Step("There are", 12 * k + p, "-", eaten, f"{fruit} left")),

@@ -1,9 +1,10 @@
-"""Problems become examples: token ids, what is supervised, and a row number that never changes.
+"""Problems become examples: token ids, targets, and a row id that never changes.
 
-An example that is too long is left out and counted: an answer that was cut would teach the model to
-stop in the middle, and an answer that was cut away altogether has nothing to supervise.
+An example longer than the limit is left out and reported, never truncated: a truncated answer
+would teach the model to stop in the middle.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +13,17 @@ from data.chat import ChatFormat, EncodedChat
 from data.rows import Problem
 from progress_bar import progress_bar
 
-IGNORE = -100  # a target that is not supervised
-AT_ONCE = 1024  # rows that the tokenizer is given: work for all cores, and steps for the bar
+IGNORE = -100  # the target of a token that is not supervised, as in F.cross_entropy
+ROWS_PER_CALL = 1024  # of the tokenizer: enough to use all cores, and to move the progress bar
 
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded problem; `row_id`, its number in the source, keys its order and its dropout."""
+    """One encoded problem. `row_id` is its index in the data, which keys its order and dropout."""
 
     row_id: int
     tokens: np.ndarray  # (L,) int64
-    targets: np.ndarray  # (L,) int64: the next token where that is supervised, else IGNORE
+    targets: np.ndarray  # (L,) int64: the next token where it is supervised, else IGNORE
 
     @property
     def supervised_count(self) -> int:
@@ -30,26 +31,31 @@ class Example:
 
 
 def encode_problems(
-    problems: list[Problem], rows: list[int], chat: ChatFormat, max_length: int
+    problems: list[Problem], row_ids: Sequence[int], chat: ChatFormat, max_length: int
 ) -> tuple[list[Example], list[str]]:
-    """(examples, why the others were left out) for `problems` with their row numbers."""
-    assert len(problems) == len(rows), f"{len(problems)} problems, {len(rows)} row numbers"
+    """Encode `problems`, whose row ids are `row_ids`.
+
+    Returns the examples of at most `max_length` tokens, and one line for each longer one.
+    """
+    assert len(problems) == len(row_ids), f"{len(problems)} problems, {len(row_ids)} row ids"
     examples, left_out = [], []
     with progress_bar(total=len(problems), desc="encode", unit="row", leave=False) as bar:
-        for start in range(0, len(problems), AT_ONCE):
-            some = problems[start : start + AT_ONCE]
-            found = chat.encode_all([problem.messages for problem in some])
-            for problem, row, encoded in zip(some, rows[start : start + AT_ONCE], found):
+        for start in range(0, len(problems), ROWS_PER_CALL):
+            chunk = problems[start : start + ROWS_PER_CALL]
+            ids = row_ids[start : start + ROWS_PER_CALL]
+            encoded_chats = chat.encode_all([problem.messages for problem in chunk])
+            for problem, row_id, encoded in zip(chunk, ids, encoded_chats):
                 if len(encoded.tokens) > max_length:
                     left_out.append(f"{problem.id}: {len(encoded.tokens)} tokens")
                 else:
-                    examples.append(_example(row, encoded))
-            bar.update(len(some))
+                    examples.append(_example(row_id, encoded))
+            bar.update(len(chunk))
     return examples, left_out
 
 
-def _example(row: int, encoded: EncodedChat) -> Example:
+def _example(row_id: int, encoded: EncodedChat) -> Example:
     tokens = np.array(encoded.tokens, dtype=np.int64)  # (L,)
+    supervised = np.array(encoded.supervised_mask[1:], dtype=bool)  # (L - 1,)
     targets = np.full(len(tokens), IGNORE, dtype=np.int64)  # (L,)
-    np.copyto(targets[:-1], tokens[1:], where=np.array(encoded.supervised_mask[1:], dtype=bool))
-    return Example(row, tokens, targets)
+    np.copyto(targets[:-1], tokens[1:], where=supervised)
+    return Example(row_id, tokens, targets)

@@ -5,17 +5,19 @@ r"""GSM8K: grade-school word problems with worked solutions.
      "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72
                 clips altogether in April and May.\n#### 72"}
 
-7,473 rows to learn and 1,319 to be tested on; every answer ends in `#### ` and a whole number.
+7,473 training rows and 1,319 test rows; every answer ends with `#### ` and a whole number.
 Source: arXiv:2110.14168; openai/gsm8k on the Hub (MIT).
 """
 
-from data.rows import Message, Problem, Source, read_problems
+from collections.abc import Callable
+
+from data.rows import Message, Problem, Source, parse_row, read_problems
 from errors import BadData
 from hub import fetch
 
 REPO = "openai/gsm8k"
 
-# Reported as failures of an earlier tuning of this model: several steps, and units.
+# Two questions that an earlier tuning of this model failed: several steps, and units.
 EXAMPLES = [
     Problem(f"example:{i}", (Message("user", question), Message("assistant", f"#### {answer}")))
     for i, (question, answer) in enumerate(
@@ -33,15 +35,28 @@ EXAMPLES = [
 
 
 def load(revision: str | None = None) -> Source:
-    """Both splits of the Hub's `main` configuration, and the commit they are from."""
-    folder = fetch(REPO, patterns=["main/*.parquet"], revision=revision, repo_type="dataset")
-    source = Source("gsm8k", commit=folder.name)
+    """Both splits of the dataset's `main` configuration, at `revision`."""
+    return load_configuration("gsm8k", "main", revision, parse_row)
+
+
+def load_configuration(
+    name: str,
+    configuration: str,
+    revision: str | None,
+    parse: Callable[[object, str], Problem],
+) -> Source:
+    """Fetch and parse both splits of one of the dataset's configurations, as a source `name`."""
+    patterns = [f"{configuration}/*.parquet"]
+    folder = fetch(REPO, patterns=patterns, revision=revision, repo_type="dataset")
+    source = Source(name, commit=folder.name)
     for split, problems in (("train", source.train), ("test", source.test)):
-        files = sorted((folder / "main").glob(f"{split}-*.parquet"))
+        files = sorted((folder / configuration).glob(f"{split}-*.parquet"))
         if not files:
-            raise BadData(f"{REPO} holds no main/{split}-*.parquet", "try another --data-revision")
+            raise BadData(
+                f"{REPO} holds no {configuration}/{split}-*.parquet", "try another --data-revision"
+            )
         for file in files:
-            good, bad = read_problems(file)
+            good, bad = read_problems(file, parse)
             problems += good
             source.bad += bad
     return source

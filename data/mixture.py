@@ -1,112 +1,128 @@
 """Several sources in one run: `--data gsm8k arc-challenge:0.5 mine.jsonl:2`.
 
-The number after a colon is how many epochs of the source an epoch takes, 1 by default and read as
-the exact fraction that is written; `batches.py` says which rows those are. Row numbers, by which
-order and dropout go, run on from one source to the next. A problem that is held out in one source
-is held out in all.
+The number after the colon is the source's weight: how many times an epoch takes each of its rows,
+1 by default. Weight times rows is rounded to whole rows once; `batches.py` says which rows they
+are. Row ids, which key order and dropout, continue from one source to the next. A question held out
+in one source is held out in all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from fractions import Fraction
+from typing import Any
 
-from data.batches import Share
+from data.batches import SourceRows
 from data.chat import ChatFormat
+from data.custom import parse_columns
 from data.encode import Example, encode_problems
-from data.own import is_hub_id, parse_columns
 from data.rows import Problem, Source, fingerprint
 from data.split import split_sources
-from data.tasks import TASKS, load_source
-from errors import BadData, BadOption
+from data.tasks import TASKS, is_on_hub, load_source
+from errors import BadData, BadOption, BadRun
 
-MOST = 1000  # epochs of a source in an epoch: more is a slip
-DIGITS = 20  # of a weight: an exponent of a million digits is no weight
+MAX_WEIGHT = 1000  # a larger one is a typing error
+MAX_DIGITS = 20  # of a weight, as written
 
 
 @dataclass(frozen=True)
-class Part:
-    """A source, and how often an epoch takes each of its rows."""
+class WeightedSource:
+    """A source, and how many times an epoch takes each of its rows."""
 
     source: Source
-    weight: Fraction
+    weight: float
 
 
 @dataclass
 class EncodedSource:
-    """A part's rows that are learned and held out, as problems and as examples, side by side."""
+    """A source, split and encoded."""
 
     name: str
-    share: Share
-    learned: list[Problem]
-    held_out: list[Problem]
-    test: list[Problem]
+    weight: float
+    rows: SourceRows  # how many examples `train` has, and an epoch takes
     train: list[Example]
     validation: list[Example]
-    left_out: list[str] = field(default_factory=list)
+    train_problems: list[Problem]  # the rows of `train`
+    held_out: list[Problem]  # the rows of `validation`
+    test_problems: list[Problem]
+    left_out: list[str] = field(default_factory=list)  # "train.jsonl:40: 2310 tokens"
 
 
-def parse_spec(text: str) -> tuple[str, Fraction]:
-    """(name, weight) of `name:weight`; BadOption for a weight that is none.
+def parse_spec(text: str) -> tuple[str, float]:
+    """(name, weight) from `name:weight`; BadOption for a weight out of range.
 
-    What follows the last colon counts as a weight only if it is a number: `C:\\rows.jsonl` and
-    `a:b.jsonl` are names. One that does end in a colon and a number takes a weight behind that.
+    What follows the last colon is a weight only if it is a number: `C:\\rows.jsonl` and `a:b.jsonl`
+    are names. A name that ends with a colon and a number needs an explicit weight after it.
     """
     name, colon, number = text.rpartition(":")
     try:
         weight = float(number)
     except ValueError:
-        return text, Fraction(1)
+        return text, 1.0
     if not colon:  # a name that is a number
-        return text, Fraction(1)
-    if not 0 < weight <= MOST or len(number) > DIGITS:
+        return text, 1.0
+    if not 0 < weight <= MAX_WEIGHT or len(number) > MAX_DIGITS:
         raise BadOption(
-            f"--data {text}: a weight is a number above 0, at most {MOST}, not {number}",
-            f"write {name}:0.5 for half an epoch of it in each epoch, or leave it out",
+            f"--data {text}: a weight is a number above 0, at most {MAX_WEIGHT}, not {number}",
+            f"write {name}:0.5 to take half of its rows in each epoch, or leave the weight out",
         )
-    return name, Fraction(Decimal(number))
+    return name, weight
 
 
 def source_names(data: str | Sequence[str]) -> list[str]:
-    """The names in `--data` or in a run's `config.json`, which was one text in older runs."""
+    """The names in `--data`, or in a saved run's option, which used to be a single string."""
     return [parse_spec(text)[0] for text in ([data] if isinstance(data, str) else data)]
+
+
+def check_rounding(audit: Mapping[str, Any]) -> None:
+    """Raise BadRun if rounding changes the schedule of a run that was saved before rounding.
+
+    Such a run took the rows of a source by exact fractions. `audit` is its audit.json.
+    """
+    for name, source in audit.get("sources", {}).items():
+        weight, count = source["weight"], source["rows"]["train"]
+        if Decimal(str(weight)) * count % 1 != 0:
+            raise BadRun(
+                f"this run takes {weight:g} x {count} rows of {name} in an epoch by exact"
+                " fractions, which are now rounded",
+                "start a new run in another --out, or resume with the version that started it",
+            )
 
 
 def load_mixture(
     specs: Sequence[str], revision: str | None = None, columns: tuple[str, ...] = ()
-) -> list[Part]:
-    """The sources of `--data`; BadOption or BadData for what cannot be.
+) -> list[WeightedSource]:
+    """Load the sources of `--data`; BadOption or BadData for what cannot be loaded.
 
-    `revision` is that of the one source that comes from the Hub. `columns` hold for every source
-    that is no task. Of several sources, each problem's id begins with its source's name.
+    `revision` belongs to the one source that comes from the Hub; `columns` apply to all custom
+    data. If there are several sources, each problem's id begins with its source's name.
     """
     parsed = [parse_spec(text) for text in specs]
     names = [name for name, _ in parsed]
-    if twice := {name for name in names if names.count(name) > 1}:
+    if repeated := {name for name in names if names.count(name) > 1}:
         raise BadOption(
-            f"--data names {', '.join(sorted(twice))} more than once",
-            "name each source once; :2 behind it takes it twice an epoch",
+            f"--data names {', '.join(sorted(repeated))} more than once",
+            "name each source once; a weight such as :2 takes its rows twice in each epoch",
         )
-    own = parse_columns(columns)
-    if own and all(name in TASKS for name in names):
+    renamed = parse_columns(columns)
+    if renamed and all(name in TASKS for name in names):
         raise BadOption(f"--columns makes no sense for the task {', '.join(names)}", "leave it out")
-    remote = [name for name in names if name != "demo" and (name in TASKS or is_hub_id(name))]
+    remote = [name for name in names if is_on_hub(name)]
     if revision and len(names) > 1 and len(remote) != 1:
         raise BadOption(
-            f"--data-revision {revision} belongs to one source of the Hub, and --data names"
+            f"--data-revision {revision} belongs to one source on the Hub, but --data names"
             f" {len(remote)}",
-            "leave it out: config.json keeps the commit of each",
+            "leave it out: config.json records the commit of each",
         )
-    parts = []
+    mixture = []
     for name, weight in parsed:
-        at = revision if len(names) == 1 or name in remote else None
-        source = load_source(name, at, {} if name in TASKS else own)
-        parts.append(Part(_marked(source) if len(names) > 1 else source, weight))
-    return parts
+        its_revision = revision if len(names) == 1 or name in remote else None
+        source = load_source(name, its_revision, {} if name in TASKS else renamed)
+        mixture.append(WeightedSource(_prefixed(source) if len(names) > 1 else source, weight))
+    return mixture
 
 
-def _marked(source: Source) -> Source:
-    """The source with its name before each id: several may have a train.jsonl."""
+def _prefixed(source: Source) -> Source:
+    """The source with its name before each id: several sources may have a train.jsonl."""
     return replace(
         source,
         train=[replace(p, id=f"{source.name}/{p.id}") for p in source.train],
@@ -115,56 +131,68 @@ def _marked(source: Source) -> Source:
     )
 
 
-def mixture_identity(parts: list[Part], limit: int | None) -> dict[str, object]:
-    """Commits and fingerprints, by which it is known whether the data are the same.
+def mixture_identity(mixture: list[WeightedSource], limit: int | None) -> dict[str, object]:
+    """Commits and fingerprints, which must be the same when a run resumes.
 
-    Of a single source its own, of several a dictionary by their names.
+    A single source has one of each; several have dictionaries by name.
     """
-    commits = {part.source.name: part.source.commit for part in parts}
-    prints = {part.source.name: fingerprint(part.source.train[:limit]) for part in parts}
-    if len(parts) > 1:
-        return {"data_commit": commits, "data_sha256": prints}
-    return {"data_commit": parts[0].source.commit, "data_sha256": prints[parts[0].source.name]}
+    sources = [weighted.source for weighted in mixture]
+    commits = {source.name: source.commit for source in sources}
+    hashes = {source.name: fingerprint(source.train[:limit]) for source in sources}
+    if len(sources) > 1:
+        return {"data_commit": commits, "data_sha256": hashes}
+    (name,) = commits
+    return {"data_commit": commits[name], "data_sha256": hashes[name]}
 
 
 def encode_mixture(
-    parts: list[Part],
+    mixture: list[WeightedSource],
     chat: ChatFormat,
     *,
     limit: int | None,
     validation_share: float,
     max_length: int,
-    epochs: int,
 ) -> list[EncodedSource]:
-    """Each source split and encoded, of its first `limit` rows; BadData if one has too few rows."""
-    sources = [part.source.train[:limit] for part in parts]
-    first, found = 0, []
-    for part, problems, sides in zip(parts, sources, split_sources(sources, validation_share)):
-        left_out, examples = list(part.source.bad), []
-        for rows in sides:
-            chosen = [problems[row] for row in rows]
-            numbers = [first + row for row in rows]
-            encoded, too_long = encode_problems(chosen, numbers, chat, max_length)
-            examples.append(encoded)
-            left_out += too_long
-        train, validation = examples
+    """Split and encode each source's first `limit` rows (None: all).
+
+    Raises BadData if a source has no row to train on or to validate on, or if its weight is so
+    small that an epoch takes none of its rows.
+    """
+    limited = [weighted.source.train[:limit] for weighted in mixture]
+    splits = split_sources(limited, validation_share)
+    first, encoded = 0, []  # `first`: the row id of a source's first row
+    for weighted, problems, (train_rows, validation_rows) in zip(mixture, limited, splits):
+        source = weighted.source
+        train, too_long = _encode_rows(problems, train_rows, first, chat, max_length)
+        validation, also_too_long = _encode_rows(problems, validation_rows, first, chat, max_length)
+        left_out = [*source.bad, *too_long, *also_too_long]
         if not train or not validation:
             raise BadData(
-                f"{part.source.name}: {len(train)} rows to train on and {len(validation)} to"
-                f" validate on ({len(left_out)} left out)",
+                f"{source.name}: {len(train)} rows to train on and {len(validation)} to validate"
+                f" on ({len(left_out)} left out)",
                 "both need at least one: give more rows, or a larger --max-length",
             )
-        share = Share(len(train), part.weight)
-        if not share.taken(epochs):
+        rows = SourceRows(len(train), per_epoch=round(weighted.weight * len(train)))
+        if rows.per_epoch == 0:
             raise BadData(
-                f"{part.source.name}: {epochs} epochs at weight {float(part.weight):g} take none of"
-                f" its {len(train)} rows",
-                "give it a larger weight, or more --epochs",
+                f"{source.name}: an epoch at weight {weighted.weight:g} takes none of its"
+                f" {len(train)} rows",
+                "give it a larger weight",
             )
-        learned, held_out = ([problems[e.row_id - first] for e in side] for side in examples)
-        found.append(
-            EncodedSource(part.source.name, share, learned, held_out, part.source.test, train,
-                    validation, left_out)
+        encoded.append(
+            EncodedSource(
+                source.name, weighted.weight, rows, train, validation,
+                train_problems=[problems[e.row_id - first] for e in train],
+                held_out=[problems[e.row_id - first] for e in validation],
+                test_problems=source.test, left_out=left_out,
+            )
         )  # fmt: skip
         first += len(problems)
-    return found
+    return encoded
+
+
+def _encode_rows(
+    problems: list[Problem], rows: list[int], first: int, chat: ChatFormat, max_length: int
+) -> tuple[list[Example], list[str]]:
+    chosen = [problems[row] for row in rows]
+    return encode_problems(chosen, [first + row for row in rows], chat, max_length)

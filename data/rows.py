@@ -1,14 +1,14 @@
-"""Rows of JSONL and parquet files become problems: a conversation whose last turn is the answer.
+"""Rows of JSONL and parquet files become problems: conversations whose last message is the answer.
 
-A row has one of four forms, told by its columns, of which it must fill those of exactly one:
+A row is in one of four formats, recognized by its columns:
 
     {"question": ..., "answer": ...}
-    {"prompt": ..., "completion": ...}    texts, or both lists of turns (TRL's conversational form)
-    {"instruction": ..., "input": ..., "output": ...}    "input" may be empty or missing (Alpaca)
+    {"prompt": ..., "completion": ...}    two texts, or two lists of messages as in TRL
+    {"instruction": ..., "input": ..., "output": ...}    Alpaca's; "input" may be empty or missing
     {"messages": [{"role": ..., "content": ...}, ...]}
 
-It may also name its "category". Bad rows are never guessed at: each is left out with its reason,
-and more than 1 % of them is an error.
+It may also have a "category". Bad rows are never repaired: each is left out and reported, and if
+they are more than 1 % of a file, reading it is an error.
 """
 
 import hashlib
@@ -23,18 +23,21 @@ from typing import NamedTuple
 from errors import BadData, listed, printable
 
 ROLES = ("system", "user", "assistant")
-ROW_FORMATS = {  # the columns of each
+ROW_FORMATS = {  # name -> columns
     "messages": ("messages",),
     "question/answer": ("question", "answer"),
     "prompt/completion": ("prompt", "completion"),
     "instruction/input/output": ("instruction", "input", "output"),
 }
-OPTIONAL = "input"
-SAME: Mapping[str, str] = MappingProxyType({})  # a form's columns go by their own names
-# A parquet file of a few bytes can say "a billion times the same row". Text packs ten to one.
-ALWAYS_READ, MOST_PACKED = 2**28, 100  # bytes of rows; bytes of rows for each of the file
-ROW_BYTES = 200  # of a row's own, its text aside
-BAD_SHARE = 0.01  # of a file's rows: beyond this the file is not what it was taken for
+OPTIONAL_COLUMN = "input"
+# Maps a column of a row format to the name it has in the data, as in {"question": "problem"}.
+Columns = Mapping[str, str]
+NOT_RENAMED: Columns = MappingProxyType({})
+BAD_ROWS_ALLOWED = 0.01  # fraction of a file; if more are bad, the file is not what it should be
+# A tiny parquet file can encode a billion equal rows. So no more than MAX_EXPANSION bytes of rows
+# are read for each byte of a file, or MIN_LIMIT bytes if that is more; text compresses to a tenth.
+MAX_EXPANSION, MIN_LIMIT = 100, 2**28
+ROW_OVERHEAD = 200  # bytes that a Python row takes in addition to its text
 
 
 class Message(NamedTuple):
@@ -44,60 +47,62 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Choices:
-    """A question as lm-evaluation-harness asks it: which text goes on best after the context?"""
+    """A multiple-choice question as lm-evaluation-harness asks it, in plain text."""
 
-    context: str  # plain text, up to where a space and then one of the options follow
+    context: str  # which a space and one of the options continue
     options: tuple[str, ...]
     gold: int  # index of the correct option
-    head: str = ""  # said once, before the solved questions and this one
+    head: str = ""  # precedes the context and any solved questions before it
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row: where it is from, and its turns, the last of which is the answer to learn."""
+    """One row: where it comes from, and a conversation whose last message is the answer."""
 
-    id: str  # "train.jsonl:12": the line, or in parquet the row, from 1
+    id: str  # such as "train.jsonl:12", where 12 is the line (in parquet the row) from 1
     messages: tuple[Message, ...]
-    category: str | None = None  # what kind of problem it is, where the row says so
-    stem: str | None = None  # the problem itself, where the user's turns hold more than that
-    choices: Choices | None = None  # of a task that is scored by what is likeliest
+    category: str | None = None  # the kind of problem, if the row names it
+    original_question: str | None = None  # if the user's messages contain more than the question
+    choices: Choices | None = None  # if it is scored by the most likely option
 
     @property
     def question(self) -> str:
-        """The stem, or what users and system say as one text: what makes two problems the same."""
-        said = "\n".join(m.content for m in self.messages if m.role != "assistant")
-        return said if self.stem is None else self.stem
+        """The original question, or else all user and system messages; it identifies a problem."""
+        if self.original_question is not None:
+            return self.original_question
+        return "\n".join(m.content for m in self.messages if m.role != "assistant")
 
     @property
     def answer(self) -> str:
         return self.messages[-1].content
 
     def row(self) -> dict:
-        """The row as a file would hold it."""
-        more = {"category": self.category, "stem": self.stem}
+        """The problem as a row in the messages format."""
         row = {"id": self.id, "messages": [m._asdict() for m in self.messages]}
-        return row | {k: v for k, v in more.items() if v is not None}
+        # Fingerprints hash this: another key than "stem" would make saved runs look different.
+        optional = {"category": self.category, "stem": self.original_question}
+        return row | {k: v for k, v in optional.items() if v is not None}
 
 
-# (problems, how many) -> the solved ones to show before each of them
+# (problems, count) -> for each problem, up to `count` solved problems to show before it
 Shots = Callable[[list[Problem], int], list[list[Problem]]]
 
 
 @dataclass
 class Source:
-    """Where problems come from: those to learn and hold out, and those to be tested on."""
+    """The problems of one data source."""
 
     name: str
-    train: list[Problem] = field(default_factory=list)
+    train: list[Problem] = field(default_factory=list)  # for training and validation
     test: list[Problem] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)  # "train.jsonl:12: question is empty"
-    commit: str | None = None  # of a Hub dataset
-    shots: Shots | None = None  # of a task with choices
-    note: str = ""  # how its rows were understood, where that was not known beforehand
+    bad: list[str] = field(default_factory=list)  # such as "train.jsonl:12: question is empty"
+    commit: str | None = None  # of a dataset on the Hub
+    shots: Shots | None = None  # of a multiple-choice task
+    note: str = ""  # how custom data were read: row format, renamed columns, files
 
 
 def fingerprint(problems: list[Problem]) -> str:
-    """SHA-256 of the problems in their order: the same text, the same data."""
+    """SHA-256 of the problems, in order."""
     rows = json.dumps([p.row() for p in problems])
     return hashlib.sha256(rows.encode()).hexdigest()
 
@@ -105,9 +110,10 @@ def fingerprint(problems: list[Problem]) -> str:
 def read_problems(
     path: Path, parse: Callable[[object, str], Problem] | None = None
 ) -> tuple[list[Problem], list[str]]:
-    """(problems, what is wrong with the rows left out) of a .jsonl or .parquet file.
+    """Read a .jsonl or .parquet file: (problems, what is wrong with each row left out).
 
-    `parse` makes a row and its id a problem, or raises ValueError; by default `parse_row`.
+    `parse(row, id)` returns the problem in a row or raises ValueError; the default is `parse_row`.
+    Raises BadData if the file cannot be read, has no rows, or too many bad ones.
     """
     parse = parse or parse_row
     problems, bad = [], []
@@ -118,20 +124,22 @@ def read_problems(
             bad.append(f"{path.name}:{number}: {error}")
     if not problems and not bad:
         raise BadData(f"{path} has no rows", "give a file with at least one row")
-    if len(bad) > BAD_SHARE * (len(problems) + len(bad)):
+    if len(bad) > BAD_ROWS_ALLOWED * (len(problems) + len(bad)):
         raise BadData(
             f"{path}: {len(bad)} of {len(problems) + len(bad)} rows are bad: {listed(bad, 3)}",
-            f"each row needs the columns of one form ({', '.join(ROW_FORMATS)}), as non-empty text;"
-            " others are named as in --columns question=problem,answer=solution",
+            f"each row needs the columns of one format ({', '.join(ROW_FORMATS)}) as non-empty"
+            " text; map other names with --columns question=problem,answer=solution",
         )
     return problems, bad
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """(line or row number from 1, row) of the file; a line that is no JSON comes as its error."""
+    """Yield (line or row number from 1, row); a line that is not JSON yields its ValueError."""
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise BadData(f"{path} is neither .jsonl nor .parquet", "convert it, one row a problem")
+        raise BadData(
+            f"{path} is neither .jsonl nor .parquet", "convert it to .jsonl, one row per problem"
+        )
     try:
         yield from readers[path.suffix](path)
     except OSError as error:
@@ -143,7 +151,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, object]]:
 def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # some editors sign UTF-8 files so
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
         if not line.strip():
             continue
         try:
@@ -153,132 +161,132 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow  # here, because it takes half a second and JSONL does without
+    import pyarrow  # not at the top: it takes half a second, and JSONL does not need it
     import pyarrow.parquet
 
-    most = max(ALWAYS_READ, MOST_PACKED * path.stat().st_size)
+    limit = max(MIN_LIMIT, MAX_EXPANSION * path.stat().st_size)
     size, number = 0, 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=16):
                 size += batch.nbytes
-                for row in batch.to_pylist() if size <= most else ():
-                    size += len(str(row)) + ROW_BYTES
+                for row in batch.to_pylist() if size <= limit else ():
+                    size += len(str(row)) + ROW_OVERHEAD
                     number += 1
                     yield number, row
-                if size > most:
-                    raise ValueError("its rows are far larger than it is")
-    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: a text that is not UTF-8
+                if size > limit:
+                    raise ValueError("its rows are far larger than the file")
+    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: also text that is not UTF-8
         reason = str(error).partition("\n")[0][:80]
         raise BadData(
-            f"{path} is no readable parquet file: {reason}",
-            "download or write it again",
+            f"{path} is not a readable parquet file: {reason}", "download it or write it again"
         ) from None
 
 
-def parse_row(row: object, id: str, columns: Mapping[str, str] = SAME) -> Problem:
-    """ValueError with the reason, if the row has not one of the forms.
+def parse_row(row: object, id: str, columns: Columns = NOT_RENAMED) -> Problem:
+    """The problem in a row; ValueError with the reason if it is in none of the row formats.
 
-    `columns` says which column stands for one of a form's, as in {"question": "problem"}; the row
-    then has to have that form.
+    With `columns` the row must be in the format that has these columns.
     """
-    if isinstance(row, ValueError):
+    if isinstance(row, ValueError):  # from `read_rows`
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object")
-    form = form_of(row, columns)
-    values = {name: row.get(columns.get(name, name)) for name in ROW_FORMATS[form]}
-    category = row.get("category")  # only counted by, so a row is not refused for it
+    row_format = find_format(row, columns)
+    values = {name: row.get(columns.get(name, name)) for name in ROW_FORMATS[row_format]}
+    category = row.get("category")  # only used for counts: a bad one does not make the row bad
     category = category if isinstance(category, str) and category.strip() else None
-    if form == "messages":
-        stem = row.get("stem")
-        stem = stem if isinstance(stem, str) else None
-        return Problem(id, _parse_messages(values["messages"]), category, stem=stem)
-    if form == "prompt/completion" and any(isinstance(v, list) for v in values.values()):
-        return Problem(id, _parse_halves(values["prompt"], values["completion"]), category)
-    question, *given, answer = (
-        _text(value, columns.get(name, name))
-        for name, value in values.items()
-        if name != OPTIONAL or (value.strip() if isinstance(value, str) else value)
-    )
-    question = "\n\n".join([question, *given])
-    return Problem(id, (Message("user", question), Message("assistant", answer)), category)
+    if row_format == "messages":
+        question = row.get("stem")  # as `Problem.row` writes it
+        question = question if isinstance(question, str) else None
+        return Problem(id, _parse_messages(values["messages"]), category, question)
+    if row_format == "prompt/completion" and any(isinstance(v, list) for v in values.values()):
+        return Problem(id, _parse_prompt_completion(**values), category)
+    if _is_blank(values.get(OPTIONAL_COLUMN)):
+        values.pop(OPTIONAL_COLUMN, None)
+    *question, answer = (_text(v, columns.get(name, name)) for name, v in values.items())
+    messages = (Message("user", "\n\n".join(question)), Message("assistant", answer))
+    return Problem(id, messages, category)
 
 
-def form_of(row: dict, columns: Mapping[str, str] = SAME) -> str:
-    """Which of `ROW_FORMATS` a row has; ValueError if it has several of them or nothing of any.
+def find_format(row: dict, columns: Columns = NOT_RENAMED) -> str:
+    """The key in `ROW_FORMATS` of a row's format; ValueError if it is in several or in none.
 
-    A row that lacks something of all has the one that it has most of: what it lacks is said then.
+    If columns are missing, it is the format of which the row has most columns.
     """
-    forms = {form: names for form, names in ROW_FORMATS.items() if columns.keys() <= set(names)}
-    found = {
-        form: [columns.get(name, name) for name in names if name != OPTIONAL]
-        for form, names in forms.items()
+    candidates = {
+        row_format: [columns.get(name, name) for name in names if name != OPTIONAL_COLUMN]
+        for row_format, names in ROW_FORMATS.items()
+        if columns.keys() <= set(names)
     }
-    whole = [form for form, names in found.items() if all(row.get(n) is not None for n in names)]
-    if len(whole) > 1:
-        raise ValueError(f"it fits {' and '.join(whole)}: say which with --columns")
-    parts = {form: sum(name in row for name in names) for form, names in found.items()}
-    best = whole[0] if whole else max(parts, key=parts.__getitem__)
-    if not parts[best]:
-        raise ValueError(f"its columns ({_named(row)}) are those of no form")
+    complete = [f for f, names in candidates.items() if all(row.get(n) is not None for n in names)]
+    if len(complete) > 1:
+        raise ValueError(f"it fits {' and '.join(complete)}: choose one with --columns")
+    present = {f: sum(name in row for name in names) for f, names in candidates.items()}
+    best = complete[0] if complete else max(present, key=present.__getitem__)
+    if not present[best]:
+        raise ValueError(f"its columns ({_column_list(row)}) match no row format")
     return best
 
 
-class Reader:
-    """`parse_row` with `columns`, and a count of what it met, to be said."""
+class RowParser:
+    """`parse_row` with `columns`; it records formats and unused columns, to be reported."""
 
-    def __init__(self, columns: Mapping[str, str] = SAME):
+    def __init__(self, columns: Columns = NOT_RENAMED):
         self.columns = columns
-        self.forms: Counter[str] = Counter()
-        self.unread: set[str] = set()
+        self.formats: Counter[str] = Counter()
+        self.unused: set[str] = set()
 
     def __call__(self, row: object, id: str) -> Problem:
         problem = parse_row(row, id, self.columns)
-        form = form_of(row, self.columns)
-        self.forms[form] += 1
-        used = {self.columns.get(name, name) for name in ROW_FORMATS[form]} | {"category"}
-        used |= {"stem"} if form == "messages" else set()
-        self.unread |= row.keys() - used
+        row_format = find_format(row, self.columns)
+        self.formats[row_format] += 1
+        used = {self.columns.get(name, name) for name in ROW_FORMATS[row_format]} | {"category"}
+        used |= {"stem"} if row_format == "messages" else set()
+        self.unused |= row.keys() - used
         return problem
 
     def note(self) -> str:
-        """Which form the rows have, by which columns, and which others they have."""
-        counts = self.forms.items()
-        forms = [f"{form} ({n:,} rows)" if len(counts) > 1 else form for form, n in counts]
-        named = [f"{ours} is {theirs}" for ours, theirs in self.columns.items()]
-        unread = [f"not read: {_named(self.unread)}"] if self.unread else []
-        return "; ".join(filter(None, [" and ".join(forms), ", ".join(named), *unread]))
+        """The rows' formats, the renamed columns and the unused ones."""
+        counts = self.formats.items()
+        formats = [f"{name} ({n:,} rows)" if len(counts) > 1 else name for name, n in counts]
+        renamed = [f"{column} read from {name}" for column, name in self.columns.items()]
+        unused = [f"columns not used: {_column_list(self.unused)}"] if self.unused else []
+        return "; ".join(filter(None, [" and ".join(formats), ", ".join(renamed), *unused]))
 
 
-def _named(columns: Iterable[str]) -> str:
+def _column_list(columns: Iterable[str]) -> str:
     return printable(listed(sorted(str(name)[:30] for name in columns)).replace(";", ","))
 
 
-def _parse_halves(prompt: object, completion: object) -> tuple[Message, ...]:
-    """TRL's conversational prompt and completion; it learns from the completion alone, as we do."""
+def _is_blank(value: object) -> bool:
+    return not (value.strip() if isinstance(value, str) else value)
+
+
+def _parse_prompt_completion(prompt: object, completion: object) -> tuple[Message, ...]:
+    """TRL's conversational format, in which only the completion is trained on, as it is here."""
     if not isinstance(prompt, list) or not isinstance(completion, list):
-        raise ValueError("of prompt and completion one is a list of turns, the other is not")
+        raise ValueError("one of prompt and completion is a list of messages, the other is not")
     messages = _parse_messages([*prompt, *completion])
     if any(m.role == "assistant" for m in messages[: len(prompt)]):
         raise ValueError(
-            "its prompt holds turns of the assistant, which would be learned too: if they are"
-            " meant to be, write it as messages"
+            "its prompt contains assistant messages, which would be trained on too; if that is"
+            " intended, use the messages format"
         )
     return messages
 
 
-def _parse_messages(turns: object) -> tuple[Message, ...]:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("messages is not a list of turns")
-    messages = tuple(Message(t.get("role"), _text(t.get("content"), "content")) for t in turns)
+def _parse_messages(value: object) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError("messages is not a list of objects")
+    messages = tuple(Message(m.get("role"), _text(m.get("content"), "content")) for m in value)
     roles = [m.role for m in messages]
     if unknown := [r for r in roles if r not in ROLES]:
         raise ValueError(f"role {unknown[0]!r} is not one of {', '.join(ROLES)}")
-    talk = roles[1:] if roles[:1] == ["system"] else roles
-    if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
         raise ValueError(
-            "the turns are not user and assistant in alternation, ending with assistant"
+            "the roles do not alternate between user and assistant, ending with assistant"
         )
     return messages
 
@@ -289,9 +297,9 @@ def _text(value: object, name: str) -> str:
     if not value.strip():
         raise ValueError(f"{name} is empty")
     if "\0" in value:
-        raise ValueError(f"{name} holds a NUL character")
+        raise ValueError(f"{name} contains a NUL character")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} is no valid Unicode (a lone surrogate)") from None
+        raise ValueError(f"{name} is not valid Unicode (a lone surrogate)") from None
     return value

@@ -1,43 +1,59 @@
-"""The table of data sources that have a name; any other `--data` is one's own."""
+"""The built-in tasks, by name. Any other `--data` is custom data."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from data import demo, gsm8k, multiple_choice, socratic
-from data.own import is_hub_id, load_hub, load_path
-from data.rows import SAME, Source
+from data.custom import is_hub_id, load_hub, load_path
+from data.rows import NOT_RENAMED, Columns, Source
 from errors import BadData, BadOption
 
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """How a built-in task is loaded."""
+
+    load: Callable[[str | None], Source]  # takes the revision of its dataset
+    from_hub: bool = True
+    has_choices: bool = False  # whether its test problems are multiple-choice questions
+
+
 TASKS = {
-    "gsm8k": gsm8k.load,
-    "gsm8k-socratic": socratic.load,
-    "arc-easy": partial(multiple_choice.load, "arc-easy"),
-    "arc-challenge": partial(multiple_choice.load, "arc-challenge"),
-    "mmlu": partial(multiple_choice.load, "mmlu"),
-    "hellaswag": partial(multiple_choice.load, "hellaswag"),
-    "demo": demo.load,
+    "gsm8k": BuiltIn(gsm8k.load),
+    "gsm8k-socratic": BuiltIn(socratic.load),
+    **{
+        name: BuiltIn(partial(multiple_choice.load, name), has_choices=True)
+        for name in multiple_choice.CHOICE_TASKS
+    },
+    "demo": BuiltIn(demo.load, from_hub=False),
 }
 
 
-def load_source(
-    name: str, revision: str | None = None, columns: Mapping[str, str] = SAME
-) -> Source:
-    """The problems of a task in `TASKS`; or of a folder, a file or a Hub dataset (`own.py`), whose
-    rows may name their columns otherwise (`columns`).
+def is_on_hub(name: str) -> bool:
+    """Whether a source named in `--data` comes from the Hub, and so has revisions."""
+    return TASKS[name].from_hub if name in TASKS else is_hub_id(name)
+
+
+def load_source(name: str, revision: str | None = None, columns: Columns = NOT_RENAMED) -> Source:
+    """Load a built-in task, a file, a folder or a dataset on the Hub.
+
+    `columns` maps a row format's columns to the names they have in custom data. Raises BadData for
+    a source that does not exist or cannot be read, BadOption for `columns` of a built-in task.
     """
     if name in TASKS:
         if columns:
             raise BadOption(f"--columns makes no sense for the task {name}", "leave it out")
-        return TASKS[name](revision)
+        return TASKS[name].load(revision)
     if is_hub_id(name):
         return load_hub(name, revision, columns)
     path = Path(os.path.expanduser(name))
-    if not os.path.exists(path):  # unlike pathlib's, False for names that no file can have
+    if not os.path.exists(path):  # False, unlike pathlib's, for names that no file can have
         raise BadData(
             f"--data {name} is neither a task ({', '.join(TASKS)}) nor a file or folder, nor a"
-            " dataset of the Hub (owner/name)",
+            " dataset on the Hub (owner/name)",
             "give a .jsonl or .parquet file, or a folder with train.jsonl and test.jsonl",
         )
     if revision is not None:

@@ -13,7 +13,7 @@ from data.chat import ChatFormat
 from data.rows import Problem
 from evaluation.conversation import STRIDE, next_turn, turns
 from evaluation.prompts import STOPS, before_stop, prompt_tokens
-from model.generate import Sampling, decode
+from model.generate import Decoding, decode
 from model.qwen2 import Qwen2
 
 STOP_WINDOW = 12  # tokens: what the longest stop may be spread over
@@ -26,7 +26,10 @@ class GenerationSettings:
 
     prompt: str = "chat"  # one of evaluation.prompts.STOPS
     shots: tuple[Problem, ...] = ()  # solved before the question, if the prompt is few-shot
-    sampling: Sampling = Sampling()
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    seed: int = 0
     samples: int = 1  # answers to each problem
     max_new_tokens: int = 512
     batch_size: int = 128  # answers in the making at any time
@@ -102,8 +105,7 @@ def _converse(
     """
     said: dict[int, list[Completion]] = {at: [] for at in places}
     for turn in itertools.count():
-        seed = settings.sampling.seed + turn * STRIDE
-        one = replace(settings, samples=1, sampling=replace(settings.sampling, seed=seed))
+        one = replace(settings, samples=1, seed=settings.seed + turn * STRIDE)
         asked = [SILENT] * len(problems) * settings.samples
         for at, answered in said.items():
             texts = [c.text for c in answered]
@@ -157,14 +159,14 @@ def _answers(
     steps = decode(
         model,
         [tokens for tokens, _, _ in asked],
-        max_new_tokens=settings.max_new_tokens,
-        eos_ids=eos_ids,
-        vocabulary=chat.vocab_size,
-        sampling=settings.sampling,
-        rows=[row * settings.samples + sample for _, row, sample in asked],
+        Decoding(
+            max_new_tokens=settings.max_new_tokens, eos_ids=eos_ids, vocab_size=chat.vocab_size,
+            batch_size=settings.batch_size, temperature=settings.temperature,
+            top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
+        ),
+        sequence_ids=[row * settings.samples + sample for _, row, sample in asked],
         stopped=stopped,
-        at_once=settings.batch_size,
-    )
+    )  # fmt: skip
     texts: list[list[int]] = [[] for _ in asked]
     started = time.perf_counter()
     for emitted in steps:

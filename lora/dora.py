@@ -1,13 +1,27 @@
-"""DoRA: the direction and the length of each row of a weight are trained apart.
+"""DoRA: the direction and the magnitude of each row of a weight are trained separately.
 
-    y = m * (W x + scaling * B A x) / ||W + scaling * B A|| + bias
+    V = W + scaling * B A                  the direction: what plain LoRA would use as its weight
+    y = m / ||V|| * (V x) + bias           each row of V rescaled to the trained magnitude
 
-The direction is the plain adapter's of `layer.py`; the lengths m start as the rows' own, so a fresh
-adapter changes nothing, bit for bit. Gradients take the norm for a constant (section 4.3). As in
-PEFT, with dropout the base's part W x of a gain that is not 1 sees the dropped input too.
+The magnitudes m start as the norms of W's rows, so a fresh adapter leaves the output unchanged bit
+for bit. Gradients treat ||V|| as a constant, which saves memory and costs no measurable accuracy
+(section 4.3 of the paper). V is never built during training; the forward pass computes
 
-Legend: r rank, in and out the base's sizes.
-Source: DoRA, arXiv:2402.09353; the numbers are peft 0.21's.
+    gain = m / ||V||
+    y = base(x) + (gain - 1) * (W x) + gain * scaling * (B A x)
+
+With dropout, x is replaced by dropout(x) in both terms added to base(x), as in PEFT.
+
+Legend:
+    T         tokens of a micro-batch
+    in, out   input and output features of the base layer
+    r         rank of the update
+    W, bias   weight (out, in) and bias (out,) of the frozen base layer
+    A, B      the trained matrices of `layer.py`, (r, in) and (out, r)
+    m, gain   one value per row of the weight, (out,)
+    ||.||     Euclidean norm of each row, (out,)
+
+Source: DoRA, arXiv:2402.09353; results equal those of peft 0.21.
 """
 
 import torch
@@ -16,52 +30,54 @@ from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 
-TINY = 1e-30  # squared length of a row of zeros: its gain is 0 / 0 without
+MIN_SQUARE = 1e-30  # smallest squared norm: keeps the gain of an all-zero row from being 0 / 0
 
 
 class DoRALinear(LoRALinear):
-    """A `LoRALinear` with one trained vector more, `lora_magnitude_vector (out,)`, in fp32.
+    """A `LoRALinear` with one more trained vector: `lora_magnitude_vector (out,)`, in fp32.
 
-    `start_magnitude` makes it, once A, B and the base's weight are what training starts from.
+    Call `init_magnitude` once after construction.
     """
 
-    def start_magnitude(self) -> None:
+    def init_magnitude(self) -> None:
+        """Create the magnitudes m, equal to the row norms that the initial A and B give."""
         squares = self.base_layer.weight.detach().float().square().sum(dim=1)  # (out,)
-        self.register_buffer("squares", squares, persistent=False)
+        self.register_buffer("squares", squares, persistent=False)  # ||W||², needed at every step
         self.lora_magnitude_vector = nn.Parameter(self.norm())
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """(out,) fp32: the lengths of the rows of W + scaling * B A, which is never built.
+        """||V||, (out,) fp32, for about the cost of r more tokens in the base layer.
 
-        |w + b A|^2 = |w|^2 + b . (2 w A.T + b A A.T): no dearer than r tokens' forward.
+        Row by row: ||w + b A||² = ||w||² + b · (2 w Aᵀ + b A Aᵀ), with scaling included in b.
         """
-        weight, A, B = self._weight(), self.lora_A, self.scaling * self.lora_B
+        weight, A, B = self._base_weight(), self.lora_A, self.scaling * self.lora_B
         cross = (weight @ A.to(weight.dtype).t()).float()  # (out, r)
         squares = self.squares + (B * (2 * cross + B @ (A @ A.t()))).sum(dim=1)  # (out,)
-        return squares.clamp_min(TINY).sqrt()
+        return squares.clamp_min(MIN_SQUARE).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)  # (..., out)
+        y = self.base_layer(x)  # (T, out)
         if not self.enabled or self.merged:
             return y
         gain = self.lora_magnitude_vector / self.norm()  # (out,)
         dropped, bias = self.dropout(x), self.base_layer.bias
         if dropped is not x:
-            product = F.linear(dropped, self.base_layer.weight)  # (..., out)
-        else:
-            product = y if bias is None else y - bias.to(y.dtype)  # (..., out)
-        low = dropped @ self.lora_A.to(x.dtype).t()  # (..., r)
-        added = self.scaling * (low @ self.lora_B.to(x.dtype).t())  # (..., out)
-        # What bf16 can hold of a gain close to 1 is its distance from 1, so that is rounded.
-        return y + (gain - 1).to(x.dtype) * product + gain.to(x.dtype) * added  # (..., out)
+            product = F.linear(dropped, self.base_layer.weight)  # (T, out)
+        else:  # nothing was dropped: W x is known
+            product = y if bias is None else y - bias  # (T, out)
+        low = dropped @ self.lora_A.to(x.dtype).t()  # (T, r)
+        update = self.scaling * (low @ self.lora_B.to(x.dtype).t())  # (T, out)
+        # Gains are close to 1, where bf16 is coarse, so gain - 1 is what gets rounded.
+        return y + (gain - 1).to(x.dtype) * product + gain.to(x.dtype) * update  # (T, out)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """(out, in) fp32: what the adapter adds to the base's weight, its gain included."""
-        weight = self._weight().float()  # (out, in)
+        """The update to the base weight, (out, in) fp32: gain * V - W."""
+        weight = self._base_weight().float()  # (out, in)
         gain = (self.lora_magnitude_vector / self.norm())[:, None]  # (out, 1)
         return gain * (weight + super().delta()) - weight
 
-    def _weight(self) -> Tensor:
+    def _base_weight(self) -> Tensor:
+        """W, (out, in), also while the adapter is merged."""
         return self.unmerged_weight if self.merged else self.base_layer.weight.detach()

@@ -1,56 +1,68 @@
 """Dropout whose mask is a pure function of (seed, epoch, row, position, layer, channel).
 
-A mask drawn from a running generator depends on everything drawn before it. This one is a hash, so
-it does not: a row is dropped alike in any micro-batch, on any rank, and after any interruption. It
-is also four times as fast as `F.dropout` on a CPU, where drawing is serial (`docs/log.md`).
+`F.dropout` draws from a running generator, so its mask depends on everything drawn before. Here the
+mask is a hash, so a row of data is masked identically in any micro-batch, on any rank, and after
+any interruption. On a CPU it is also four times as fast, because PyTorch draws serially there.
 
-`lora.inject.seed_dropout` gives every adapter the keys of its tokens before a training forward.
-Legend: T tokens, C channels.
+Before each training forward, `lora.seed_dropout` gives every adapter one key per token.
+
+Legend:
+    T     tokens of a micro-batch
+    C     channels: input features of one adapted layer
+    key   32 bits that identify a token within the run, or a pair of channels within the model
 """
 
 import torch
 from torch import Tensor, nn
 
-BITS = 16  # of each hashed word, two channels' worth: rates are exact to 1/65536
+BITS = 16  # hash bits per channel (two channels share a hash), so p is exact to 1/65536
 
 
 class KeyedDropout(nn.Module):
-    """Inverted dropout of `x (T, C)` with rate `p`; `layer` sets one adapter's masks apart from
-    another's.
+    """Inverted dropout of `x (T, C)`: zeroes values with probability `p`, scales the rest by
+    1/(1-p).
 
-    In training mode it needs `self.keys (T,)`, from `token_keys`; in eval mode it is the identity.
+    In training mode it needs `self.keys (T,)` from `token_keys`. In eval mode it returns x itself.
+
+    Args:
+        p: probability of zeroing a value, in [0, 1).
+        channels: C.
+        layer: number of the layer; layers with different numbers have independent masks.
     """
 
     def __init__(self, p: float, channels: int, layer: int):
         super().__init__()
         assert 0 <= p < 1, f"dropout {p} is not in [0, 1)"
-        self.dropped = min(round(p * 2**BITS), 2**BITS - 1)  # of 65,536 hash values
-        self.scale = 2**BITS / (2**BITS - self.dropped)
+        self.threshold = min(round(p * 2**BITS), 2**BITS - 1)  # hashes below it drop their value
+        self.scale = 2**BITS / (2**BITS - self.threshold)
         self.keys: Tensor | None = None
         pairs = torch.arange((channels + 1) // 2) + (layer << 32)
         self.register_buffer("channel_keys", _mix64(pairs).to(torch.int32), persistent=False)
 
     def mask(self, channels: int) -> Tensor:
-        """(T, C) bool, True where a channel is kept."""
-        h = self.keys[:, None] ^ self.channel_keys  # (T, C/2) int32
-        h = _mix32_(h)
-        return h.view(torch.int16)[:, :channels] >= self.dropped - 2 ** (BITS - 1)  # (T, C)
+        """(T, C) bool, True where a value is kept."""
+        hashes = _mix32_(self.keys[:, None] ^ self.channel_keys)  # (T, C/2) int32
+        signed = hashes.view(torch.int16)[:, :channels]  # (T, C), from -32768 to 32767
+        return signed >= self.threshold - 2 ** (BITS - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.dropped == 0:
+        if not self.training or self.threshold == 0:
             return x
         assert self.keys is not None, "call lora.seed_dropout(model, ...) before a training forward"
         assert len(self.keys) == len(x), f"{len(self.keys)} dropout keys for {len(x)} tokens"
-        return (x * self.mask(x.shape[-1])).mul_(self.scale)
+        return (x * self.mask(x.shape[-1])).mul_(self.scale)  # (T, C)
 
 
 def token_keys(seed: int, epoch: int, row_ids: Tensor, positions: Tensor) -> Tensor:
-    """(T,) int32 keys of tokens, from their row ids `(T,)` and positions `(T,)`."""
+    """Keys of tokens, (T,) int32, from their row ids `(T,)` and positions in the row `(T,)`."""
     return _mix64(_mix64(_mix64(row_ids + (epoch << 40)) + seed) + positions).to(torch.int32)
 
 
 def _mix64(x: Tensor) -> Tensor:
-    """A bijection of int64 that spreads every input bit over all output bits (splitmix64's)."""
+    """A bijection of int64 in which every input bit affects every output bit.
+
+    The finalizer of splitmix64. The masks after `>>` make the shifts unsigned, as in the original.
+    """
     x = x.to(torch.int64) + -0x61C8864680B583EB
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
@@ -58,7 +70,7 @@ def _mix64(x: Tensor) -> Tensor:
 
 
 def _mix32_(x: Tensor) -> Tensor:
-    """The same for int32, in place (lowbias32's constants; the shifts are made unsigned)."""
+    """The same for int32, in place, with the constants of lowbias32."""
     x.mul_(0x7FEB352D)
     x.bitwise_xor_((x >> 15).bitwise_and_((1 << 17) - 1))
     x.mul_(-0x7B935975)

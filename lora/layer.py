@@ -1,12 +1,20 @@
-"""The adapter's math: a frozen linear layer plus a trained product of two thin matrices.
+"""LoRA: a frozen linear layer plus a trained low-rank update.
 
-    y = base(x) + scaling * (dropout(x) @ A.T) @ B.T
+    y = base(x) + scaling * dropout(x) @ A.T @ B.T
 
-A is random and B is zero, so a fresh adapter changes nothing, and the first gradient reaches B.
-Both are fp32 whatever the base is: an update of 2e-4 is lost in the 8 bits of a bf16 weight.
+A starts random and B starts at zero, so a fresh adapter leaves the output unchanged, and the first
+gradient reaches only B. A and B are fp32 whatever the dtype of the base: bf16 keeps 8 significant
+bits, so most updates at a learning rate of 2e-4 would be rounded away.
 
-Legend: T tokens, r rank, in and out the base's sizes.
-Source: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
+Legend:
+    T         tokens of a micro-batch
+    in, out   input and output features of the base layer
+    r         rank of the update
+    x, y      input (T, in) and output (T, out), in the dtype of the base
+    A, B      the trained matrices, (r, in) and (out, r); `lora_A` and `lora_B` as in PEFT
+    scaling   alpha / r, or alpha / sqrt(r) with rsLoRA
+
+Sources: LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732.
 """
 
 import math
@@ -18,13 +26,17 @@ from lora.dropout import KeyedDropout
 
 
 class LoRALinear(nn.Module):
-    """Wraps an untouched `nn.Linear`; `lora_A (r, in)` and `lora_B (out, r)` are what is trained.
+    """Wraps an `nn.Linear` and adds a trained low-rank update to its output.
 
     Args:
-        base_layer: the layer to adapt, of any floating dtype, on any device.
-        r: rank; alpha: numerator of the scaling alpha/r, or alpha/sqrt(r) with `rslora`.
-        dropout: rate on the adapter's input, never on the base's.
-        index: sets this adapter's random numbers apart from the others'; seed: this run's.
+        base_layer: the layer to adapt, of any floating-point dtype, on any device.
+        r: rank of the update.
+        alpha: numerator of the scaling.
+        dropout: probability of dropping an input of the update; the base layer sees all of x.
+        rslora: divide alpha by sqrt(r) instead of r.
+        index: number of this adapter in the model; adapters with different indices get
+            independent initial values and dropout masks.
+        seed: seed of the initial values.
     """
 
     def __init__(
@@ -39,16 +51,15 @@ class LoRALinear(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        assert r > 0, f"rank {r}"
-        weight = base_layer.weight
+        assert r > 0, f"rank {r} is not positive"
+        device, in_features = base_layer.weight.device, base_layer.in_features
         self.base_layer = base_layer
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
-        self.dropout = KeyedDropout(dropout, base_layer.in_features, index).to(weight.device)
-        self.lora_A = nn.Parameter(init_A(r, base_layer.in_features, seed, index).to(weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=weight.device))
+        self.dropout = KeyedDropout(dropout, in_features, index).to(device)
+        self.lora_A = nn.Parameter(initial_A(r, in_features, seed, index).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=device))
         self.enabled = True
-        self.unmerged_weight: Tensor | None = None  # the base's own, while merged
-        self.taken_out = None  # of the base, where its largest directions are trained: `init.py`
+        self.unmerged_weight: Tensor | None = None  # the original base weight while merged
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (T, out)
@@ -59,38 +70,38 @@ class LoRALinear(nn.Module):
 
     @property
     def merged(self) -> bool:
+        """Whether the base weight currently contains the update."""
         return self.unmerged_weight is not None
 
     def delta(self) -> Tensor:
-        """(out, in) fp32: what the adapter adds to the base's weight."""
+        """The update to the base weight, (out, in) fp32: scaling * B A."""
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
 
     def merge(self, dtype: torch.dtype | None = None) -> None:
-        """Add the delta to the base's weight in fp32, rounded once, to `dtype` or else the base's.
+        """Add the update to the base weight in fp32 and round the sum once.
 
-        `unmerge` puts the old one back; it is kept as a plain tensor, since parameters are saved.
+        The sum is rounded to `dtype` (default: the weight's own) and stored in the weight's dtype.
+        `unmerge` restores the original, which is kept as a plain tensor so that it is not part of
+        the model's state dict.
         """
-        assert not self.merged, "merged already"
+        assert not self.merged, "the adapter is already merged"
         weight = self.base_layer.weight
         self.unmerged_weight = weight.data
-        rounded = (weight.data.float() + self.delta()).to(dtype or weight.dtype)
+        rounded = (weight.data.float() + self.delta()).to(dtype or weight.dtype)  # (out, in)
         weight.data = rounded.to(weight.dtype)
 
     def unmerge(self) -> None:
-        """Put back the very weight that `merge` set aside."""
-        assert self.merged, "not merged"
+        """Restore the original base weight, bit for bit."""
+        assert self.merged, "the adapter is not merged"
         self.base_layer.weight.data, self.unmerged_weight = self.unmerged_weight, None
 
 
-def init_A(r: int, in_features: int, seed: int, index: int) -> Tensor:
-    """(r, in) fp32, Kaiming-uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)).
+def initial_A(r: int, in_features: int, seed: int, index: int) -> Tensor:
+    """Initial values of A, (r, in) fp32: uniform in ±1/sqrt(in), as in PEFT.
 
-    Drawn from its own generator: it depends on (seed, index) alone, not on what was drawn before.
+    This is Kaiming-uniform with a = sqrt(5). The values depend only on the arguments, because each
+    adapter has its own generator; PyTorch's global generator is neither read nor advanced.
     """
-    bound, generator = 1 / math.sqrt(in_features), generator_of(seed, index)
+    bound = 1 / math.sqrt(in_features)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
     return torch.empty(r, in_features).uniform_(-bound, bound, generator=generator)
-
-
-def generator_of(seed: int, index: int) -> torch.Generator:
-    """The source of one adapter's first values."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + index)

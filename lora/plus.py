@@ -1,7 +1,8 @@
-"""LoRA+: B learns `ratio` times as fast as A, since it starts at zero and its gradient is small.
+"""LoRA+: the learning rate of B is a multiple of A's. At equal rates, B learns too slowly in wide
+layers.
 
-Source: LoRA+, arXiv:2402.12354; which parameters are meant, as peft 0.21's
-`create_loraplus_optimizer` has it.
+Source: LoRA+, arXiv:2402.12354; the assignment of parameters to groups equals peft 0.21's
+`create_loraplus_optimizer`.
 """
 
 from torch import nn
@@ -10,20 +11,19 @@ from torch import nn
 def rate_groups(
     parameters: dict[str, nn.Parameter], ratio: float | None, weight_decay: float
 ) -> list[dict]:
-    """Groups for an optimizer, with the `ratio` of their rate to the schedule's: 1 without LoRA+.
+    """Parameter groups for a PyTorch optimizer, made from trained parameters by name.
 
-    With it, all that is a vector learns as B does: DoRA's lengths and biases, which do not decay.
-    Each group's `params` are (name, parameter), in the model's order.
+    A group's `params` are (name, parameter) pairs in the order of the model, and its `ratio` is the
+    factor on the scheduled learning rate. Without LoRA+ (`ratio` None) there is one group, with
+    ratio 1. With it, B and DoRA's magnitudes form a second group with the given ratio.
     """
     if ratio is None:
         return [{"params": [*parameters.items()], "ratio": 1.0, "weight_decay": weight_decay}]
-    slow, fast, biases = [], [], []
+    slow, fast = [], []
     for name, p in parameters.items():
-        is_fast = name.endswith("lora_B") or p.ndim == 1
-        (biases if name.endswith("bias") else fast if is_fast else slow).append((name, p))
-    groups = [
+        is_fast = name.endswith("lora_B") or p.ndim == 1  # magnitudes are the only vectors
+        (fast if is_fast else slow).append((name, p))
+    return [
         {"params": slow, "ratio": 1.0, "weight_decay": weight_decay},
         {"params": fast, "ratio": ratio, "weight_decay": weight_decay},
-        {"params": biases, "ratio": ratio, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]

@@ -1,10 +1,12 @@
-"""Causal attention over a flat micro-batch: each token sees the earlier tokens of its own example.
+"""Causal attention over a flat micro-batch: tokens attend only within their own example.
 
-On a GPU one variable-length kernel takes all the examples; elsewhere each example is one call,
-which costs no more, since attention is quadratic in an example and not in the micro-batch. In half
-precision on a CPU that call is written out below: PyTorch's own is slow there in the backward pass.
+On a GPU, one variable-length kernel processes all examples. Elsewhere there is one call per
+example, which costs no more, since the work grows with the square of each example's length. For
+half precision on a CPU that call is implemented below, because PyTorch's own has a slow backward
+pass there. `plain_attention` in `qwen2.py` is the same formula in plain PyTorch.
 
-Legend: T tokens, L of one example, H query heads, G key/value heads, D head size.
+Legend: T tokens of the micro-batch, L queries and N keys of one example, n queries of a block, H
+query heads, G key/value heads, D head size.
 """
 
 import functools
@@ -14,17 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
 
 class FlatAttention:
-    """`attend(layer, q, k, v)` for examples of the given lengths, none of which sees another."""
+    """`attend(layer, q, k, v)` for concatenated examples of the given lengths.
+
+    `offsets`, int32 (examples + 1,), are the boundaries of the examples; None except on CUDA.
+    """
 
     def __init__(self, lengths: list[int], device: torch.device):
         self.lengths = lengths
         self.offsets = None
         if device.type == "cuda":
             ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            offsets = F.pad(ends, (1, 0)).pin_memory()  # unpinned, the host would wait
-            self.offsets = offsets.to(device, non_blocking=True)  # (examples + 1,)
+            offsets = F.pad(ends, (1, 0)).pin_memory()  # pinned, so that the copy is asynchronous
+            self.offsets = offsets.to(device, non_blocking=True)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, D), (T, G, D), (T, G, D) -> (T, H, D)."""
@@ -34,54 +41,57 @@ class FlatAttention:
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """One call an example."""
+    """One call per example: (T, H, D), (T, G, D), (T, G, D) -> (T, H, D)."""
     examples = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([attend_example(*example) for example in examples])  # (T, H, D)
 
 
 def attend_example(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of an example's last L tokens over all its N, by the faster form here.
+    """Causal attention of an example's last L tokens over all its N tokens.
 
-    (L, H, D), (N, G, D), (N, G, D) -> (L, H, D).
+    (L, H, D), (N, G, D), (N, G, D) -> (L, H, D). Uses the faster implementation for the device and
+    dtype.
     """
-    on_cpu_in_half = v.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16)
-    return attend_by_products(q, k, v) if on_cpu_in_half else attend_one(q, k, v)
+    half_on_cpu = v.device.type == "cpu" and v.dtype in HALF_PRECISION
+    return attend_blockwise(q, k, v) if half_on_cpu else attend_sdpa(q, k, v)
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend_example` in the plain form that every other one is held to."""
-    earlier = len(k) - len(q)
-    seen = None
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend_example` by PyTorch's scaled_dot_product_attention."""
+    earlier = len(k) - len(q)  # keys before the first query
+    mask = None
     if earlier:
-        seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(earlier)
+        mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(earlier)  # (L, N)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, L or N, D)
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
-    return y[0].transpose(0, 1)
+    return y[0].transpose(0, 1)  # (L, H, D)
 
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend_one` with its matrix products and gradients written out, for half precision on a CPU.
+def attend_blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend_example` with explicit matrix products and gradients, for half precision on a CPU.
 
-    `q` and `k` are fp32, and so are the scores: a large one keeps its digits. `v` and what becomes
-    of it are in half precision. Nothing quadratic is kept for the backward pass, which makes the
-    scores again, and at most BLOCK queries are at hand at once.
+    `q`, `k` and the scores are fp32, so that large scores keep their digits; `v` and the products
+    with it are in half precision. Queries are processed in blocks of QUERY_BLOCK, and nothing
+    quadratic is kept for the backward pass, which recomputes the scores.
     """
-    return _Products.apply(q, k, v)
+    return _BlockwiseAttention.apply(q, k, v)
 
 
-BLOCK = 128  # queries: small enough to skip half of what causality hides, large enough to be fast
+# Small enough to skip about half of the masked scores, large enough for fast matrix products.
+QUERY_BLOCK = 128
 
 
-class _Products(torch.autograd.Function):
+class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (L, H, D), G = q.shape, k.shape[1]
         earlier = len(k) - L
         out = torch.empty(L, H, D, dtype=v.dtype)
         for start, end in _blocks(L):
-            p = _probabilities(_by_group(q[start:end], G), k[: earlier + end], H // G)
+            queries = _by_group(q[start:end], G)  # (G, nH/G, D)
+            p = _probabilities(queries, k[: earlier + end], H // G)  # (G, nH/G, earlier + end)
             y = p.to(v.dtype) @ v[: earlier + end].transpose(0, 1)  # (G, nH/G, D)
             out[start:end] = _by_token(y, end - start)
         ctx.save_for_backward(q, k, v, out)
@@ -91,13 +101,14 @@ class _Products(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out = ctx.saved_tensors
-        assert len(q) == len(k), "no gradient of an example's last tokens alone"
+        assert len(q) == len(k), "the backward pass needs all queries of the example"
         (L, H, D), G = q.shape, k.shape[1]
         grad_q = torch.empty(L, H, D, dtype=q.dtype)
-        grad_k, grad_v = torch.zeros(2, L, G, D)  # fp32: they are sums
+        grad_k, grad_v = torch.zeros(2, L, G, D)  # fp32, since they accumulate over blocks
         along = torch.linalg.vecdot(grad.float(), out.float())[..., None]  # (L, H, 1)
         half_k = k.to(v.dtype)
         for start, end in _blocks(L):
+            # (G, nH/G, D), (G, nH/G, D), (G, nH/G, 1)
             queries, g, a = (_by_group(x[start:end], G) for x in (q, grad, along))
             p = _probabilities(queries, k[:end], H // G)  # (G, nH/G, end)
             grad_v[:end] += (p.to(v.dtype).transpose(1, 2) @ g).transpose(0, 1)
@@ -109,41 +120,44 @@ class _Products(torch.autograd.Function):
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    """(start, end) of each block of queries."""
+    return [(i, min(i + QUERY_BLOCK, length)) for i in range(0, length, QUERY_BLOCK)]
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(n, H, D) -> (G, nH/G, D): a group's query heads as more rows of the same keys."""
+    """(n, H, D) -> (G, nH/G, D): the query heads that share a key head, as further queries."""
     return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _by_token(x: Tensor, tokens: int) -> Tensor:
-    """The reverse: (G, nH/G, D) -> (n, H, D)."""
+    """The inverse of `_by_group`: (G, nH/G, D) -> (n, H, D)."""
     return x.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _probabilities(queries: Tensor, k: Tensor, heads: int) -> Tensor:
-    """(G, n * heads, L) fp32: of an example's last n queries `(G, n * heads, D)`, over all its
-    keys `(L, G, D)`.
+    """Attention probabilities of the last n tokens over all N keys, fp32, causally masked.
+
+    `queries (G, n * heads, D)`, by group, with H/G `heads`; `k (N, G, D)` -> (G, n * heads, N).
     """
-    G, rows, D = queries.shape
-    L, n = len(k), rows // heads
-    later = torch.full((n, L), -torch.inf).triu_(L - n + 1)
-    scores = queries @ k.permute(1, 2, 0)  # (G, n * heads, L)
-    scores = scores.view(G, n, heads, L).mul_(D**-0.5).add_(later[:, None])
-    return torch.softmax(scores, dim=-1, out=scores).view(G, rows, L)
+    G, _, D = queries.shape
+    N, n = len(k), queries.shape[1] // heads
+    later = torch.full((n, N), -torch.inf).triu_(N - n + 1)  # (n, N): -inf at later keys, else 0
+    scores = queries @ k.permute(1, 2, 0)  # (G, n * heads, N)
+    scores = scores.view(G, n, heads, N).mul_(D**-0.5).add_(later[:, None])
+    return torch.softmax(scores, dim=-1, out=scores).flatten(1, 2)  # (G, n * heads, N)
 
 
 @functools.cache
 def varlen_works(
     device: torch.device, dtype: torch.dtype, queries: tuple[int, int], keys: tuple[int, int]
 ) -> bool:
-    """Whether the variable-length kernel runs here and agrees with the plain form, tried out once
-    for each device, dtype, and (H, D) and (G, D) of the model.
+    """Whether the variable-length kernel runs here and agrees with `attend_each`.
 
-    It needs an Ampere GPU and half precision, and its interface is young. Prints what it found.
+    It needs an Ampere GPU and half precision, and PyTorch may still change its interface. It is
+    tried once for each device, dtype, and shape of `queries` (H, D) and `keys` (G, D); the result
+    is printed.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF_PRECISION:
         return False
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -158,17 +172,20 @@ def varlen_works(
             for y in (attend_varlen(*inputs, offsets, 40), attend_each(*inputs, [40, 3])):
                 results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
         error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
-        problem = None if error < 0.02 else f"differs from the plain form by {error:.2g}"
+        problem = None if error < 0.02 else f"differs from one call per example by {error:.2g}"
     except (RuntimeError, TypeError, ValueError, AttributeError) as failure:
         problem = str(failure).splitlines()[0][:80]
-    chosen = "one variable-length call" if problem is None else f"one call an example ({problem})"
+    chosen = "one variable-length call" if problem is None else f"one call per example ({problem})"
     print(f"attention: {chosen}")
     return problem is None
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """All examples in one call of the variable-length flash kernel (CUDA, half precision)."""
-    # window (-1, 0): all earlier tokens, no later one; a group's keys and values are not copied
+    """All examples in one call of the variable-length flash kernel (CUDA, half precision).
+
+    (T, H, D), (T, G, D), (T, G, D) -> (T, H, D); `offsets (examples + 1,)` are their boundaries.
+    """
+    # window_size (-1, 0) is causal: all earlier tokens and no later one.
     return varlen_attn(
         q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=True
     )

@@ -1,11 +1,11 @@
-"""Decoding with a key/value cache: many prompts at once, each token's computation done once.
+"""Generation with a key/value cache: many prompts in parallel, each token computed once.
 
-Prompts wait in a queue. Each step takes every unfinished row one token further; a row that ends
-leaves at once, and when enough have left, the next prompts come in as a group with its own cache.
-What all prompts begin with is prefilled once, and so are equal prompts. A row's text does not
-depend on its company: sampling uses the row's own random numbers.
+Prompts wait in a queue. Each step decodes one token of every unfinished sequence; finished ones
+leave the batch, and once there is room, the next group of prompts joins it with a cache of its own.
+A common beginning of all prompts is prefilled once, and so are equal prompts. The text of a
+sequence does not depend on the others: each has its own stream of random numbers for sampling.
 
-Legend: B rows, C hidden size, V vocabulary.
+Legend: B sequences in the batch, C hidden size, V vocabulary size.
 """
 
 import itertools
@@ -20,25 +20,31 @@ from model.cache import KVCache, advance, shared_prefix
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2
 
-# Whether an answer ends with these tokens, the last of them just picked.
-Stopped = Callable[[list[int]], bool]
+# Prompts join the batch in groups of batch_size // GROUPS. A larger group would have to wait longer
+# for room, and meanwhile the places of finished sequences would stay empty.
+GROUPS = 4
 
-GROUPS = 4  # that the rows at once come in: with fewer, places stay empty for longer
+# stopped(tokens so far) -> whether the answer ends here, called after each token
+Stopped = Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is picked: greedily at temperature 0, else from the top-k, top-p part."""
+class Decoding:
+    """When an answer ends, how its next token is chosen, and how many are decoded in parallel."""
 
-    temperature: float = 0.0
-    top_k: int = 0  # 0: no limit
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]  # tokens that end an answer
+    vocab_size: int  # of the tokenizer: higher ids, which pad the embedding, are never chosen
+    batch_size: int = 128  # most sequences decoded in parallel
+    temperature: float = 0.0  # 0: always the most likely token
+    top_k: int = 0  # sample from the k most likely tokens only; 0: from all
+    top_p: float = 1.0  # sample from the fewest most likely tokens that sum to this probability
+    seed: int = 0  # of sampling
 
 
 @dataclass
 class Decoded:
-    """One answer: its tokens without the end token, and whether it was cut off by the limit."""
+    """An answer: its tokens without the end token, and whether the token limit cut it off."""
 
     tokens: list[int]
     cut_off: bool
@@ -47,39 +53,30 @@ class Decoded:
 def generate(
     model: Qwen2,
     prompts: list[list[int]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int | list[int],
-    eos_ids: tuple[int, ...],
-    vocabulary: int,
-    sampling: Sampling = Sampling(),
-    rows: list[int] | None = None,
+    limits: list[int] | None = None,
+    sequence_ids: list[int] | None = None,
     stopped: Stopped | None = None,
-    at_once: int = 128,
 ) -> list[Decoded]:
-    """Answers to `prompts` (token ids), at most `at_once` of them being decoded at any time.
+    """Answers to `prompts`, in their order.
 
-    `max_new_tokens` is a limit for all, or a list of each prompt's own. `vocabulary` is the
-    tokenizer's size: the table's rows beyond it mean nothing and are never picked. `rows` names
-    each prompt in the random numbers (default: its place), so that a prompt draws the same numbers
-    in any company. `stopped` is asked after each token whether a row's answer ends there too.
+    Args:
+        prompts: token ids; none may be empty.
+        limits: a token limit for each prompt, instead of `decoding.max_new_tokens` for all.
+        sequence_ids: a number for each prompt (default: its index). Samples depend only on this
+            number, the seed and the prompt, not on the other prompts.
+        stopped: called with an answer's tokens after each new one; True ends the answer.
     """
     answers = [Decoded([], cut_off=True) for _ in prompts]
     steps = decode(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids,
-        vocabulary=vocabulary,
-        sampling=sampling,
-        rows=rows,
-        stopped=stopped,
-        at_once=at_once,
+        model, prompts, decoding, limits=limits, sequence_ids=sequence_ids, stopped=stopped
     )
-    for emitted in steps:
-        for row, token, ended in emitted:
-            answers[row].cut_off = not ended
-            if token not in eos_ids:
-                answers[row].tokens.append(token)
+    for step in steps:
+        for sequence, token, ended in step:
+            answers[sequence].cut_off = not ended
+            if token not in decoding.eos_ids:
+                answers[sequence].tokens.append(token)
     return answers
 
 
@@ -87,85 +84,90 @@ def generate(
 def decode(
     model: Qwen2,
     prompts: list[list[int]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int | list[int],
-    eos_ids: tuple[int, ...],
-    vocabulary: int,
-    sampling: Sampling = Sampling(),
-    rows: list[int] | None = None,
+    limits: list[int] | None = None,
+    sequence_ids: list[int] | None = None,
     stopped: Stopped | None = None,
-    at_once: int = 128,
 ) -> Iterator[list[tuple[int, int, bool]]]:
-    """`generate`, step by step: yields (row, token, has it ended) of the rows that are decoded.
+    """`generate`, step by step: yields (prompt's index, token, ended) of each sequence decoded.
 
-    Prompts come in in their order. A row has ended with an end token or where `stopped` says so;
-    one that reaches its limit has not, but gets no further token either.
+    `ended` is True with an end token, or where `stopped` returns True. A sequence that reaches its
+    limit has not ended, but gets no further tokens.
     """
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    limits = limits or [decoding.max_new_tokens] * len(prompts)
     if not prompts or max(limits) < 1:
         return
-    assert min(limits) > 0, "a prompt that may get no token"
-    assert all(prompts), "an empty prompt has no last token to go on from"
+    assert min(limits) > 0, f"limits must be all positive or all zero: {limits}"
+    assert all(prompts), "a prompt must not be empty: its last hidden state gives the first token"
     device = model.head_weight.device
-    weights = PackedWeights(model, model.head_weight[:vocabulary])
-    with weights.used():
+    weights = PackedWeights(model, model.head_weight[: decoding.vocab_size])
+    with weights.active():
         prefix = shared_prefix(model, prompts)
-    together = max(1, at_once // GROUPS)
-    waiting = [range(i, i + together)[: len(prompts) - i] for i in range(0, len(prompts), together)]
-    waiting.reverse()  # the next group is the last
-    texts: list[list[int]] = [[] for _ in prompts]
-    chances = [_chances(name, sampling) for name in rows or range(len(prompts))]
+    size = max(1, decoding.batch_size // GROUPS)
+    waiting = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
+    waiting.reverse()  # so that pop() gives the next group
+    answers: list[list[int]] = [[] for _ in prompts]
+    draws = [_uniform_draws(i, decoding) for i in sequence_ids or range(len(prompts))]
     live: list[KVCache] = []
     while live or waiting:
+        # One more token of each live sequence, and the first of a new group if there is room.
         hidden = []
-        with weights.used():
+        with weights.active():
             if live:
-                last = [texts[row][-1] for cache in live for row in cache.rows]
+                last = [answers[i][-1] for cache in live for i in cache.sequences]
                 hidden.append(advance(model, live, torch.tensor(last, device=device)))
-            if waiting and sum(len(c.rows) for c in live) + len(waiting[-1]) <= at_once:
+            in_flight = sum(len(cache.sequences) for cache in live)
+            if waiting and in_flight + len(waiting[-1]) <= decoding.batch_size:
                 group = list(waiting.pop())
                 live.append(KVCache(model, group, prefix))
-                hidden.append(live[-1].prefill(model, [prompts[row] for row in group]))
-        here = [row for cache in live for row in cache.rows]
-        noise = torch.tensor([next(chances[row]) for row in here], dtype=torch.float32)
-        picked = pick(weights.logits(torch.cat(hidden)), sampling, noise.to(device))  # (B,)
+                hidden.append(live[-1].prefill(model, [prompts[i] for i in group]))
+        batch = [i for cache in live for i in cache.sequences]
+        step_draws = torch.tensor([next(draws[i]) for i in batch], dtype=torch.float32)  # (B,)
+        logits = weights.logits(torch.cat(hidden))  # (B, V)
+        picked = pick(logits, decoding, step_draws.to(device))  # (B,)
 
-        emitted, left = [], set()
-        for row, token in zip(here, picked.tolist()):
-            texts[row].append(token)
-            ended = token in eos_ids or stopped is not None and stopped(texts[row])
-            emitted.append((row, token, ended))
-            if ended or len(texts[row]) == limits[row]:
-                left.add(row)
+        # Record the tokens, and take finished sequences out of the batch.
+        step, finished = [], set()
+        for i, token in zip(batch, picked.tolist()):
+            answers[i].append(token)
+            ended = token in decoding.eos_ids or stopped is not None and stopped(answers[i])
+            step.append((i, token, ended))
+            if ended or len(answers[i]) == limits[i]:
+                finished.add(i)
         for cache in live:
-            cache.drop(left)
-        live = [cache for cache in live if cache.rows]
-        yield sorted(emitted)
+            cache.remove(finished)
+        live = [cache for cache in live if cache.sequences]
+        yield sorted(step)
 
 
-def _chances(name: int, sampling: Sampling) -> Iterator[float]:
-    """Uniform numbers in [0, 1), one a step, that depend on (seed, name, step) alone."""
-    if sampling.temperature == 0:
+def _uniform_draws(sequence_id: int, decoding: Decoding) -> Iterator[float]:
+    """Numbers in [0, 1), one per token, that depend only on the seed and `sequence_id`."""
+    if decoding.temperature == 0:
         return itertools.repeat(0.0)
-    generator = np.random.default_rng((sampling.seed, name))
+    generator = np.random.default_rng((decoding.seed, sequence_id))
     return iter(generator.random, None)
 
 
-def pick(logits: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """Next tokens (B,) from `logits (B, V)`; `noise (B,)` in [0, 1) takes the part of chance."""
-    if sampling.temperature == 0:
-        return logits.max(dim=-1).indices  # on a CPU a fifth of the time of argmax, and the same
-    assert sampling.top_p > 0, f"top_p {sampling.top_p} allows no token"
-    p = torch.softmax(logits.float() / sampling.temperature, dim=-1)  # (B, V)
-    p, order = p.sort(dim=-1, descending=True, stable=True)
-    # The mass of all likelier tokens: 0 for the likeliest, which always stays.
+def pick(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
+    """The next token (B,) for each row of `logits (B, V)`, sampled with uniform `draws (B,)`.
+
+    A draw in [0, 1) is mapped to a token by the inverse of the cumulative distribution over the
+    tokens that top-k and top-p allow.
+    """
+    if decoding.temperature == 0:
+        return logits.max(dim=-1).indices  # equals argmax, in a fifth of its time on a CPU
+    assert decoding.top_p > 0, f"top_p {decoding.top_p} allows no token"
+    p = torch.softmax(logits.float() / decoding.temperature, dim=-1)  # (B, V)
+    p, order = p.sort(dim=-1, descending=True, stable=True)  # (B, V), (B, V)
+    # The probability of all likelier tokens. It is 0 for the likeliest, which is always allowed.
     before = p.cumsum(dim=-1) - p  # (B, V)
-    allowed = before < sampling.top_p
-    if sampling.top_k:
-        allowed &= torch.arange(p.shape[-1], device=p.device) < sampling.top_k
-    exact = torch.float32 if p.device.type == "mps" else torch.float64  # MPS has no fp64
-    edges = (p * allowed).to(exact).cumsum(dim=-1)  # (B, V)
-    target = noise.to(exact)[:, None] * edges[:, -1:]  # (B, 1)
-    place = torch.searchsorted(edges, target, right=True)  # first edge beyond the target
-    place = place.minimum(allowed.sum(dim=-1, keepdim=True) - 1)
-    return order.gather(1, place).squeeze(1)
+    allowed = before < decoding.top_p  # (B, V)
+    if decoding.top_k:
+        allowed &= torch.arange(p.shape[-1], device=p.device) < decoding.top_k
+    wide = torch.float32 if p.device.type == "mps" else torch.float64  # MPS has no fp64
+    edges = (p * allowed).to(wide).cumsum(dim=-1)  # (B, V)
+    target = draws.to(wide)[:, None] * edges[:, -1:]  # (B, 1)
+    place = torch.searchsorted(edges, target, right=True)  # (B, 1): the first edge above target
+    place = place.minimum(allowed.sum(dim=-1, keepdim=True) - 1)  # rounding may exceed the last
+    return order.gather(1, place).squeeze(1)  # (B,)

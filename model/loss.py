@@ -1,46 +1,49 @@
-"""Linear cross-entropy that never builds the (tokens, vocabulary) matrix, the largest of all.
+"""Output embedding and cross-entropy in one function that never holds all logits (N, V).
 
-The head is frozen, and the loss is a plain sum over rows. So each chunk of rows can be taken all
-the way while its logits are at hand: logits, loss, and already the gradient of its hidden states.
-The backward pass only multiplies that gradient by the one number it is given.
+The loss is a sum over tokens, so tokens are processed in chunks: logits, loss, and already the
+gradient of the hidden states, which needs the logits. The backward pass only multiplies that
+gradient by the gradient of the loss, which is one number. `plain_loss` in `qwen2.py` is the same
+formula in plain PyTorch.
 
-Legend: T tokens, N supervised rows, C hidden size, V vocabulary.
+Legend: T tokens, N supervised tokens, n tokens of a chunk, b tokens of a block, C hidden size, V
+vocabulary size.
 """
 
 import torch
 from torch import Tensor
 
-IGNORE = -100  # the target of a token that is not supervised, as in PyTorch's own cross-entropy
+IGNORE = -100  # target of a token that is not supervised, as in F.cross_entropy
 
-CHUNK_BYTES = 160 << 20  # logits at hand at once: some 550 rows of Qwen2's vocabulary in bf16
-BLOCK_BYTES = 24 << 20  # fp32 probabilities at hand at once: read several times, so in cache
+LOGITS_BYTES = 160 << 20  # logits of a chunk: about 550 tokens of Qwen2's vocabulary in bf16
+PROBABILITIES_BYTES = 24 << 20  # fp32 probabilities of a block on a CPU: small enough for its cache
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, supervised_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of nats, and count of correct tokens, over the supervised rows.
+    """Sum of cross-entropy in nats, and count of correct predictions, over supervised tokens.
 
     Args:
-        hidden: (T, C) hidden states.
-        weight: (V, C) output embedding; its gradient is made only if it requires one.
-        targets: (T,) token ids, `IGNORE` where nothing is supervised.
-        supervised_rows: (N,) indices of the supervised rows, where the caller knows them: on a GPU
-            that saves waiting for the device to count them.
+        hidden: (T, C) hidden states of all tokens.
+        weight: (V, C) output embedding; its gradient is computed only if it requires one.
+        targets: (T,) token ids, `IGNORE` at tokens that are not supervised.
+        supervised_rows: (N,) indices of the supervised tokens. Without it they are found from
+            `targets`, and the host then waits for a GPU to count them.
 
     Returns:
-        nats: (), fp32 (fp64 for fp64 input), differentiable: minus the sum of log-probabilities.
-        correct: (), int64: rows whose target is the first largest logit.
+        nats: (), fp32 (fp64 for fp64 input), differentiable: the negative sum of the targets'
+            log-probabilities.
+        correct: (), int64: the number of tokens whose target has the largest logit (the first of
+            equal ones).
     """
     if supervised_rows is None:
         supervised_rows = (targets != IGNORE).nonzero().squeeze(1)  # (N,)
-    return _LinearCrossEntropy.apply(
-        hidden.index_select(0, supervised_rows), weight, targets[supervised_rows]
-    )
+    supervised = hidden.index_select(0, supervised_rows)  # (N, C)
+    return _LinearCrossEntropy.apply(supervised, weight, targets[supervised_rows])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`linear_cross_entropy` over rows that are all supervised: (N, C), (V, C), (N,)."""
+    """The loss of supervised tokens only: hidden (N, C), weight (V, C), targets (N,)."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,20 +54,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=wide, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
 
-        rows = max(1, min(N, CHUNK_BYTES // (V * hidden.element_size())))
-        # One buffer for all chunks: fresh pages cost more than the product.
-        logits = hidden.new_empty(rows, V)
-        for chunk, target, start in zip(hidden.split(rows), targets.split(rows), range(0, N, rows)):
-            logits = torch.mm(chunk, weight.t(), out=logits[: len(chunk)])  # (n, V)
-            chunk_nats, chunk_correct = _score_in_place(
-                logits, target, wide, any(ctx.needs_input_grad)
-            )
+        needs_grad = any(ctx.needs_input_grad)
+        size = max(1, min(N, LOGITS_BYTES // (V * hidden.element_size())))  # tokens of a chunk
+        # All chunks share one buffer, since allocating its pages would cost more than the product.
+        buffer = hidden.new_empty(size, V)
+        for start, chunk, target in zip(range(0, N, size), hidden.split(size), targets.split(size)):
+            logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])  # (n, V)
+            chunk_nats, chunk_correct = _score_in_place(logits, target, wide, needs_grad)
             nats += chunk_nats
             correct += chunk_correct
-            if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[start : start + len(chunk)])
+            if grad_hidden is not None:  # `logits` now holds the gradient of the logits
+                torch.mm(logits, weight, out=grad_hidden[start : start + len(chunk)])  # (n, C)
             if grad_weight is not None:
-                grad_weight += logits.t() @ chunk
+                grad_weight += logits.t() @ chunk  # (V, C)
 
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
@@ -76,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_nats: Tensor, _) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            # Wide, because a factor in bf16 would tilt every gradient by 0.2 %.
+            # In fp32: rounding grad_nats to bf16 would change every gradient by up to 0.4 %.
             wide = grad_hidden.to(grad_nats.dtype, copy=True)
             grad_hidden = wide.mul_(grad_nats).to(ctx.hidden_dtype)
         if grad_weight is not None:
@@ -87,15 +89,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _score_in_place(
     logits: Tensor, targets: Tensor, wide: torch.dtype, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Nats and correct tokens of `logits (n, V)`, which become the gradient: softmax minus one-hot.
+    """Nats and number of correct predictions of `logits (n, V)` for `targets (n,)`.
 
-    Works by blocks of a few rows, in the wide dtype, so that the probabilities stay in cache. The
-    log-sum-exp is read off the likeliest token, whose probability is at least 1/V and so has a log.
+    With `needs_grad`, overwrites `logits` with their gradient: softmax minus one-hot. Probabilities
+    are computed in the dtype `wide`, on a CPU in blocks that fit its cache. The log-sum-exp follows
+    from the most likely token, whose probability is at least 1/V, so that its log is finite.
     """
     n, V = logits.shape
     nats = torch.zeros((), dtype=wide, device=logits.device)
     correct = torch.zeros((), dtype=torch.int64, device=logits.device)
-    block = max(1, min(n, BLOCK_BYTES // (V * wide.itemsize))) if logits.device.type == "cpu" else n
+    block = n
+    if logits.device.type == "cpu":
+        block = max(1, min(n, PROBABILITIES_BYTES // (V * wide.itemsize)))
     probabilities = torch.empty(block, V, dtype=wide, device=logits.device)
     for z, target in zip(logits.split(block), targets.split(block)):
         p = torch.softmax(z, dim=-1, dtype=wide, out=probabilities[: len(z)])  # (b, V)

@@ -1,9 +1,9 @@
-"""Weights in the order in which a CPU's bf16 products read them, laid out once for all of decoding.
+"""Weights in the memory layout of oneDNN's bf16 kernels on a CPU, reordered once for all decoding.
 
-A plain product reorders its weight in every call. With thousands of rows that is little; with the
-32 to 128 rows of a decoding step it is a third of the time. The results are the same, bit for bit.
+`F.linear` reorders the weight in every call. That is a small part of a product with thousands of
+tokens, but a third of one with the 32 to 128 tokens of a decoding step. Results are bit-equal.
 
-The packed weights are a copy: 1 GB for Qwen2-0.5B while they are held.
+The packed weights are a copy: 1 GB for Qwen2-0.5B, as long as they are held.
 """
 
 import functools
@@ -16,24 +16,28 @@ from torch import Tensor, nn
 
 
 class PackedWeights:
-    """A model's linear layers, and its head over the first `vocabulary` tokens, as of now.
+    """Packed copies of the weights of a model's linear layers and of its output embedding.
 
-    Weights of other dtypes or devices, and any on a CPU without the kernel, stay as they are.
+    They are copies of the current values. Weights of another dtype or device are not packed, nor
+    any if PyTorch lacks the kernel: those layers compute as usual.
     """
 
     def __init__(self, model: nn.Module, head_weight: Tensor):
-        """`head_weight (V, C)`: what `logits` multiplies with."""
+        """`head_weight (V, C)` is what `logits` multiplies the hidden states with."""
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        self.layers = {m: pack(m.weight) for m in linear if packs(m.weight)}
+        self.layers = {m: pack(m.weight) for m in linear if can_pack(m.weight)}
         self.logits: Callable[[Tensor], Tensor] = functools.partial(F.linear, weight=head_weight)
-        if packs(head_weight):
-            self.logits = functools.partial(multiply, packed=pack(head_weight))
+        if can_pack(head_weight):
+            self.logits = functools.partial(packed_linear, weight=pack(head_weight))
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """Inside, the model's linear layers compute with them; without gradients."""
-        for layer, packed in self.layers.items():
-            layer.__dict__["forward"] = functools.partial(_forward, layer, packed)
+    def active(self) -> Iterator[None]:
+        """Inside, the model's linear layers compute with the packed weights; no gradients."""
+        for layer, weight in self.layers.items():
+            # A `forward` in the instance's dict takes precedence over the one of its class.
+            layer.__dict__["forward"] = functools.partial(
+                packed_linear, weight=weight, bias=layer.bias
+            )
         try:
             yield
         finally:
@@ -41,29 +45,25 @@ class PackedWeights:
                 del layer.__dict__["forward"]
 
 
-def _forward(layer: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
-    return multiply(x, packed, None if layer.bias is None else layer.bias.to(x.dtype))
-
-
-def packs(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works()
 
 
 def pack(weight: Tensor) -> Tensor:
-    """`weight (out, in)` in oneDNN's order, which holds for any number of rows."""
+    """`weight (out, in)` in oneDNN's layout, which does not depend on the number of tokens."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
 
 
-def multiply(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(rows, in) -> (rows, out): `F.linear` with a packed weight."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with a packed weight: (tokens, in) -> (tokens, out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @functools.cache
 def packing_works() -> bool:
-    """Whether this PyTorch has the two operators, which are young, and they agree with `F.linear`.
+    """Whether this PyTorch has the two operators, and they agree with `F.linear`.
 
-    Tried out once. Prints the reason if they do not.
+    They are internal to PyTorch and may change, so they are tried once; a failure is printed.
     """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
@@ -73,11 +73,11 @@ def packing_works() -> bool:
     )
     try:
         with torch.inference_mode():
-            y, truth = multiply(x, pack(weight), bias), F.linear(x, weight, bias)
-        error = ((y - truth).norm() / truth.norm()).item()
-        problem = None if error < 0.01 else f"differ from plain products by {error:.2g}"
+            y, expected = packed_linear(x, pack(weight), bias), F.linear(x, weight, bias)
+        error = ((y - expected).norm() / expected.norm()).item()
+        problem = None if error < 0.01 else f"they differ from F.linear by {error:.2g}"
     except (RuntimeError, TypeError, ValueError, AttributeError) as failure:
         problem = str(failure).splitlines()[0][:80]
     if problem is not None:
-        print(f"decoding: plain products, since packed weights {problem}")
+        print(f"decoding: packed weights are not used: {problem}")
     return problem is None

@@ -1,10 +1,15 @@
 """Qwen2 on one page: RMSNorm, rotary positions, grouped-query attention with biases, SwiGLU.
 
-A micro-batch is flat: its examples lie end to end in one row of tokens, so nothing is padded and
-only attention needs to know where an example ends. Attribute names are the checkpoint's tensor
-names, so loading needs no renaming table.
+A micro-batch is flat: its examples are concatenated into one sequence of tokens without padding,
+and only attention needs to know where each example ends. Attribute names equal the checkpoint's
+tensor names, so loading needs no renaming table.
 
-Legend: T tokens, C hidden size, H query heads, G key/value heads, D head size, V vocabulary.
+Norm, rotation, attention and loss are written in plain PyTorch at the end of this page. The model
+runs faster versions of them, from functions.py, attention.py and loss.py; tests check that these
+give the same values and gradients.
+
+Legend: T tokens, N supervised tokens, C hidden size, H query heads, G key/value heads, D head
+size, F MLP size, V vocabulary size.
 Source: Qwen2 Technical Report, arXiv:2407.10671.
 """
 
@@ -12,19 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import FlatAttention
 from model.functions import rms_norm, rotate, swiglu
 
-# (layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)
+# attend(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """The sizes of a checkpoint, under the names of its `config.json`."""
+    """The sizes of a checkpoint, named as in its `config.json`."""
 
     hidden_size: int
     intermediate_size: int
@@ -42,10 +46,10 @@ class Qwen2Config:
 
 
 class Qwen2(nn.Module):
-    """The causal language model up to its last hidden states.
+    """The causal language model up to its final hidden states.
 
-    The head is applied by whoever needs it: it is the most expensive product of all, and training
-    needs it at the supervised tokens only, decoding at the last one: `loss.py`, `generate.py`.
+    The output embedding is applied by the caller (`loss.py`, `generate.py`), because it is the most
+    expensive product: training needs it only at supervised tokens, decoding only at the last one.
     """
 
     def __init__(self, config: Qwen2Config):
@@ -57,22 +61,27 @@ class Qwen2(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, C): the output embedding, which is the input embedding where the two are tied."""
+        """The output embedding (V, C), which is the input embedding if the two are tied."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def forward(
         self, tokens: Tensor, positions: Tensor, lengths: list[int], cache: Attend | None = None
     ) -> Tensor:
-        """Hidden states (T, C) of `tokens (T,)`, at `positions (T,)` within examples of `lengths`.
+        """The final hidden states (T, C) of a flat micro-batch.
 
-        `cache`, when decoding, attends to the keys and values of earlier calls as well.
+        Args:
+            tokens: (T,) token ids of all examples, concatenated.
+            positions: (T,) position of each token in its example, from 0.
+            lengths: the number of tokens of each example; their sum is T.
+            cache: the attention to use when decoding, which also attends to the keys and values of
+                earlier calls; None for attention within each example.
         """
         attend = cache if cache is not None else FlatAttention(lengths, tokens.device)
         return self.model(tokens, positions, attend)  # (T, C)
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, and the last norm: tokens (T,) to hidden states (T, C)."""
+    """Embedding, layers and final norm: tokens (T,) to hidden states (T, C)."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -83,7 +92,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, C)
-        # fp32 at least: in bf16 each of 48 sums would round all that came before it.
+        # The residual stream is fp32: in bf16, each layer's two additions would round it again.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta)
         for layer in self.layers:
@@ -92,7 +101,7 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then MLP, each on a normed copy and added back: (T, C) to (T, C)."""
+    """Attention, then MLP, each as a residual: `x + f(norm(x))`, (T, C) to (T, C)."""
 
     def __init__(self, config: Qwen2Config, index: int):
         super().__init__()
@@ -106,7 +115,7 @@ class Layer(nn.Module):
         y = attend(self.self_attn.index, q, k, v)  # (T, H, D)
         return self.after_attention(x, y)  # (T, C)
 
-    # All but attention works on each token by itself: these two are what `compile.py` compiles.
+    # Everything except attention treats each token independently. compile.py compiles these two.
 
     def before_attention(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         return self.self_attn.queries_keys_values(self.input_layernorm(x), rotary)
@@ -117,21 +126,21 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share G key and value heads; q, k, v have biases."""
+    """The projections of grouped-query attention: H query heads share G key and value heads."""
 
     def __init__(self, config: Qwen2Config, index: int):
         super().__init__()
         self.index, self.head_size = index, config.head_size
-        C, kv = config.hidden_size, config.num_key_value_heads * config.head_size
-        self.q_proj = Linear(C, C)
-        self.k_proj = Linear(C, kv)
-        self.v_proj = Linear(C, kv)
-        self.o_proj = Linear(C, C, bias=False)
+        C, kv = config.hidden_size, config.num_key_value_heads * config.head_size  # kv = G D
+        self.q_proj = nn.Linear(C, C)
+        self.k_proj = nn.Linear(C, kv)
+        self.v_proj = nn.Linear(C, kv)
+        self.o_proj = nn.Linear(C, C, bias=False)
 
     def queries_keys_values(
         self, x: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, H, D), (T, G, D), (T, G, D): the first two turned to their positions."""
+        """q (T, H, D), k (T, G, D) and v (T, G, D); q and k are rotated by their positions."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # (T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # (T, G, D)
@@ -139,21 +148,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), (T, C) to (T, C)."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        C, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(C, inner, bias=False)
-        self.up_proj = Linear(C, inner, bias=False)
-        self.down_proj = Linear(inner, C, bias=False)
+        C, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, F, bias=False)
+        self.up_proj = nn.Linear(C, F, bias=False)
+        self.down_proj = nn.Linear(F, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # (T, C)
 
 
 class RMSNorm(nn.Module):
-    """Scales each row to a root mean square of 1, then by a weight a channel."""
+    """Scales each token to a root mean square of 1, then multiplies each channel by a weight."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -163,16 +172,45 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)  # (T, C)
 
 
-class Linear(nn.Linear):
-    """An `nn.Linear` whose bias may be kept wider than its weight: trained biases are fp32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
-
-
 def rotary_table(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, 1, D/2) in fp32: bf16 cannot tell positions apart from 256 on."""
+    """Cosines and sines of the rotary angles at `positions (T,)`: (T, 1, D/2) each.
+
+    They are fp32, since bf16 cannot represent every integer position above 256.
+    """
     pairs = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (pairs / head_size)  # (D/2,)
     angles = positions[:, None].float() * frequencies  # (T, D/2)
-    return angles.cos()[:, None], angles.sin()[:, None]
+    return angles.cos()[:, None], angles.sin()[:, None]  # (T, 1, D/2) each
+
+
+# The formulas in plain PyTorch. The fast versions are rms_norm, rotate, FlatAttention and
+# linear_cross_entropy; tests compare them with these.
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over channels: `x (T, C)`, `weight (C,)` -> (T, C)."""
+    x = x.float()
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)  # (T, C)
+    return weight * normed.to(weight.dtype)  # (T, C)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair `(x[i], x[i + D/2])` of `x (T, H, D)` by an angle; cos, sin (T, 1, D/2)."""
+    a, b = x.float().chunk(2, dim=-1)  # (T, H, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (T, H, D)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention in one example: `q (T, H, D)`, `k, v (T, G, D)` -> (T, H, D)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (T, H, D)
+    scores = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5  # (H, T, T)
+    later = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(1)  # (T, T)
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1)  # (H, T, T)
+    return torch.einsum("hts,shd->thd", weights.to(v.dtype), v)  # (T, H, D)
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of nats over tokens whose target is not -100: (T, C), (V, C), (T,) -> ()."""
+    hidden, targets = hidden[targets != -100], targets[targets != -100]  # (N, C), (N,)
+    log_probabilities = (hidden @ weight.t()).float().log_softmax(-1)  # (N, V)
+    return -log_probabilities.gather(1, targets[:, None]).sum()  # ()

@@ -1,7 +1,7 @@
 """The base model of a run, before and after its weights are read.
 
-    base = Base.find("Qwen/Qwen2-0.5B-Instruct")    # everything but the weights
-    model = base.load()                              # frozen, on its device, in its precision
+base = Base.find("Qwen/Qwen2-0.5B-Instruct")    # everything but the weights
+model = base.load()                              # frozen, on its device, in its precision
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ import torch
 
 from data.chat import ChatFormat
 from files import hash_files
-from model.load import find_checkpoint, load_model, read_config, read_eos_ids
+from model.checkpoint import find_checkpoint, read_config, read_eos_ids
+from model.load import load_model
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
 

@@ -1,4 +1,7 @@
-"""Which device and precision a run uses, chosen from facts that do not change between runs."""
+"""The device and precision of a run, and its memory.
+
+`auto` is decided by facts that do not change between sessions, so that a run resumes as it began.
+"""
 
 import ctypes
 import os
@@ -7,16 +10,18 @@ import resource
 import sys
 from pathlib import Path
 
+import safetensors
+import tokenizers
 import torch
 
-from errors import BadOption
+from errors import BadOption, TrainingFailed
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU."""
+    """`auto` is CUDA, else Apple's MPS, else the CPU; BadOption if the device is not available."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -26,18 +31,20 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         raise BadOption(
-            f"--device {name}: this PyTorch ({torch.__version__}) sees no such device",
+            f"--device {name}: PyTorch {torch.__version__} finds no such device here",
             "use --device auto, or install a PyTorch built for it",
         )
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """(precision, why): `auto` is bf16 where the hardware multiplies it fast, else fp32."""
+    """(precision, reason): `auto` is bf16 on hardware with bf16 units, else fp16 on CUDA and fp32
+    elsewhere.
+    """
     if name == "fp16" and device.type == "cpu":
-        return name, "asked for; a CPU computes it slowly"
+        return name, "as requested; slow on a CPU"
     if name != "auto":
-        return name, "asked for"
+        return name, "as requested"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has bf16 units"
@@ -47,11 +54,11 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
         if feature:
             return "bf16", f"this CPU has {feature}"
         return "fp32", "this CPU has no bf16 units"
-    return "fp32", "the precision that is known to work on " + device.type
+    return "fp32", f"the only precision tested on {device.type}"
 
 
 def cpu_bf16_feature() -> str | None:
-    """The CPU's bf16 instructions, as Linux names them; None where there are none, or unknown."""
+    """Name of the CPU's bf16 instructions in /proc/cpuinfo; None if there are none."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return None
@@ -62,21 +69,22 @@ def cpu_bf16_feature() -> str | None:
 
 
 def prepare_memory(device: torch.device) -> None:
-    """Let a CPU's memory be taken from the system once; call it before the first large tensor.
+    """Configure the CPU allocator to keep freed memory; call it before the first large tensor.
 
-    A training step frees and takes back gigabytes, and each page taken back is a fault, which costs
-    more than the arithmetic on it. So glibc keeps what is freed, and PyTorch asks for 2 MB pages.
+    A training step frees and reallocates gigabytes. Every page returned to the system costs a page
+    fault when it is needed again, which takes longer than the arithmetic on it. So glibc keeps what
+    is freed, and PyTorch uses 2 MB pages.
     """
     if device.type == "cpu":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if platform.libc_ver()[0] == "glibc":
             libc = ctypes.CDLL(None)
-            libc.mallopt(M_MMAP_MAX, 0)  # no block of its own, to be given back, for a large tensor
+            libc.mallopt(M_MMAP_MAX, 0)  # a block from mmap is returned when it is freed
             libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory used so far: the device's own on CUDA, else the process's resident size."""
+    """Peak memory so far: allocated on the device with CUDA, else the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -84,13 +92,53 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, before a clock is read."""
+    """Wait until the device has finished its queued work; call it before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def describe(device: torch.device) -> str:
-    """The device in words, for the log."""
+    """The device for people, such as "NVIDIA L4" or "x86_64 cpu, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's results depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; each kind of device says it in its own words."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
+
+
+def out_of_memory(lengths: list[int], error: Exception) -> TrainingFailed:
+    """The error for a micro-batch of sequences of these lengths that does not fit into memory."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+    fewer = f"leave out long rows with --max-length {max(lengths) - 1}"
+    if len(lengths) > 1:
+        fewer = f"use a --batch-size below {len(lengths)}"
+    return TrainingFailed(
+        f"{len(lengths)} sequences of {sum(lengths)} tokens do not fit into memory: {reason[:200]}",
+        f"{fewer}, a smaller --precision, or fewer --targets, with another --out",
+    )
+
+
+def no_finite_gradient(
+    skipped: int, step: int, row_ids: list[int], best: Path | None
+) -> TrainingFailed:
+    """The error for a run whose last `skipped` steps, up to `step`, had no finite gradient."""
+    return TrainingFailed(
+        f"{skipped} steps in a row had no finite gradient, up to step {step},"
+        f" rows {row_ids[:4]}...; best adapter: {best or 'none yet'}",
+        "lower --learning-rate, or use --precision fp32",
+    )

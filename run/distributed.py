@@ -1,8 +1,8 @@
-"""Ranks: how many processes train together, and the two sums that make them one.
+"""Ranks: the processes that train together. One process is a world of one rank.
 
-Every rank knows the whole schedule, so what each step is divided by is known everywhere without
-asking; only gradients and sums travel. One process is a world of one rank, on the same lines.
-Start several with `torchrun --nproc-per-node 2 train.py ...`.
+Every rank knows the whole schedule, and so the token count that a step's loss is divided by; only
+gradients and a few sums are exchanged.
+Start several ranks with `torchrun --nproc-per-node 2 train.py ...`.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from errors import TrainingFailed
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all ranks."""
+    """This process among all ranks."""
 
     rank: int = 0
     size: int = 1
@@ -36,52 +36,52 @@ class World:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with _all_there():
+        with _lost_ranks_reported():
             dist.all_reduce(total)
             return total.tolist()
 
     def any(self, yes: bool) -> bool:
-        """Whether any rank says yes: clocks differ, and all ranks must take the same turn."""
+        """Whether `yes` holds on any rank: clocks differ, but all ranks must branch alike."""
         return self.sum(float(yes)) != [0.0]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum every gradient over all ranks, in one message; a rank that had no rows adds zeros."""
+        """Sum every gradient over all ranks, in one message; a rank without rows adds zeros."""
         if self.size == 1:
             return
         parameters = list(parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.flatten() for g in grads])
-        with _all_there():
+        with _lost_ranks_reported():
             dist.all_reduce(flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = grad.view_as(p)
 
     def wait(self) -> None:
-        """Return once every rank has come here."""
+        """Return once every rank has called this."""
         if self.size > 1:
-            with _all_there():
+            with _lost_ranks_reported():
                 dist.barrier()
 
 
 @contextlib.contextmanager
-def _all_there() -> Iterator[None]:
-    """TrainingFailed if another rank is lost meanwhile: what it failed of, it says itself."""
+def _lost_ranks_reported() -> Iterator[None]:
+    """Raise TrainingFailed if another rank dies during the exchange; it reports its own cause."""
     try:
         yield
     except RuntimeError as error:
         raise TrainingFailed(
-            f"rank {dist.get_rank()} has lost another rank, and leaves: {str(error)[:100]}",
-            "the other says why; the same command goes on",
+            f"rank {dist.get_rank()} lost another rank and stops: {str(error)[:100]}",
+            "see the other rank's error; rerun the command to resume",
         ) from error
 
 
 def local_rank() -> int:
-    """Which of this machine's devices is this process's own."""
+    """The index of this process, and of its device, on this machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def join(device: torch.device) -> World:
-    """The world that torchrun's environment describes; a world of one without it."""
+    """The world described by torchrun's environment variables; a world of one without them."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return World(device=device)

@@ -1,4 +1,4 @@
-"""Adapters as others take them: `best/` as a folder to use or push, and a merged checkpoint.
+"""Merge an adapter into its base, as a checkpoint that needs no adapter.
 
 python -m run.export --adapter out/qwen2-0.5b-instruct-gsm8k/best --out merged
 """
@@ -12,83 +12,27 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from errors import BadOption, listed, run_script
-from files import sync_files, sync_folder
-from lora.inject import LoRAConfig, merge, unwrapped_state
-from lora.peft_format import WEIGHTS, read_adapter, read_adapter_config, save_adapter
-from model.load import Checkpoint, find_checkpoint, load_model, read_config
-from run.checkpoint import check_place
+from lora.inject import merge, unwrapped_state
+from lora.peft_format import read_adapter, read_adapter_config
+from model.checkpoint import find_checkpoint, read_config
+from model.load import load_model
 from run.device import DTYPES
+from run.folder import check_place
 from run.options import option, parse
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-CARD = """---
-base_model: {base}
-library_name: peft
-tags: [lora]
----
-# LoRA adapter for {base}
-
-Trained on {data}; best at step {step}, where the validation loss was {loss:.4f} nats a supervised
-token.
-{settings}
-
-Load it with PEFT:
-
-    model = AutoModelForCausalLM.from_pretrained("{base}")
-    model = PeftModel.from_pretrained(model, "<this folder>")
-"""
-
-
-def publish_best(
-    model: nn.Module,
-    run: Path,
-    config: LoRAConfig,
-    *,
-    checkpoint: Checkpoint,
-    data: str,
-    step: int,
-    loss: float,
-) -> None:
-    """Make `run/best` the model's adapters as they are now.
-
-    At every instant `best/` is whole: it is renamed into place the first time, and afterwards only
-    its weights and card change, each by a rename.
-    """
-    best, beside = run / "best", run / "best.new"
-    shutil.rmtree(beside, ignore_errors=True)
-    save_adapter(model, beside, config, base=checkpoint.name, revision=checkpoint.commit)
-    for name in TOKENIZER_FILES:
-        if (checkpoint.folder / name).exists():
-            shutil.copyfile(checkpoint.folder / name, beside / name)
-    settings = f"Settings: {config}."
-    if config.init == "pissa":
-        settings += (
-            "\nIt is stored as a plain adapter of twice that rank, for the base as published."
-        )
-    card = CARD.format(base=checkpoint.name, data=data, step=step, loss=loss, settings=settings)
-    (beside / "README.md").write_text(card)
-    sync_files(beside)
-    if best.exists():
-        for name in (WEIGHTS, "README.md"):
-            os.replace(beside / name, best / name)
-        sync_folder(best)
-        shutil.rmtree(beside)
-    else:
-        os.rename(beside, best)
-    sync_folder(run)
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What one asks for: each field is an option of the command line."""
+    """The options of the command line."""
 
-    adapter: str = option("", "folder of the adapter, such as out/.../best")
-    out: str = option("merged", "folder to write, which must not exist")
+    adapter: str = option("", "adapter folder, such as out/.../best")
+    out: str = option("merged", "folder to write; it must not exist yet")
     model: str | None = option(None, "base model (default: the one the adapter names)")
-    dtype: str = option("bf16", "of the merged weights; fp32 loses nothing", choices=tuple(DTYPES))
+    dtype: str = option(
+        "bf16", "dtype of the merged weights; fp32 loses nothing", choices=tuple(DTYPES)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,18 +53,17 @@ def main(argv: list[str] | None = None) -> None:
     state = {k: t.to(dtype).contiguous() for k, t in unwrapped_state(model).items()}
     if bad := [name for name, t in state.items() if not t.isfinite().all()]:
         raise BadOption(
-            f"merged, {listed(bad)} would hold numbers that {config.dtype} cannot",
-            "use --dtype bf16",
+            f"merged weights {listed(bad)} do not fit into {config.dtype}", "use --dtype bf16"
         )
-    beside = out.with_name(out.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
+    new = out.with_name(out.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(
-        checkpoint.folder, beside, ignore=lambda _, names: [n for n in names if "safetensors" in n]
+        checkpoint.folder, new, ignore=lambda _, names: [n for n in names if "safetensors" in n]
     )
-    _set_dtype(beside / "config.json", str(dtype).removeprefix("torch."))
-    save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
-    (beside / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
-    os.rename(beside, out)
+    _set_dtype(new / "config.json", str(dtype).removeprefix("torch."))
+    save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+    (new / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
+    os.rename(new, out)
     print(f"merged into {out}: rounding to {config.dtype} lost {lost:.1%} of the adapter's change")
     if lost > 0.01:
         print("  --dtype fp32 loses next to nothing, at twice the size")
@@ -133,7 +76,7 @@ def _saved_dtype(path: Path) -> str | None:
 
 
 def _set_dtype(path: Path, dtype: str) -> None:
-    """Let `config.json` name the dtype of the weights, under whichever key it uses."""
+    """Write the dtype of the weights into `config.json`, under whichever key it uses."""
     config = json.loads(path.read_text())
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -23,7 +23,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -117,6 +117,11 @@ class Run:
         return config
 
     @property
+    def format(self) -> int | None:
+        """The version of the folder's format, `FORMAT` for new ones; None without a run."""
+        return self.config.get("format", 1) if self.config else None
+
+    @property
     def options(self) -> dict[str, Any]:
         """The command line's options, as JSON values by name."""
         return self.config.get("options", {})
@@ -151,6 +156,11 @@ class Run:
             if isinstance(progress, dict):
                 return progress
         return {}
+
+    def read_progress(self) -> Progress | None:
+        """`progress` of a run whose checkpoints are repaired; None if there is none."""
+        found = self.progress()
+        return Progress(**found) if found else None
 
     def check(
         self,
@@ -254,6 +264,14 @@ def check_space(folder: Path, trainable: int) -> None:
             f"--out {folder}: the disk has {free:,} bytes free, and the run needs {needed:,}",
             "make room, or give another --out",
         )
+
+
+def default_folder(model: str, data: list[str]) -> Path:
+    """out/<model>-<data>, in lower case, from what the user called the base and the sources."""
+    stems = [
+        Path(name).name.removesuffix(".jsonl").removesuffix(".parquet") for name in (model, *data)
+    ]
+    return Path("out") / "-".join(stems).lower()
 
 
 _locked: dict[Path, IO] = {}  # folders locked by this process; open until it ends

@@ -1,6 +1,6 @@
 """One dataclass is the command line, the saved configuration, and what the code reads.
 
-Each field is an option: `learning_rate: float = option(2e-4, "peak of the schedule", above=0)`
+Each field is an option: `learning_rate: float = option(2e-4, "peak learning rate", above=0)`
 becomes `--learning-rate 2e-4` and a key of `config.json`.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from errors import BadOption, listed
 
 T = TypeVar("T")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def option(
@@ -41,34 +42,53 @@ def parse(
     cls: type[T],
     argv: Sequence[str] | None,
     description: str,
-    presets: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    *,
+    presets: Mapping[str, dict[str, Any]] = NOTHING,
+    groups: Mapping[str, str] = NOTHING,
+    renamed: Mapping[str, str] = NOTHING,
 ) -> T:
-    """`cls` from the command line; BadOption lists every value that cannot be.
+    """`cls` from the command line; BadOption lists every invalid value.
 
-    A preset is a flag that stands for the values of others, which still count if they are given.
+    Args:
+        description: of the script; what follows its first line stands after the options in --help.
+        presets: flag -> values of other options, which those given explicitly override.
+        groups: title -> name of the first field of that group in --help, in the fields' order.
+        renamed: former name of an option -> its name now.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
-    types = typing.get_type_hints(cls)
+    argv = [str(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    first_line, _, rest = description.partition("\n")
+    parser = _Parser(
+        description=first_line, epilog=rest, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    for old, new in renamed.items():
+        if any(arg == f"--{old}" or arg.startswith(f"--{old}=") for arg in argv):
+            raise BadOption(f"there is no option --{old}", f"use --{new}")
+    types, starts = typing.get_type_hints(cls), {name: title for title, name in groups.items()}
+    group = parser
     for field in dataclasses.fields(cls):
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), **_argument(field, types[field.name])
-        )
+        if field.name in starts:
+            group = parser.add_argument_group(starts[field.name])
+        group.add_argument(_flag(field.name), **_argument(field, types[field.name]))
     parser.add_argument(
         "--debug", action="store_true", help="show where in the code an error came from"
     )
-    argv = sys.argv[1:] if argv is None else argv
     for name, values in presets.items():
-        flags = " ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in values.items())
-        parser.add_argument("--" + name, action="store_true", help=f"stands for {flags}")
-        if "--" + name in argv:
+        flags = " ".join(f"{_flag(k)} {shown(v)}" for k, v in values.items())
+        parser.add_argument(_flag(name), action="store_true", help=f"short for {flags}")
+        if _flag(name) in argv:
             parser.set_defaults(**values)
-            print(f"--{name} stands for {flags}")
+            print(f"--{name} is short for {flags}")
     given = vars(parser.parse_args(argv))
     names = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in given.items() if name in names})
     if problems := value_problems(config):
         raise BadOption(listed(problems), f"python {parser.prog} --help lists the options")
     return config
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 class _Names(argparse.Action):
@@ -80,17 +100,17 @@ class _Names(argparse.Action):
 
 def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-    note = "" if default in (None, "") else f" (default: {default})".replace("%", "%%")
-    shown = {"help": field.metadata["help"] + note, "default": field.default}
+    note = "" if default in (None, "", False) else f" (default: {default})".replace("%", "%%")
+    argument = {"help": field.metadata["help"] + note, "default": field.default}
     if kind is bool:
-        return shown | {"action": argparse.BooleanOptionalAction}
+        return argument | {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is tuple:
-        return shown | {"action": _Names, "nargs": "+", "metavar": "NAME"}
+        return argument | {"action": _Names, "nargs": "+", "metavar": "NAME"}
     if typing.get_args(kind):  # X | None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     choices = field.metadata["choices"]
     metavar = "|".join(choices) if choices else kind.__name__.upper()
-    return shown | {"type": kind, "choices": choices, "metavar": metavar}
+    return argument | {"type": kind, "choices": choices, "metavar": metavar}
 
 
 def value_problems(config: Any) -> list[str]:
@@ -100,7 +120,7 @@ def value_problems(config: Any) -> list[str]:
         value, limits = getattr(config, field.name), field.metadata
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        name = "--" + field.name.replace("_", "-")
+        name = _flag(field.name)
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name} {value} is not a finite number")
         elif limits["least"] is not None and value < limits["least"]:
@@ -118,24 +138,18 @@ def to_json(config: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def from_json(cls: type[T], values: dict[str, Any]) -> T:
-    """The reverse of `to_json`."""
-    types = typing.get_type_hints(cls)
-    is_tuple = {name for name, kind in types.items() if typing.get_origin(kind) is tuple}
-    return cls(**{k: tuple(v) if k in is_tuple else v for k, v in values.items()})
+def in_two_columns(values: Mapping[str, Any]) -> str:
+    """Names and values for people, two per line of 80 columns where they fit."""
+    cells = [f"{name} {shown(value)}" for name, value in values.items()]
+    lines = []
+    while cells:
+        first = cells.pop(0)
+        if len(first) < 38 and cells and len(cells[0]) < 40:
+            first = f"{first:<39}{cells.pop(0)}"
+        lines.append("  " + first)
+    return "\n".join(lines)
 
 
-def table(values: dict[str, Any]) -> str:
-    """Names and values in columns of 38, two abreast: for people, in 80 columns."""
-    cells = [f"{name} {_shown(value)}" for name, value in values.items()]
-    rows, cells_left = [], list(cells)
-    while cells_left:
-        first = cells_left.pop(0)
-        if len(first) < 38 and cells_left and len(cells_left[0]) < 40:
-            first = f"{first:<39}{cells_left.pop(0)}"
-        rows.append("  " + first)
-    return "\n".join(rows)
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An option's value as it is typed."""
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

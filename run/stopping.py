@@ -1,7 +1,9 @@
-"""Leaving in good order: a signal or the clock asks, the loops look, and no step is torn apart.
+"""Graceful shutdown: a signal or time limit sets a flag, the loops poll it, and no step is
+interrupted.
 
-A handler only takes note. A second Ctrl-C leaves at once, as it would anywhere. Exit codes are
-those that shells and queues expect: 128 and the signal's number, or 75, "try again", for the clock.
+A second Ctrl-C interrupts at once, as it would anywhere. Exit codes are those that shells and job
+schedulers expect: 128 plus the signal's number, or 75 ("temporary failure, try again") for the
+time limit.
 """
 
 import os
@@ -9,58 +11,62 @@ import signal
 import stat
 import time
 
-STARTED = time.monotonic()  # of the process, but for what it imported before
+STARTED = time.monotonic()  # of the process, apart from its imports before this one
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-TIME_IS_UP = 75  # EX_TEMPFAIL
+TIME_IS_UP = 75  # EX_TEMPFAIL of <sysexits.h>
 
 
 class StopRequested(Exception):
-    """Raised by `Stop.poll` in the middle of work that can be done again."""
+    """Raised by `Stop.poll` inside work that can be repeated."""
 
 
 class Stop:
-    """Whether a run is asked to leave, and why; `minutes` is all the time it has, or None."""
+    """Whether the session should stop, and why.
+
+    Args:
+        minutes: time limit of the session, from the start of the process; None for no limit.
+    """
 
     def __init__(self, minutes: float | None = None):
         self.signal: signal.Signals | None = None
-        self.until = None if minutes is None else STARTED + 60 * minutes
-        self.longest = 0.0  # seconds of a turn, all that lies between two looks
+        self.deadline = None if minutes is None else STARTED + 60 * minutes
+        self.longest = 0.0  # seconds of the longest stretch between two polls
 
     def __enter__(self) -> "Stop":
-        """Signals are taken note of; one that was ignored, as under nohup, stays ignored."""
+        """Record signals from now on; one that was ignored, as under nohup, stays ignored."""
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
         for number, handler in self.before.items():
             if handler != signal.SIG_IGN:
-                signal.signal(number, self._take_note)
+                signal.signal(number, self._record_signal)
         return self
 
     def __exit__(self, *failure: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _take_note(self, number: int, frame: object) -> None:
+    def _record_signal(self, number: int, frame: object) -> None:
         self.signal = signal.Signals(number)
-        if self.before[signal.SIGINT] != signal.SIG_IGN:  # a second Ctrl-C is not to wait
+        if self.before[signal.SIGINT] != signal.SIG_IGN:  # a second Ctrl-C must not wait
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if number == signal.SIGHUP:
-            _leave_the_terminal()
+            _detach_from_terminal()
 
     def requested(self) -> bool:
-        """A signal came, or another turn as long as the longest would end too late."""
-        late = self.until is not None and time.monotonic() + 2 * self.longest > self.until
+        """Whether a signal came, or another stretch as long as the longest would end too late."""
+        late = self.deadline is not None and time.monotonic() + 2 * self.longest > self.deadline
         return late or self.signal is not None
 
     def poll(self) -> None:
-        """StopRequested if it is asked for: for loops that have nothing to finish first.
+        """Raise StopRequested if a stop is requested: for loops that need not finish first.
 
-        The clock does not end what a sitting begins with, or sittings that are too short for it
-        would begin it for ever.
+        The time limit does not interrupt the first stretch of a session: sessions shorter than it
+        would otherwise repeat it forever.
         """
         if self.signal is not None or self.longest and self.requested():
             raise StopRequested
 
     def record(self, seconds: float) -> None:
-        """How long a turn was."""
+        """Record how long a stretch between two polls took."""
         self.longest = max(self.longest, seconds)
 
     @property
@@ -68,14 +74,17 @@ class Stop:
         return TIME_IS_UP if self.signal is None else 128 + self.signal
 
     @property
-    def why(self) -> str:
+    def reason(self) -> str:
+        """Why the session stops, for people."""
         if self.signal is not None:
             return self.signal.name
-        return "--max-minutes are over" if self.requested() else "another rank was asked to leave"
+        return "--max-minutes reached" if self.requested() else "another rank was stopped"
 
 
-def _leave_the_terminal() -> None:
-    """Write to nowhere what would be written to a terminal: it has gone, and writing would fail."""
+def _detach_from_terminal() -> None:
+    """Send output that would go to a terminal to /dev/null: the terminal is gone, and writing to it
+    would fail.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):
         if stat.S_ISCHR(os.fstat(output).st_mode):

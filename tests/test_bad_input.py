@@ -59,10 +59,10 @@ TRAIN = "--model base --data data --out out --device cpu --precision fp32 "
         ("--epochs", "--epochs: expected one argument"),
         ("--epochs 0", "--epochs 0 is less than 1"),
         ("--epochs 1.5", "--epochs: invalid int value: '1.5'"),
-        ("--dropout 1 --r 0", "--r 0 is less than 1; --dropout 1.0 is not below 1"),
+        ("--dropout 1 --epochs 0", "--dropout 1.0 is not below 1; --epochs 0 is less than 1"),
         ("--learning-rate nan", "--learning-rate nan is not a finite number"),
         ("--schedule wavy", "--schedule: invalid choice: 'wavy'"),
-        ("--bias some", "--bias: invalid choice: 'some'"),
+        ("--bias all", "unrecognized arguments: --bias all"),
         ("--precision int8", "--precision: invalid choice: 'int8'"),
         ("--targets x_proj,q_proj", "--targets: no linear layer is named x_proj"),
         ("--targets lm_head", "--targets: no linear layer is named lm_head"),
@@ -196,7 +196,7 @@ BAD_DATA = {
     "no JSON": ("x.jsonl", b"question,answer\n1,2\n", "2 of 2 rows are bad: x.jsonl:1: not JSON"),
     "other keys": ("x.jsonl", b'{"text": "x"}\n' * 9, "9 of 9 rows are bad"),
     "another kind": ("x.csv", b"question,answer\n", "neither .jsonl nor .parquet"),
-    "no parquet": ("x.parquet", GOOD, "x.parquet is no readable parquet file"),
+    "no parquet": ("x.parquet", GOOD, "x.parquet is not a readable parquet file"),
     "one question": ("x.jsonl", GOOD * 5, "5 rows to train on and 0 to validate on"),
     "no train file": ("x/test.jsonl", GOOD, "holds no train.jsonl or train.parquet"),
 }
@@ -217,7 +217,7 @@ def test_data_that_is_missing_empty_or_malformed_is_refused(world, capsys, name,
         ("notes", "is not a folder"), ("notes/run", "is not a folder"),
         ("dangling", "is not a folder"), ("mine", "holds other files"),
         ("base", "holds other files"), ("data", "holds other files"),
-        ("old", "holds another run: r was 4, is 8; seed was 1, is 0"),
+        ("old", "holds another run: rank was 4, is 8; seed was 1, is 0"),
     ],
 )  # fmt: skip
 def test_a_place_that_is_taken_is_not_written_over(world, capsys, out, cause):
@@ -226,15 +226,15 @@ def test_a_place_that_is_taken_is_not_written_over(world, capsys, out, cause):
     (world / "mine").mkdir()
     (world / "mine" / "thesis.txt").write_text("years")
     if out == "old":
-        train.main((TRAIN + "--r 4 --seed 1 --max-steps 1 --limit 20 --out old").split())
+        train.main((TRAIN + "--rank 4 --seed 1 --max-steps 1 --limit 20 --out old").split())
     assert cause in refused(train.main, TRAIN + f"--max-steps 1 --limit 20 --out {out}", capsys)
 
 
 BAD_ADAPTERS = {
     "no config": (remove(CONFIG), f"it has no {CONFIG}"),
     "config is no JSON": (write(CONFIG, b"{"), f"{CONFIG} cannot be read"),
-    "config is a list": (write(CONFIG, b"[]"), "not a LoRA adapter's"),
-    "another method": (change(CONFIG, peft_type="IA3"), "not a LoRA adapter's"),
+    "config is a list": (write(CONFIG, b"[]"), f"{CONFIG} cannot be read"),
+    "another method": (change(CONFIG, peft_type="IA3"), "peft_type is 'IA3', not 'LORA'"),
     "no rank": (change(CONFIG, r=None), "r is None"),
     "weight-decomposed": (change(CONFIG, use_dora=True), "lora_magnitude_vector is missing"),
     "a pattern for targets": (change(CONFIG, target_modules=".*(a+)+b"), "target_modules is"),
@@ -274,7 +274,7 @@ def test_an_adapter_of_another_base_is_refused_with_all_that_differs(world, caps
     "flags, cause",
     [
         ("--data data", "neither --adapter nor --model is given"),
-        ("--adapter missing --data data", "missing is no adapter"),
+        ("--adapter missing --data data", "missing is not an adapter folder"),
         ("--adapter run/best --data none.jsonl", "neither a task (gsm8k, "),
         ("--adapter run/best --data data/train.jsonl", "has 0 test problems"),
         ("--adapter run/best --data data --split all", "--split: invalid choice: 'all'"),
@@ -298,7 +298,7 @@ def test_evaluate_refuses_a_run_whose_config_is_damaged(world, capsys, content):
     [
         ("--adapter run/best --out data", "--out data exists already"),
         ("--adapter run/best --out data/test.jsonl/x", "--out"),
-        ("--adapter missing --out merged", "missing is no adapter"),
+        ("--adapter missing --out merged", "missing is not an adapter folder"),
         ("--adapter run/best --model data --out merged", "it has no config.json"),
         ("--adapter run/best --dtype int8", "--dtype: invalid choice: 'int8'"),
     ],

@@ -1,4 +1,4 @@
-"""Compiled layers compute what the plain ones do, and one graph serves all micro-batches."""
+"""Compiled layers give the results of plain ones, and one graph serves all micro-batches."""
 
 import shutil
 from functools import partial
@@ -21,7 +21,7 @@ from lora.inject import (
     unmerge,
 )
 from model.compile import check_compiler, compile_layers
-from model.generate import generate
+from model.generate import Decoding, generate
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
 from tests.toys import read_log
@@ -32,13 +32,13 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled():
+def reset_compiler():
     torch._dynamo.reset()
     counters.clear()
 
 
 def lively_model(layers, targets=("attention",)):
-    """With adapters that change something; its numbers are the same each time."""
+    """A model with adapters that change its output; its parameters are the same each time."""
     torch.manual_seed(0)
     model = Qwen2(Qwen2Config(32, 48, layers, 4, 2, 64))
     inject(model, LoRAConfig(r=4, dropout=0.1, targets=targets))
@@ -48,30 +48,30 @@ def lively_model(layers, targets=("attention",)):
 
 
 def batch(lengths):
-    """(tokens, positions, rows), (T,) each."""
-    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    """(tokens, positions, row_ids), (T,) each."""
+    row_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return (7 * rows + 5 * positions * positions) % 64, positions, rows
+    return (7 * row_ids + 5 * positions * positions) % 64, positions, row_ids
 
 
 def step(model, lengths):
     """Nats, and the gradient of each adapter weight."""
-    tokens, positions, rows = batch(lengths)
-    seed_dropout(model, seed=0, epoch=0, row_ids=rows, positions=positions)
+    tokens, positions, row_ids = batch(lengths)
+    seed_dropout(model, seed=0, epoch=0, row_ids=row_ids, positions=positions)
     hidden = model(tokens, positions, lengths)
     nats, _ = linear_cross_entropy(hidden, model.head_weight, tokens.roll(-1))
     return [nats, *torch.autograd.grad(nats, list(trained_parameters(model).values()))]
 
 
-def same(ours, theirs):
-    """Equal but for the last bits: gradients are sums, and whoever fuses them sums otherwise."""
+def assert_same(ours, theirs):
+    """Equal up to rounding: fused kernels sum in another order."""
     for x, y in zip(ours, theirs, strict=True):
         assert torch.is_tensor(x) or x == y
         assert not torch.is_tensor(x) or (x - y).norm() <= 1e-5 * y.norm() + 1e-7
 
 
 def hidden(model, lengths):
-    """Without gradients and dropout."""
+    """Hidden states (T, C) without gradients and dropout."""
     model.eval()
     with torch.no_grad():
         out = model(*batch(lengths)[:2], lengths)
@@ -80,30 +80,30 @@ def hidden(model, lengths):
 
 
 @needs_compiler
-def test_loss_and_gradients_are_the_plain_ones():
+def test_compiled_loss_and_gradients_equal_the_plain_ones():
     plain, fast = (lively_model(1, ("q_proj", "down_proj")) for _ in range(2))
     compile_layers(fast)
     check_compiler(torch.device("cpu"))
     for lengths in LENGTHS:
-        same(step(fast, lengths), step(plain, lengths))
+        assert_same(step(fast, lengths), step(plain, lengths))
 
 
-def test_ten_different_lengths_take_one_graph_of_each_part():
+def test_micro_batches_of_ten_different_lengths_share_one_graph_per_part():
     model = lively_model(3)
     compile_layers(model, backend="eager")
     for lengths in LENGTHS:
         step(model, lengths)
-    # Two parts of a layer; the first layer's input, unlike the others', needs no gradient.
+    # Two graphs for the first layer, whose input needs no gradient, and two for the other layers.
     assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
     for lengths in LENGTHS:
         hidden(model, lengths)
     assert counters["stats"]["unique_graphs"] == 6 and not counters["graph_break"]
 
 
-def test_all_that_is_done_with_a_model_can_be_done_with_a_compiled_one():
+def test_a_compiled_model_can_be_disabled_merged_generated_from_and_trained():
     plain, fast = lively_model(2), lively_model(2)
     compile_layers(fast, backend="eager")
-    prompts, limits = [[1, 2, 3], [4] * 9], {"max_new_tokens": 6, "eos_ids": (63,)}
+    prompts, decoding = [[1, 2, 3], [4] * 9], Decoding(6, eos_ids=(63,), vocab_size=64)
     found = []
     for model in (plain, fast):
         found.append([*step(model, [3, 9]), hidden(model, [3, 9])])
@@ -113,14 +113,14 @@ def test_all_that_is_done_with_a_model_can_be_done_with_a_compiled_one():
         found[-1].append(hidden(model, [3, 9]))
         unmerge(model)
         model.eval()
-        found[-1] += [d.tokens for d in generate(model, prompts, vocabulary=64, **limits)]
-        found[-1] += [d.tokens for d in generate(model, prompts[:1], vocabulary=64, **limits)]
+        found[-1] += [d.tokens for d in generate(model, prompts, decoding)]
+        found[-1] += [d.tokens for d in generate(model, prompts[:1], decoding)]
         found[-1] += step(model.train(), [8, 2])
-    same(*reversed(found))
-    assert counters["frames"]["ok"] == counters["frames"]["total"]  # none fell back to the plain
+    assert_same(*reversed(found))
+    assert counters["frames"]["ok"] == counters["frames"]["total"]  # none fell back
 
 
-def test_without_a_compiler_a_run_ends_before_it_begins(tmp_path):
+def test_without_a_compiler_a_run_is_refused_before_it_creates_its_folder(tmp_path):
     flags = ["--compile", "--device", "cpu", "--demo", "--out", str(tmp_path / "run")]
     with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
         with pytest.raises(BadOption, match="compiled for cpu here: .*No working C") as error:
@@ -128,7 +128,7 @@ def test_without_a_compiler_a_run_ends_before_it_begins(tmp_path):
     assert "g++" in error.value.remedy and not (tmp_path / "run").exists()
 
 
-def test_a_compiled_run_learns_what_a_plain_one_does(monkeypatch, tmp_path, checkpoint, arithmetic):
+def test_compiled_and_plain_runs_have_equal_losses(monkeypatch, tmp_path, checkpoint, arithmetic):
     monkeypatch.setattr(train, "check_compiler", lambda device: None)
     monkeypatch.setattr(train, "compile_layers", partial(compile_layers, backend="eager"))
     flags = ["--model", checkpoint, "--data", arithmetic, "--device", "cpu", "--precision", "fp32",

@@ -1,4 +1,4 @@
-"""The demo: problems that are disjoint and right, a base that was not taught them, and learning."""
+"""The demo: its problems are disjoint and correct, its base has not seen them, training works."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from benchmarks.build_demo_base import ENDOFTEXT, Texts, document
 from data import demo
 from data.chat import ChatFormat
 from data.rows import fingerprint
-from model.load import SHIPPED
+from model.checkpoint import SHIPPED
 from run.options import parse
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+) = <<\1\2\3=(\d+)>>\4 ")
@@ -25,21 +25,21 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def read() -> list[str]:
-    """Documents of every kind that the base reads, from the last part of its curriculum."""
+def documents() -> list[list[int]]:
+    """Documents of every kind that the base is trained on, from the end of its curriculum."""
     chat, texts = ChatFormat.from_folder(SHIPPED["demo"]), Texts(5)
     eos = chat.tokenizer.token_to_id(ENDOFTEXT)
     return [document(texts, chat, 0.9, eos) for _ in range(4000)]
 
 
-def test_the_problems_are_always_the_same(source):
+def test_the_problems_never_change(source):
     again = demo.load()
     assert fingerprint(source.train + source.test) == fingerprint(again.train + again.test)
-    # The base was built without these problems' numbers: changing them takes a new base.
+    # The base was trained without these problems' numbers: other problems would need a new base.
     assert fingerprint(source.train + source.test).startswith("3f780eed06c6")
 
 
-def test_every_solution_is_in_gsm8ks_form_and_its_sums_are_right(source):
+def test_every_solution_is_in_gsm8ks_format_and_its_calculations_are_correct(source):
     for problem in source.train + source.test:
         *lines, last = problem.answer.split("\n")
         steps = [STEP.search(line).groups() for line in lines]
@@ -48,46 +48,46 @@ def test_every_solution_is_in_gsm8ks_form_and_its_sums_are_right(source):
         assert last == f"#### {steps[-1][3]}"
 
 
-def test_no_two_problems_share_their_text_or_their_numbers(source):
-    told = list(itertools.islice(demo.stories(demo.SEED), demo.TRAIN + demo.TEST))
+def test_no_two_problems_have_the_same_text_or_the_same_numbers(source):
+    stories = list(itertools.islice(demo.stories(demo.SEED), demo.TRAIN + demo.TEST))
     problems = source.train + source.test
-    assert [s.question for s in told] == [p.question for p in problems]
-    assert len({p.question for p in problems}) == len({s.key for s in told}) == len(problems)
+    assert [s.question for s in stories] == [p.question for p in problems]
+    assert len({p.question for p in problems}) == len({s.key for s in stories}) == len(problems)
     assert all(
-        set(map(int, re.findall(r"\d+", s.question))) <= {*s.numbers} for s in told
-    )  # so the key holds every number that is read
+        set(map(int, re.findall(r"\d+", s.question))) <= {*s.numbers} for s in stories
+    )  # so the key contains every number in the text
 
 
-def test_the_categories_are_the_problems_own_and_even(source):
+def test_each_category_has_equally_many_test_problems(source):
     counts = {kind: sum(p.category == kind for p in source.test) for kind in demo.KINDS}
     assert set(counts.values()) == {demo.TEST // len(demo.KINDS)}
 
 
-def test_the_base_never_reads_a_problems_numbers_nor_an_answer_in_a_chat(read):
+def test_the_base_sees_no_problems_numbers_and_no_solution_in_a_conversation(documents):
     chat, texts = ChatFormat.from_folder(SHIPPED["demo"]), Texts(6)
-    told = itertools.islice(demo.stories(demo.SEED), demo.TRAIN + demo.TEST)
-    assert not {s.key for s in told} & {texts.story().key for _ in range(5000)}
-    for tokens in read:
+    stories = itertools.islice(demo.stories(demo.SEED), demo.TRAIN + demo.TEST)
+    assert not {s.key for s in stories} & {texts.story().key for _ in range(5000)}
+    for tokens in documents:
         text = chat.tokenizer.decode(tokens, skip_special_tokens=False)
         assert not re.search(r"<<[^>]*[-+*/=]", text) and not ("####" in text and "=" in text)
         turns = re.findall(r"(?s)<\|im_start\|>(?:user|assistant)\n(.*?)<\|im_end\|>", text)
         assert len(turns) in (0, 2) and len(set(turns)) <= 1  # the assistant only repeats
 
 
-def test_the_base_has_read_every_token_that_a_solution_takes(source, read):
+def test_the_base_has_seen_every_token_of_the_problems(source, documents):
     chat = ChatFormat.from_folder(SHIPPED["demo"])
     needed = {t for p in source.train + source.test for t in chat.encode(p.messages).tokens}
-    assert needed <= set(itertools.chain(*read))
+    assert needed <= set(itertools.chain(*documents))
 
 
-def test_the_base_ships_with_its_figures_in_two_megabytes():
+def test_the_base_with_its_measurements_takes_two_megabytes():
     sizes = {path.name: path.stat().st_size for path in SHIPPED["demo"].iterdir()}
     assert sum(sizes.values()) <= 2_000_000 and sizes["tokenizer.json"] < 20_000
-    right = json.loads((SHIPPED["demo"] / "build.json").read_text())["right"]
-    assert min(right.values()) > 0.9, right
+    correct = json.loads((SHIPPED["demo"] / "build.json").read_text())["correct"]
+    assert min(correct.values()) > 0.9, correct
 
 
-def test_the_flag_is_a_set_of_defaults_that_is_printed_and_that_others_override(capsys):
+def test_the_flag_sets_defaults_that_are_printed_and_that_other_options_override(capsys):
     presets = {"demo": train.DEMO}
     assert parse(train.TrainConfig, ["--demo"], "", presets) == train.TrainConfig(**train.DEMO)
     printed = capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_the_flag_is_a_set_of_defaults_that_is_printed_and_that_others_override(
 
 
 def outcome(out: Path, *flags: str) -> dict:
-    """A shortened demo: trained, and evaluated on 40 of its test problems."""
+    """Train a shortened demo and evaluate it on 40 of its test problems."""
     train.main(["--demo", "--out", str(out), "--precision", "fp32", "--device", "cpu", *flags])
     evaluate.main(["--demo", "--adapter", str(out / "best"), "--limit", "40",
                    "--precision", "fp32", "--device", "cpu"])  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 
 import evaluate
 from data.chat import ChatFormat
-from data.own import load_path
+from data.custom import load_path
 from data.rows import Message, Problem
 from errors import BadData, BadOption
 from evaluation.answers import Completion, GenerationSettings, answers
@@ -18,7 +18,6 @@ from evaluation.prompts import before_stop, prompt_tokens
 from evaluation.summary import breakdown, figures, outcomes, several_samples, transcripts
 from lora.inject import LoRAConfig, adapters, inject, merge
 from lora.peft_format import save_adapter
-from model.generate import Sampling
 from model.load import load_model
 from tests import toys
 
@@ -282,9 +281,7 @@ def test_an_open_answer_is_sampled_by_its_place_and_not_its_batch(trained):
     chat = ChatFormat.from_folder(trained / "base")
     problems = load_path(trained / "sums").test[:3]
     model = load_model(trained / "base", dtype=torch.float32)
-    asking = GenerationSettings(
-        sampling=Sampling(temperature=1.0, seed=3), samples=2, max_new_tokens=8
-    )
+    asking = GenerationSettings(temperature=1.0, seed=3, samples=2, max_new_tokens=8)
     ids = {"eos_ids": (toys.IM_END,)}
     whole = {(c.id, c.sample): c.text for c in answers(model, chat, problems, asking, **ids)}
     done = {(problems[0].id, 0), (problems[2].id, 1)}

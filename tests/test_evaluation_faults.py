@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 from data.chat import ChatFormat
-from data.own import load_path
+from data.custom import load_path
 from evaluation.answers import Completion, GenerationSettings, answers, read_answers
 from evaluation.generative import SCORERS, had_format
 from evaluation.mistakes import KINDS, classify

@@ -29,10 +29,11 @@ import train
 from files import MANIFEST, JsonLines, damage
 from lora.inject import LoRAConfig, inject, trained_parameters
 from lora.peft_format import WEIGHTS, peft_key
-from model.load import find_checkpoint, load_model
-from run.checkpoint import Progress, load_checkpoint, read_progress, repair, save_checkpoint
+from run.base import Base
+from run.best import publish_best
+from run.checkpoint import load_checkpoint, save_checkpoint
 from run.distributed import World
-from run.export import publish_best
+from run.folder import Progress, Run
 from tests import toys
 from tests.campaign.harness import (
     SHORT,
@@ -99,13 +100,13 @@ def test_killed_in_any_file_call_of_a_save_the_checkpoint_before_or_after_is_who
         learn(model, kept, range(cursor, cursor + 1))
         weights[cursor] = [p.clone() for p in model.parameters()]
         if cursor < 3:
-            save_checkpoint(tmp_path / "before", Progress(cursor), **kept)
+            save_checkpoint(Run(tmp_path / "before"), Progress(cursor), **kept)
     out, at = copy(tmp_path / "before", tmp_path / "run"), 0
-    save = functools.partial(save_checkpoint, out, Progress(3), **kept)
+    save = functools.partial(save_checkpoint, Run(out), Progress(3), **kept)
     while killed_in(save, at):
-        repair(out)
+        Run(out).repair()
         again, restored = fresh()
-        cursor = load_checkpoint(out, **restored).cursor
+        cursor = load_checkpoint(Run(out), **restored).cursor
         assert cursor in (2, 3)
         assert all(map(torch.equal, again.parameters(), weights[cursor]))
         names = [p.name for p in (out / "checkpoints").iterdir()]
@@ -118,12 +119,12 @@ def test_killed_in_any_file_call_of_a_save_the_checkpoint_before_or_after_is_who
 
 def test_killed_while_a_checkpoint_is_replaced_by_one_of_the_same_step(tmp_path):
     _, kept = fresh()
-    save_checkpoint(tmp_path / "before", Progress(3, step=1), **kept)
+    save_checkpoint(Run(tmp_path / "before"), Progress(3, step=1), **kept)
     out, at = copy(tmp_path / "before", tmp_path / "run"), 0
-    save = functools.partial(save_checkpoint, out, Progress(3, step=2), **kept)
+    save = functools.partial(save_checkpoint, Run(out), Progress(3, step=2), **kept)
     while killed_in(save, at):
-        repair(out)
-        assert read_progress(out).step in (1, 2)
+        Run(out).repair()
+        assert Run(out).read_progress().step in (1, 2)
         assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000003"]
         copy(tmp_path / "before", out)
         at += 1
@@ -134,15 +135,16 @@ def test_killed_while_a_checkpoint_is_replaced_by_one_of_the_same_step(tmp_path)
 def test_killed_in_any_file_call_of_publishing_the_best_the_old_or_the_new_one_loads(
     tiny, tmp_path, first
 ):
-    checkpoint = find_checkpoint(tiny[1], None)
-    model, config = load_model(checkpoint.folder, dtype=torch.float32), LoRAConfig(r=2)
+    base, config = Base.find(tiny[1], precision="fp32", device="cpu"), LoRAConfig(r=2)
+    model = base.load()
     inject(model, config)
     parameters = trained_parameters(model)
 
     def publish(step: int) -> None:
         for p in parameters.values():
             p.data.fill_(step)
-        publish_best(model, out, config, checkpoint=checkpoint, data="d", step=step, loss=1.0)
+        progress = Progress(step=step, best_loss=1.0)
+        publish_best(model, config, base, Run(out), data="d", progress=progress)
 
     out = tmp_path / "run"
     out.mkdir()
@@ -154,7 +156,7 @@ def test_killed_in_any_file_call_of_publishing_the_best_the_old_or_the_new_one_l
         found = load_file(out / "best" / WEIGHTS) if (out / "best").exists() else {}
         assert found.keys() == {peft_key(n) for n in parameters} or first and not found
         assert len({t.mean().item() for t in found.values()} - {1.0, 2.0}) == 0
-        repair(out)
+        Run(out).repair()
         assert {p.name for p in out.iterdir()} <= {"best"}
         copy(before, out)
         at += 1
@@ -203,8 +205,8 @@ def test_signals_during_a_save_leave_a_whole_checkpoint(
     ended = run(short, out, fault=in_the_third_save(signals))
     assert ended.code == code and "Traceback" not in ended.err
     check_instant(out)
-    repair(out)
-    assert read_progress(out).cursor == cursor
+    Run(out).repair()
+    assert Run(out).read_progress().cursor == cursor
     finish(short, out)
     assert left_behind(out) == expected
 
@@ -265,7 +267,7 @@ def test_a_run_whose_terminal_is_closed_saves_its_step(short, expected, tmp_path
 def test_the_newest_checkpoint_is_known_by_its_step_whatever_clocks_say(short, expected, half):
     for i, path in enumerate(sorted(half.rglob("*"), reverse=True)):
         os.utime(path, (i * 1e6, i * 1e6))
-    before = read_progress(half).cursor
+    before = Run(half).read_progress().cursor
 
     def clock_set_back():
         now = time.time
@@ -433,7 +435,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path,
     log, synced = JsonLines(tmp_path / "m.jsonl"), []
     monkeypatch.setattr(os, "fsync", synced.append)
     log.write(step=1)
-    assert log.sync() == len(b'{"step": 1}\n') and synced == [log.file.fileno()]
+    assert log.sync() == len(b'{"step": 1}\n') and synced == [log._file.fileno()]
 
 
 def test_what_killed_runs_left_is_removed_and_other_peoples_files_are_not(short, whole, tmp_path):
@@ -472,8 +474,8 @@ def test_a_second_trainer_is_refused_and_told_of_the_first_whose_death_frees_the
 @pytest.mark.parametrize(
     "flag, value",
     [
-        ("--learning-rate", 1e-3), ("--batch-size", 4), ("--grad-accum", 2), ("--r", 4),
-        ("--alpha", 3.0), ("--targets", "q_proj"), ("--seed", 1), ("--dropout", 0.3),
+        ("--learning-rate", 1e-3), ("--batch-size", 4), ("--grad-accum", 2), ("--rank", 4),
+        ("--alpha", "3"), ("--targets", "q_proj"), ("--seed", 1), ("--dropout", 0.3),
         ("--data", "other"), ("--model", "other"),
     ],
 )  # fmt: skip
@@ -506,8 +508,8 @@ def test_more_epochs_and_other_cadences_are_accepted_and_recorded(short, whole, 
     changes = json.loads((out / "config.json").read_text())["changes"]
     expected = {"epochs was 2, is 3", "evals_per_epoch was 2, is 5", "patience was 5, is 50"}
     assert set(changes) == expected | {f"out was {whole}, is {out}"}
-    assert all(f"goes on, but {change}\n" in ended.out for change in changes)
-    assert steps_logged(out) == 15 and read_progress(out).cursor == 15
+    assert all(f"resuming, although {change}\n" in ended.out for change in changes)
+    assert steps_logged(out) == 15 and Run(out).read_progress().cursor == 15
 
 
 def test_a_longer_run_killed_before_its_first_step_is_still_the_longer_one(short, whole, tmp_path):
@@ -519,9 +521,9 @@ def test_a_longer_run_killed_before_its_first_step_is_still_the_longer_one(short
 
 
 def test_fewer_epochs_than_were_done_end_the_run_where_it_is(short, half):
-    done = read_progress(half).cursor
+    done = Run(half).read_progress().cursor
     finish([*short, "--max-steps", 1], half)
-    assert steps_logged(half) == read_progress(half).cursor == done > 1
+    assert steps_logged(half) == Run(half).read_progress().cursor == done > 1
     assert read_log(half / "metrics.jsonl")[-1]["val_loss"] > 0
 
 
@@ -715,11 +717,11 @@ def test_what_fails_on_one_rank_is_said_once_and_all_leave(two_ranks, tmp_path):
     [
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 1,
          "error: the disk is full: a/b: No space left on device\n"
-         "  make room; the same command then goes on\n"),
+         "  free some space, then rerun the command to resume\n"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 1,
          "error: the disk is full: Disk quota exceeded\n"
-         "  make room; the same command then goes on\n"),
-        (KeyboardInterrupt(), 130, "stopped by the keyboard\n"),
+         "  free some space, then rerun the command to resume\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
 )  # fmt: skip

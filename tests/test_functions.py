@@ -1,4 +1,4 @@
-"""The formulas with hand-written gradients equal the plain ones, forward and backward."""
+"""The functions with hand-written gradients equal the plain formulas, forward and backward."""
 
 import pytest
 import torch
@@ -6,23 +6,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from model.functions import rms_norm, rotate, swiglu
+from model.qwen2 import plain_rms_norm, plain_rotate
 
 EPS = 1e-6
-
-
-def plain_rms_norm(x, weight):
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
-    return weight * (wide * scale).to(x.dtype)
-
-
-def plain_rotate(x, cos, sin):
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-def plain_swiglu(gate, up):
-    return F.silu(gate) * up
 
 
 def normal(*shape, dtype=torch.float64, seed=0):
@@ -31,14 +17,16 @@ def normal(*shape, dtype=torch.float64, seed=0):
 
 
 def angles(tokens, half, dtype=torch.float64):
-    turned = torch.arange(tokens)[:, None, None] * torch.linspace(0.1, 2, half)
-    return turned.cos().to(dtype), turned.sin().to(dtype)
+    """Cosines and sines (tokens, 1, half) of some angles."""
+    radians = torch.arange(tokens)[:, None, None] * torch.linspace(0.1, 2, half)
+    return radians.cos().to(dtype), radians.sin().to(dtype)
 
 
+# name -> (fast function, plain formula, inputs of a dtype)
 CASES = {
     "rms_norm": (
         lambda x, w: rms_norm(x, w, EPS),
-        plain_rms_norm,
+        lambda x, w: plain_rms_norm(x, w, EPS),
         lambda dtype: (normal(5, 8, dtype=dtype), normal(8, dtype=dtype, seed=1)),
     ),
     "rotate": (
@@ -48,22 +36,22 @@ CASES = {
     ),
     "swiglu": (
         swiglu,
-        plain_swiglu,
-        # more rows than are taken at once
+        lambda gate, up: F.silu(gate) * up,
+        # more tokens than BLOCK_TOKENS
         lambda dtype: (normal(130, 2, dtype=dtype), normal(130, 2, dtype=dtype, seed=1)),
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_finite_differences(name):
+def test_gradients_equal_finite_differences(name):
     fast, _, inputs = CASES[name]
     assert gradcheck(fast, [x.requires_grad_() for x in inputs(torch.float64)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_the_plain_formulas(name, dtype):
+def test_values_and_gradients_equal_the_plain_formulas(name, dtype):
     fast, plain, inputs = CASES[name]
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
     results = []
@@ -78,10 +66,10 @@ def test_values_and_gradients_are_the_plain_formulas(name, dtype):
         torch.testing.assert_close(ours.to(dtype), theirs.to(dtype), **close)
 
 
-def test_a_norm_of_a_wide_residual_is_rounded_to_its_weights_dtype():
+def test_the_norm_of_an_fp32_residual_is_rounded_to_the_weights_dtype():
     x, weight = normal(5, 8, dtype=torch.float32).requires_grad_(), torch.ones(8).bfloat16()
     y = rms_norm(x, weight, EPS)
-    assert torch.equal(y, plain_rms_norm(x, weight.float()).bfloat16())
+    assert torch.equal(y, plain_rms_norm(x, weight.float(), EPS).bfloat16())
     y.sum().backward()
     assert x.grad.dtype == torch.float32
 
@@ -92,13 +80,13 @@ def test_a_frozen_weight_gets_no_gradient():
     assert x.grad is not None and weight.grad is None
 
 
-def test_squares_that_half_precision_cannot_hold_do_not_overflow():
+def test_squares_above_the_range_of_fp16_do_not_overflow():
     x = torch.full((1, 8), 3e4, dtype=torch.float16)
     y = rms_norm(x, torch.ones(8, dtype=torch.float16), EPS)
     torch.testing.assert_close(y, torch.ones_like(y))
 
 
-def test_little_is_kept_for_the_backward_pass():
+def test_only_three_tensors_of_the_inputs_size_are_kept_for_the_backward_pass():
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     x, cos_sin = normal(5, 3, 8).requires_grad_(), angles(5, 4)
@@ -106,4 +94,4 @@ def test_little_is_kept_for_the_backward_pass():
         rms_norm(x, normal(8), EPS)
         rotate(x, *cos_sin)
         swiglu(x, x)
-    assert sum(t.shape == x.shape for t in kept) == 3  # the normed x, gate and up
+    assert sum(t.shape == x.shape for t in kept) == 3  # normalized x, gate and up

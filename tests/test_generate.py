@@ -1,7 +1,9 @@
-"""Laws of decoding: the truth is transformers, the full forward, or a prompt decoded alone.
+"""Laws of decoding: the truth is transformers, the full forward pass, or a prompt decoded alone.
 
-Legend: T tokens, B rows, C hidden size, V vocabulary.
+Legend: T tokens, B sequences, C hidden size, V vocabulary size.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +13,15 @@ from hypothesis import strategies as st
 
 from lora.inject import LoRAConfig, adapters, disabled, inject, merge
 from model.attention import attend_example
-from model.cache import BLOCK, KVCache, advance, attend_slots, shared_prefix
-from model.generate import Sampling, decode, generate, pick
+from model.cache import GROWTH, KVCache, advance, attend_slots, shared_prefix
+from model.generate import Decoding, decode, generate, pick
 from model.load import load_model
 from model.packed import PackedWeights, packing_works
 from model.qwen2 import Qwen2
 from tests import toys
 
 LENGTHS = (5, 1, 19, 8)
-ENDS = (7, 11, 60, 123, 200, 250)  # end tokens for which rows end at different steps
+ENDS = (7, 11, 60, 123, 200, 250)  # end tokens that end the sequences at different steps
 
 
 def examples(lengths=LENGTHS, seed: int = 0) -> list[torch.Tensor]:
@@ -27,13 +29,13 @@ def examples(lengths=LENGTHS, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(toys.TOKENS, (n,), generator=generator) for n in lengths]
 
 
-def states(model: Qwen2, row: torch.Tensor) -> torch.Tensor:
-    """Hidden states (T, C) of one text by the full forward."""
-    return model(row, torch.arange(len(row)), [len(row)])
+def states(model: Qwen2, text: torch.Tensor) -> torch.Tensor:
+    """Hidden states (T, C) of one text by the full forward pass."""
+    return model(text, torch.arange(len(text)), [len(text)])
 
 
-def logits(model: Qwen2, row: torch.Tensor) -> torch.Tensor:
-    return states(model, row) @ model.head_weight.t()  # (T, V)
+def logits(model: Qwen2, text: torch.Tensor) -> torch.Tensor:
+    return states(model, text) @ model.head_weight.t()  # (T, V)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +43,18 @@ def model(lively_checkpoint):
     return load_model(lively_checkpoint, dtype=torch.float32)
 
 
-def answers(model, prompts, **options):
-    """Token lists of `generate`, greedy and without end tokens unless told otherwise."""
-    options = {"max_new_tokens": 24, "eos_ids": (), "vocabulary": toys.TOKENS} | options
-    return [a.tokens for a in generate(model, [p.tolist() for p in prompts], **options)]
+def options(max_new_tokens: int = 24, eos_ids: tuple[int, ...] = (), **others) -> Decoding:
+    """By default greedy, without end tokens."""
+    return Decoding(max_new_tokens, eos_ids, vocab_size=toys.TOKENS, **others)
 
 
-def test_greedy_text_of_128_tokens_is_transformers(lively_checkpoint, model):
+def answers(model, prompts, decoding=options(), **others):
+    """The tokens of each answer of `generate`."""
+    prompts = [prompt.tolist() for prompt in prompts]
+    return [answer.tokens for answer in generate(model, prompts, decoding, **others)]
+
+
+def test_greedy_text_of_128_tokens_equals_transformers(lively_checkpoint, model):
     from transformers import AutoModelForCausalLM
 
     prompts = examples([11, 30], seed=4)
@@ -60,11 +67,11 @@ def test_greedy_text_of_128_tokens_is_transformers(lively_checkpoint, model):
         )  # fmt: skip
         truth = whole[0, len(prompt) :].tolist()
         assert len(truth) == 128 and len(set(truth)) > 30
-        assert answers(model, [prompt], max_new_tokens=128) == [truth]
+        assert answers(model, [prompt], options(128)) == [truth]
 
 
 @torch.no_grad()
-def test_cached_decoding_is_the_full_forward(model):
+def test_cached_decoding_equals_the_full_forward_pass(model):
     prompts = examples()
     for prompt, answer in zip(prompts, answers(model, prompts), strict=True):
         whole = torch.cat([prompt, torch.tensor(answer)])
@@ -73,38 +80,40 @@ def test_cached_decoding_is_the_full_forward(model):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("shared", [0, 4], ids=["nothing shared", "a shared beginning"])
-def test_cached_hidden_states_are_the_full_forwards(model, shared):
+@pytest.mark.parametrize("shared", [0, 4], ids=["no shared prefix", "a shared prefix"])
+def test_cached_hidden_states_equal_those_of_the_full_forward_pass(model, shared):
     (begin,) = examples([shared], seed=5)
-    rows = [torch.cat([begin, row]) for row in examples([BLOCK + 21, BLOCK + 16, BLOCK + 16])]
+    rests = examples([GROWTH + 21, GROWTH + 16, GROWTH + 16])
+    texts = [torch.cat([begin, rest]) for rest in rests]
     prefix = None
     if shared:
         prefix = KVCache(model, [0])
         prefix.prefill(model, [begin.tolist()])
     caches = [KVCache(model, [0, 1], prefix), KVCache(model, [2], prefix)]
-    seen = [shared + n for n in (6, 1, 3)]
-    starts = [row[:n].tolist() for row, n in zip(rows, seen, strict=True)]
+    lengths = [shared + n for n in (6, 1, 3)]  # of the prompts
+    starts = [text[:n].tolist() for text, n in zip(texts, lengths, strict=True)]
     hidden = torch.cat([caches[0].prefill(model, starts[:2]), caches[1].prefill(model, starts[2:])])
-    for step in range(BLOCK + 10):  # a cache grows on the way
-        truth = torch.stack([states(model, row[: n + step])[-1] for row, n in zip(rows, seen)])
+    for step in range(GROWTH + 10):  # so that the caches grow
+        ends = [n + step for n in lengths]
+        truth = torch.stack([states(model, text[:end])[-1] for text, end in zip(texts, ends)])
         torch.testing.assert_close(hidden, truth, atol=5e-5, rtol=0)
-        tokens = torch.stack([row[n + step] for row, n in zip(rows, seen)])
+        tokens = torch.stack([text[end] for text, end in zip(texts, ends)])
         hidden = advance(model, caches, tokens)  # (B, C)
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_attention_over_slots_is_the_plain_formula(dtype, error):
+def test_attention_over_slots_equals_the_plain_formula(dtype, error):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 2, n, 64, generator=generator) for n in (7, 50, 50))
     k, v = k * 3, v.to(dtype)  # so that scores are large
-    seen = torch.arange(50) >= torch.tensor([0, 20, 49])[:, None, None, None]  # (3, 1, 1, 50)
-    scores = q.double() @ k.double().transpose(2, 3) / 8 + torch.where(seen, 0.0, -torch.inf)
+    mask = torch.arange(50) >= torch.tensor([0, 20, 49])[:, None, None, None]  # (3, 1, 1, 50)
+    scores = q.double() @ k.double().transpose(2, 3) / 8 + torch.where(mask, 0.0, -torch.inf)
     truth = scores.softmax(dim=-1) @ v.double()
-    assert (attend_slots(q, k, v, seen).double() - truth).norm() < error * truth.norm()
+    assert (attend_slots(q, k, v, mask).double() - truth).norm() < error * truth.norm()
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_an_examples_last_tokens_attend_as_in_the_whole(dtype, error):
+def test_attention_of_an_examples_last_tokens_equals_that_of_the_whole_example(dtype, error):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(200, n, 16, generator=generator) for n in (14, 2, 2))
     whole = attend_example(q, k, v)
@@ -112,35 +121,40 @@ def test_an_examples_last_tokens_attend_as_in_the_whole(dtype, error):
     assert (found.float() - whole[-150:]).norm() < error * whole.norm()
 
 
-WAYS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=3)}
+GREEDY = options(40, ENDS)
+SAMPLED = options(40, ENDS, temperature=0.8, top_k=40, top_p=0.95, seed=3)
+both = pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 
 
-@pytest.mark.parametrize("sampling", WAYS.values(), ids=WAYS.keys())
-def test_company_and_order_do_not_change_a_rows_text(model, sampling):
+def one_by_one(model, prompts, decoding):
+    """Each prompt's answer when it is decoded alone."""
+    return [answers(model, [p], decoding, sequence_ids=[i])[0] for i, p in enumerate(prompts)]
+
+
+@both
+def test_the_other_prompts_and_their_order_do_not_change_a_text(model, decoding):
     prompts = examples((5, 1, 19, 8, 8, 2, 13), seed=2)
-    options = {"eos_ids": ENDS, "sampling": sampling, "max_new_tokens": 40}
-    alone = [answers(model, [p], rows=[i], **options)[0] for i, p in enumerate(prompts)]
-    assert len({len(a) for a in alone}) > 3, "rows must end at different steps"
-    for at_once in (1, 2, 5, 100):  # with fewer than seven, rows that end are replaced
-        assert answers(model, prompts, at_once=at_once, **options) == alone
-    backwards = answers(model, prompts[::-1], rows=list(range(7))[::-1], **options)
+    alone = one_by_one(model, prompts, decoding)
+    assert len({len(a) for a in alone}) > 3, "sequences must end at different steps"
+    for batch_size in (1, 2, 5, 100):  # with fewer than seven, finished sequences are replaced
+        assert answers(model, prompts, replace(decoding, batch_size=batch_size)) == alone
+    backwards = answers(model, prompts[::-1], decoding, sequence_ids=list(range(7))[::-1])
     assert backwards[::-1] == alone
 
 
-@pytest.mark.parametrize("sampling", WAYS.values(), ids=WAYS.keys())
-def test_a_shared_beginning_and_equal_prompts_change_no_text(model, sampling):
-    begin, *rest = examples([30, 3, 9, 1, 6], seed=6)
-    prompts = [torch.cat([begin, row]) for row in rest for _ in range(3)]
+@both
+def test_a_shared_prefix_and_equal_prompts_do_not_change_a_text(model, decoding):
+    begin, *rests = examples([30, 3, 9, 1, 6], seed=6)
+    prompts = [torch.cat([begin, rest]) for rest in rests for _ in range(3)]
     assert shared_prefix(model, [p.tolist() for p in prompts]).used == len(begin)
-    options = {"sampling": sampling, "eos_ids": ENDS, "max_new_tokens": 40}
-    alone = [answers(model, [p], rows=[i], **options)[0] for i, p in enumerate(prompts)]
-    assert answers(model, prompts, **options) == alone
-    assert answers(model, prompts, at_once=8, **options) == alone
+    alone = one_by_one(model, prompts, decoding)
+    assert answers(model, prompts, decoding) == alone
+    assert answers(model, prompts, replace(decoding, batch_size=8)) == alone
 
 
-def test_what_prompts_share_is_computed_once(model, monkeypatch):
-    begin, *rest = examples([40, 3, 9, 1], seed=6)
-    prompts = [torch.cat([begin, row]) for row in rest for _ in range(4)]
+def test_a_shared_prefix_and_equal_prompts_are_computed_once(model, monkeypatch):
+    begin, *rests = examples([40, 3, 9, 1], seed=6)
+    prompts = [torch.cat([begin, rest]) for rest in rests for _ in range(4)]
     forward, computed = Qwen2.forward, []
 
     def counting(self, tokens, positions, lengths, cache=None):
@@ -148,162 +162,159 @@ def test_what_prompts_share_is_computed_once(model, monkeypatch):
         return forward(self, tokens, positions, lengths, cache)
 
     monkeypatch.setattr(Qwen2, "forward", counting)
-    answers(model, prompts, max_new_tokens=1, at_once=48)
+    answers(model, prompts, options(1, batch_size=48))
     assert computed == [40, 3 + 9 + 1]
 
 
 def test_a_prompt_that_begins_another_shares_all_but_its_last_token(model):
-    (row,) = examples([80])
-    prompts = [row[:40], row, row[:41]]
+    (text,) = examples([80])
+    prompts = [text[:40], text, text[:41]]
     assert shared_prefix(model, [p.tolist() for p in prompts]).used == 39
     alone = [answers(model, [p])[0] for p in prompts]
     assert answers(model, prompts) == alone
-    assert shared_prefix(model, [row.tolist()] * 5) is None, "nothing would be saved"
+    assert shared_prefix(model, [text.tolist()] * 5) is None, "nothing would be saved"
 
 
 def test_each_prompt_may_have_its_own_limit(model):
     prompts, limits = examples((5, 1, 19, 8, 8, 2, 13), seed=2), [3, 9, 1, 30, 2, 12, 5]
-    free = answers(model, prompts, max_new_tokens=30)
-    found = answers(model, prompts, max_new_tokens=limits, at_once=4)
-    assert found == [text[:limit] for text, limit in zip(free, limits, strict=True)]
+    unlimited = answers(model, prompts, options(30))
+    limited = answers(model, prompts, options(30, batch_size=4), limits=limits)
+    assert limited == [text[:limit] for text, limit in zip(unlimited, limits, strict=True)]
 
 
-def test_equal_prompts_draw_different_samples_and_a_seed_repeats_them(model):
+def test_equal_prompts_get_different_samples_and_a_seed_reproduces_them(model):
     (prompt,) = examples([6])
-    draw = {"sampling": Sampling(temperature=1.0, seed=1), "max_new_tokens": 12}
-    first = answers(model, [prompt] * 4, **draw)
+    decoding = options(12, temperature=1.0, seed=1)
+    first = answers(model, [prompt] * 4, decoding)
     assert len(set(map(tuple, first))) == 4
-    assert answers(model, [prompt] * 4, **draw) == first
-    assert answers(model, [prompt] * 4, **draw | {"sampling": Sampling(1.0, seed=2)}) != first
+    assert answers(model, [prompt] * 4, decoding) == first
+    assert answers(model, [prompt] * 4, replace(decoding, seed=2)) != first
 
 
 def test_a_temperature_near_zero_is_greedy_and_a_high_one_is_not(model):
     prompts = examples()
-    cold, hot = (answers(model, prompts, sampling=Sampling(t)) for t in (1e-3, 3.0))
+    cold, hot = (answers(model, prompts, options(temperature=t)) for t in (1e-3, 3.0))
     assert cold == answers(model, prompts) != hot
 
 
-def plain_distribution(row: torch.Tensor, sampling: Sampling) -> dict[int, float]:
-    """Probabilities by token: keep the k likeliest, of these the fewest to reach top_p; rescale."""
-    p = torch.softmax(row.double() / sampling.temperature, dim=0).tolist()
-    kept, mass = {}, 0.0
-    for token in sorted(range(len(p)), key=lambda i: -p[i])[: sampling.top_k or len(p)]:
-        if mass >= sampling.top_p:
+def plain_distribution(logits: torch.Tensor, decoding: Decoding) -> dict[int, float]:
+    """The probability of each allowed token: of the top k, the fewest that reach top_p."""
+    p = torch.softmax(logits.double() / decoding.temperature, dim=0).tolist()
+    kept, total = {}, 0.0
+    for token in sorted(range(len(p)), key=lambda i: -p[i])[: decoding.top_k or len(p)]:
+        if total >= decoding.top_p:
             break
         kept[token] = p[token]
-        mass += p[token]
-    return {token: share / sum(kept.values()) for token, share in kept.items()}
+        total += p[token]
+    return {token: probability / total for token, probability in kept.items()}
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.2, 3), st.integers(0, 14), st.floats(0.05, 1))
-def test_sampling_is_top_k_and_top_p_by_the_plain_formula(seed, temperature, top_k, top_p):
-    sampling = Sampling(temperature, top_k, top_p)
-    row = 2 * torch.randn(12, generator=torch.Generator().manual_seed(seed))
-    truth = plain_distribution(row, sampling)
+def test_sampling_follows_the_plain_formula_of_top_k_and_top_p(seed, temperature, top_k, top_p):
+    decoding = options(temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = 2 * torch.randn(12, generator=torch.Generator().manual_seed(seed))
+    truth = plain_distribution(logits, decoding)
     n = 2000
-    noise = (torch.arange(n).double() + 0.5) / n  # every part of [0, 1) once: shares, not chances
-    picked = pick(row.expand(n, -1), sampling, noise).bincount(minlength=12) / n
+    draws = (torch.arange(n).double() + 0.5) / n  # evenly spaced, so that frequencies are exact
+    picked = pick(logits.expand(n, -1), decoding, draws).bincount(minlength=12) / n
     assert set(picked.nonzero().flatten().tolist()) <= set(truth)
     expected = torch.tensor([truth.get(token, 0.0) for token in range(12)])
     torch.testing.assert_close(picked, expected, atol=1.1 / n, rtol=0)
 
 
-def test_noise_at_the_ends_of_its_range_picks_the_first_and_the_last_allowed_token():
-    row = torch.tensor([[0.0, 3.0, 1.0, 2.0, -200.0]])
-    for noise, token in ((0.0, 1), (1 - 2**-53, 2)):
-        ends = torch.tensor([noise], dtype=torch.float64)
-        assert pick(row, Sampling(1.0, top_k=3), ends).item() == token
-    half = torch.tensor([0.5], dtype=torch.float64)  # where the second of two equal shares begins
-    assert pick(torch.zeros(1, 2), Sampling(1.0), half).item() == 1
+def test_the_smallest_and_largest_draws_pick_the_first_and_the_last_allowed_token():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, -200.0]])
+    for draw, token in ((0.0, 1), (1 - 2**-53, 2)):
+        draws = torch.tensor([draw], dtype=torch.float64)
+        assert pick(logits, options(temperature=1.0, top_k=3), draws).item() == token
+    half = torch.tensor([0.5], dtype=torch.float64)  # where the second of two equal tokens begins
+    assert pick(torch.zeros(1, 2), options(temperature=1.0), half).item() == 1
 
 
 def test_bf16_logits_are_sampled_in_fp32():
-    row = torch.randn(200, generator=torch.Generator().manual_seed(0)).bfloat16().expand(500, -1)
-    noise, sampling = (torch.arange(500).double() + 0.5) / 500, Sampling(0.7, top_p=0.9)
-    assert torch.equal(pick(row, sampling, noise), pick(row.float(), sampling, noise))
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, generator=generator).bfloat16().expand(500, -1)
+    draws = (torch.arange(500).double() + 0.5) / 500
+    decoding = options(temperature=0.7, top_p=0.9)
+    assert torch.equal(pick(logits, decoding, draws), pick(logits.float(), decoding, draws))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(2.0)], ids=["greedy", "sampled"])
-def test_unused_rows_of_the_table_are_never_picked(lively_checkpoint, sampling):
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_ids_beyond_the_tokenizer_are_never_picked(lively_checkpoint, temperature):
     model = load_model(lively_checkpoint, dtype=torch.float32)
     hidden = states(model, examples()[2]).abs().mean()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
     model.lm_head.weight[toys.TOKENS :] *= 1e4
-    loudest = logits(model, examples()[2]).argmax(dim=1)
-    assert hidden > 0 and (loudest >= toys.TOKENS).any(), "the unused rows must be tempting"
-    texts = answers(model, examples(), sampling=sampling)
+    likeliest = logits(model, examples()[2]).argmax(dim=1)
+    assert hidden > 0 and (likeliest >= toys.TOKENS).any(), "unused ids must have large logits"
+    texts = answers(model, examples(), options(temperature=temperature))
     assert max(token for text in texts for token in text) < toys.TOKENS
 
 
-def test_an_end_token_ends_a_row_and_the_limit_cuts_it_off(model):
+def test_an_answer_ends_at_an_end_token_or_is_cut_off_by_the_limit(model):
     prompts = [p.tolist() for p in examples()]
-    free = answers(model, examples())
-    end = free[0][9]
-    ended = generate(
-        model, prompts, max_new_tokens=24, eos_ids=(end, toys.IM_END), vocabulary=toys.TOKENS
-    )
-    for text, answer in zip(free, ended, strict=True):
-        stops = text.index(end) if end in text else len(text)
-        assert answer.tokens == text[:stops]
+    endless = answers(model, examples())
+    end = endless[0][9]
+    ended = generate(model, prompts, options(24, (end, toys.IM_END)))
+    for text, answer in zip(endless, ended, strict=True):
+        length = text.index(end) if end in text else len(text)
+        assert answer.tokens == text[:length]
         assert answer.cut_off == (end not in text)
     assert not ended[0].cut_off and ended[0].tokens
 
 
-def test_a_limit_of_n_gives_n_tokens_and_a_limit_of_none_gives_none(model):
-    free = answers(model, examples())
+def test_a_limit_of_n_gives_n_tokens_and_a_limit_of_zero_none(model):
+    texts = answers(model, examples())
     for limit in (1, 2, 17):
-        assert answers(model, examples(), max_new_tokens=limit) == [text[:limit] for text in free]
-    (none,) = generate(model, [[1]], max_new_tokens=0, eos_ids=(), vocabulary=toys.TOKENS)
-    assert none.tokens == [] and none.cut_off
-    assert generate(model, [], max_new_tokens=5, eos_ids=(), vocabulary=toys.TOKENS) == []
+        assert answers(model, examples(), options(limit)) == [text[:limit] for text in texts]
+    (empty,) = generate(model, [[1]], options(0))
+    assert empty.tokens == [] and empty.cut_off
+    assert generate(model, [], options(5)) == []
 
 
-def test_finished_rows_leave_at_once_and_waiting_ones_take_their_places(model, monkeypatch):
+def test_finished_sequences_are_removed_and_replaced_by_waiting_ones(model, monkeypatch):
     prompts, sizes = examples((5, 1, 19, 8, 8, 2, 13), seed=2), []
     forward = Qwen2.forward
 
     def counting(self, tokens, positions, lengths, cache=None):
-        if positions.min() > 0:  # no prompt
+        if positions.min() > 0:  # a decoding step, not a prefill
             sizes.append(len(lengths))
         return forward(self, tokens, positions, lengths, cache)
 
     monkeypatch.setattr(Qwen2, "forward", counting)
     limits = [2, 9, 4, 4, 3, 6, 3]
-    answers(model, prompts, max_new_tokens=limits, at_once=7)
-    # One prompt comes in with each step; row i gets its tokens in the steps from i on.
+    answers(model, prompts, options(batch_size=7), limits=limits)
+    # One prompt joins in each step, so that sequence i gets its tokens in the steps from i on.
     live = [sum(i < step < i + n for i, n in enumerate(limits)) for step in range(1, 11)]
     assert sizes == [n for n in live if n]
     sizes.clear()
-    answers(model, prompts, max_new_tokens=limits, at_once=2)
+    answers(model, prompts, options(batch_size=2), limits=limits)
     assert set(sizes) == {1, 2} and sum(sizes) == sum(limits) - len(limits)
 
 
-def test_a_row_ends_where_its_caller_says_so_with_the_token_that_ended_it(model):
-    free = answers(model, examples())
-    asked = []
+def test_an_answer_ends_with_the_token_at_which_stopped_returns_true(model):
+    texts = answers(model, examples())
+    calls = []
 
     def stopped(answer):
-        asked.append(list(answer))
-        return answer == free[2][:7]
+        calls.append(list(answer))
+        return answer == texts[2][:7]
 
-    prompts = [p.tolist() for p in examples()]
-    ended = generate(
-        model, prompts, max_new_tokens=24, eos_ids=(), vocabulary=toys.TOKENS, stopped=stopped
-    )
-    assert [a.tokens for a in ended] == [*free[:2], free[2][:7], free[3]]
+    ended = generate(model, [p.tolist() for p in examples()], options(), stopped=stopped)
+    assert [a.tokens for a in ended] == [*texts[:2], texts[2][:7], texts[3]]
     assert [a.cut_off for a in ended] == [True, True, False, True]
-    assert free[0][:1] in asked and free[0] in asked and free[2][:8] not in asked
+    assert texts[0][:1] in calls and texts[0] in calls and texts[2][:8] not in calls
 
 
-def test_each_step_yields_the_live_rows_and_their_tokens_end_tokens_included(model):
+def test_each_step_yields_a_token_of_each_live_sequence_end_tokens_included(model):
     prompts, end = [p.tolist() for p in examples()], answers(model, examples())[0][3]
-    steps = list(decode(model, prompts, max_new_tokens=8, eos_ids=(end,), vocabulary=toys.TOKENS))
+    steps = list(decode(model, prompts, options(8, (end,))))
     ended = set()
     for step in steps:
-        assert [row for row, _, _ in step] == [row for row in range(4) if row not in ended]
+        assert [i for i, _, _ in step] == [i for i in range(4) if i not in ended]
         assert all(done == (token == end) for _, token, done in step)
-        ended |= {row for row, _, done in step if done}
+        ended |= {i for i, _, done in step if done}
     assert 0 in ended and len(steps) <= 8
 
 
@@ -320,24 +331,24 @@ def bf16(tmp_path):
     return model.eval()
 
 
-needs_packing = pytest.mark.skipif(not packing_works(), reason="no bf16 kernel that packs")
+needs_packing = pytest.mark.skipif(not packing_works(), reason="no packed bf16 kernel")
 
 
 @needs_packing
-@pytest.mark.parametrize("rows", [1, 7, 33, 300])
-def test_packed_products_are_the_plain_ones_bit_for_bit(bf16, rows):
-    (row,) = examples([rows])
+@pytest.mark.parametrize("tokens", [1, 7, 33, 300])
+def test_packed_products_equal_plain_ones_bit_for_bit(bf16, tokens):
+    (text,) = examples([tokens])
     with torch.inference_mode():
-        plain = states(bf16, row)
+        plain = states(bf16, text)
         weights = PackedWeights(bf16, bf16.head_weight[: toys.TOKENS])
-        with weights.used():
-            assert torch.equal(states(bf16, row), plain)
+        with weights.active():
+            assert torch.equal(states(bf16, text), plain)
         head = F.linear(plain, bf16.head_weight[: toys.TOKENS])
         assert torch.equal(weights.logits(plain), head)
 
 
 @needs_packing
-def test_decoding_sees_adapters_switched_off_and_merged(bf16):
+def test_decoding_respects_disabled_and_merged_adapters(bf16):
     prompts = examples()
     adapted = answers(bf16, prompts)
     with disabled(bf16):
@@ -352,14 +363,13 @@ def test_decoding_sees_adapters_switched_off_and_merged(bf16):
         assert answers(bf16, prompts) == base
 
 
-def test_between_steps_the_model_is_itself(bf16):
-    steps = decode(bf16, [[1, 2]], max_new_tokens=5, eos_ids=(), vocabulary=toys.TOKENS)
+def test_between_steps_the_model_is_unpatched_and_trainable(bf16):
+    steps = decode(bf16, [[1, 2]], options(5))
     next(steps)
     assert not any("forward" in vars(module) for module in bf16.modules())
-    row = torch.tensor([3, 4])
-    states(bf16, row).float().sum().backward()
+    states(bf16, torch.tensor([3, 4])).float().sum().backward()
     assert all(layer.lora_A.grad is not None for layer in adapters(bf16))
 
 
-def test_weights_that_no_kernel_packs_stay_as_they_are(model):
+def test_fp32_weights_are_not_packed(model):
     assert not PackedWeights(model, model.head_weight).layers

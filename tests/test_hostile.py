@@ -23,7 +23,8 @@ from data.chat import WORDS, ChatFormat
 from errors import BadAdapter, BadCheckpoint, HubError, TrainingFailed, UserError, run_script
 from lora.inject import LoRAConfig, adapters, inject
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter, save_adapter
-from model.load import load_model, read_config, read_eos_ids
+from model.checkpoint import read_config, read_eos_ids
+from model.load import load_model
 from tests import toys
 
 ROOT = Path(__file__).resolve().parents[1]

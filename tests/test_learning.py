@@ -19,7 +19,7 @@ from tests.toys import read_log
 LEGS = {"dog": 4, "hen": 2, "ant": 6, "crab": 10, "fish": 0, "spider": 8, "goat": 4, "duck": 2,
         "bee": 6, "snake": 0}  # fmt: skip
 NAMES = "Ann Ben Cleo Dan Eva Finn Gus Hal Ida Jon Kim Leo Mia Ned Ola Pat Quin Ron Sue Tom".split()
-STRONG = "--targets all-linear --r 16 --alpha 32 --learning-rate 1e-2 --batch-size 8 --epochs 6"
+STRONG = "--targets all-linear --rank 16 --alpha 32 --learning-rate 1e-2 --batch-size 8 --epochs 6"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""Laws of the linear cross-entropy; the truth is `F.cross_entropy` on the full logits.
+"""Laws of the linear cross-entropy; the truth is `plain_loss`, which holds all logits at once.
 
-Legend: T tokens, C hidden size, V vocabulary.
+Legend: T tokens, C hidden size, V vocabulary size.
 """
 
 import pytest
@@ -12,60 +12,63 @@ from torch.autograd import gradcheck
 
 from model import loss
 from model.loss import IGNORE, linear_cross_entropy
+from model.qwen2 import plain_loss
 
 T, C, V = 37, 16, 53
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks():
-    """Several chunks of a few blocks each, none of whose sizes divides the next."""
+    """Several chunks of a few blocks each; no size divides the next larger one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "CHUNK_BYTES", 11 * V * 4)
-        patch.setattr(loss, "BLOCK_BYTES", 4 * V * 4)
+        patch.setattr(loss, "LOGITS_BYTES", 11 * V * 4)
+        patch.setattr(loss, "PROBABILITIES_BYTES", 4 * V * 4)
         yield
 
 
-def problem(seed: int = 0, tokens: int = T, silent: float = 0.3, dtype=torch.float32):
-    """hidden (T, C), weight (V, C), targets (T,) of which about the share `silent` is ignored."""
+def problem(seed: int = 0, tokens: int = T, ignored: float = 0.3, dtype=torch.float32):
+    """hidden (T, C), weight (V, C), and targets (T,), a fraction `ignored` of which is IGNORE."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, C, generator=generator, dtype=dtype)
     weight = torch.randn(V, C, generator=generator, dtype=dtype)
     targets = torch.randint(V, (tokens,), generator=generator)
-    targets[torch.rand(tokens, generator=generator) < silent] = IGNORE
+    targets[torch.rand(tokens, generator=generator) < ignored] = IGNORE
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def plain(hidden, weight, targets):
-    """The loss with all logits at once."""
-    return F.cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE, reduction="sum")
+def test_the_plain_formula_equals_pytorchs_cross_entropy():
+    hidden, weight, targets = problem()
+    logits = hidden @ weight.t()  # (T, V)
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(plain_loss(hidden, weight, targets), expected)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.0, 0.3, 0.9]))
-def test_the_loss_and_its_gradients_are_cross_entropys_on_full_logits(seed, tokens, silent):
-    hidden, weight, targets = problem(seed, tokens, silent)
+def test_the_loss_and_its_gradients_equal_those_of_full_logits(seed, tokens, ignored):
+    hidden, weight, targets = problem(seed, tokens, ignored)
     nats, _ = linear_cross_entropy(hidden, weight, targets)
-    truth = plain(hidden, weight, targets)
+    truth = plain_loss(hidden, weight, targets)
     torch.testing.assert_close(nats, truth)
     ours = torch.autograd.grad(nats * 0.7, (hidden, weight))
     theirs = torch.autograd.grad(truth * 0.7, (hidden, weight))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_chunks_and_blocks_of_these_tests_are_several_and_do_not_divide():
-    rows, block = (size // (V * 4) for size in (loss.CHUNK_BYTES, loss.BLOCK_BYTES))
-    supervised = (problem(silent=0.0)[2] != IGNORE).sum().item()
+def test_these_tests_use_several_chunks_and_blocks_of_unequal_sizes():
+    rows, block = (size // (V * 4) for size in (loss.LOGITS_BYTES, loss.PROBABILITIES_BYTES))
+    supervised = (problem(ignored=0.0)[2] != IGNORE).sum().item()
     assert supervised > 3 * rows and supervised % rows and rows > 2 * block and rows % block
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 36, 37, 1000])
 @pytest.mark.parametrize("block_rows", [1, 3, 1000])
-def test_the_sizes_of_chunks_and_blocks_do_not_matter(monkeypatch, chunk_rows, block_rows):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_rows * V * 4)
-    monkeypatch.setattr(loss, "BLOCK_BYTES", block_rows * V * 4)
-    hidden, weight, targets = problem(silent=0.0)
+def test_chunk_and_block_sizes_do_not_change_the_result(monkeypatch, chunk_rows, block_rows):
+    monkeypatch.setattr(loss, "LOGITS_BYTES", chunk_rows * V * 4)
+    monkeypatch.setattr(loss, "PROBABILITIES_BYTES", block_rows * V * 4)
+    hidden, weight, targets = problem(ignored=0.0)
     nats, _ = linear_cross_entropy(hidden, weight, targets)
-    truth = plain(hidden, weight, targets)
+    truth = plain_loss(hidden, weight, targets)
     torch.testing.assert_close(nats, truth)
     ours, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (nats, truth))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -80,7 +83,7 @@ def test_the_gradients_pass_gradcheck():
     assert gradcheck(lambda w: linear_cross_entropy(still, w, targets)[0], (weight,))
 
 
-def test_a_frozen_weight_gets_no_gradient_and_none_is_made_for_it():
+def test_no_gradient_is_computed_for_a_frozen_weight():
     hidden, weight, targets = problem()
     weight.requires_grad_(False)
     nats, _ = linear_cross_entropy(hidden, weight, targets)
@@ -91,27 +94,27 @@ def test_a_frozen_weight_gets_no_gradient_and_none_is_made_for_it():
     assert [None if t is None else t.shape[1] for t in kept] == [C, None]
 
 
-def test_ignored_rows_add_nothing_and_get_no_gradient():
+def test_ignored_tokens_contribute_nothing_and_get_no_gradient():
     hidden, weight, targets = problem()
-    silent = targets == IGNORE
-    loud = hidden.detach().clone()
-    loud[silent] = 1e4
-    loud.requires_grad_()
-    nats, correct = linear_cross_entropy(loud, weight, targets)
+    ignored = targets == IGNORE
+    changed = hidden.detach().clone()
+    changed[ignored] = 1e4
+    changed.requires_grad_()
+    nats, correct = linear_cross_entropy(changed, weight, targets)
     assert (nats, correct) == linear_cross_entropy(hidden, weight, targets)
     nats.backward()
-    assert silent.any() and (loud.grad[silent] == 0).all()
-    assert (loud.grad[~silent] != 0).any(dim=1).all()
+    assert ignored.any() and (changed.grad[ignored] == 0).all()
+    assert (changed.grad[~ignored] != 0).any(dim=1).all()
 
 
-def test_rows_given_by_the_caller_are_the_ones_it_would_have_found():
+def test_passing_the_supervised_rows_does_not_change_the_result():
     hidden, weight, targets = problem()
-    rows = (targets != IGNORE).nonzero().squeeze(1)
-    given_rows = linear_cross_entropy(hidden, weight, targets, rows)
-    assert given_rows == linear_cross_entropy(hidden, weight, targets)
+    supervised_rows = (targets != IGNORE).nonzero().squeeze(1)
+    passed = linear_cross_entropy(hidden, weight, targets, supervised_rows)
+    assert passed == linear_cross_entropy(hidden, weight, targets)
 
 
-def test_no_supervised_row_at_all_is_a_loss_of_zero_with_gradient_zero():
+def test_without_supervised_tokens_loss_and_gradients_are_zero():
     hidden, weight, targets = problem()
     nats, correct = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))
     nats.backward()
@@ -119,30 +122,30 @@ def test_no_supervised_row_at_all_is_a_loss_of_zero_with_gradient_zero():
     assert (hidden.grad == 0).all() and (weight.grad == 0).all()
 
 
-def test_one_row_is_minus_the_log_of_its_targets_probability():
+def test_one_tokens_loss_is_minus_the_log_of_its_targets_probability():
     hidden, weight, _ = problem(tokens=1)
     nats, _ = linear_cross_entropy(hidden, weight, torch.tensor([7]))
     torch.testing.assert_close(nats, -(weight @ hidden[0]).softmax(0)[7].log())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits_give_finite_numbers(dtype):
+def test_extreme_logits_give_finite_losses_and_gradients(dtype):
     weight = torch.linspace(-1e4, 1e4, V)[:, None].to(dtype).requires_grad_()
     hidden = torch.tensor([[1.0], [1.0], [-1.0], [0.0]], dtype=dtype, requires_grad=True)
     targets = torch.tensor([0, V - 1, V - 1, 5])
     nats, correct = linear_cross_entropy(hidden, weight, targets)
-    truth = plain(hidden.detach().double(), weight.detach().double(), targets)
+    truth = plain_loss(hidden.detach().double(), weight.detach().double(), targets)
     torch.testing.assert_close(nats, truth.float(), rtol=1e-3, atol=1e-3)
     nats.backward()
     assert correct == 1
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
 
-def test_bf16_inputs_give_the_fp32_loss_and_gradient_to_their_own_precision():
+def test_bf16_inputs_give_the_fp32_loss_and_gradient_within_bf16_precision():
     hidden, weight, targets = problem(dtype=torch.bfloat16)
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
     nats, _ = linear_cross_entropy(hidden, weight, targets)
-    truth = plain(*wide, targets)
+    truth = plain_loss(*wide, targets)
     assert nats.dtype == torch.float32
     torch.testing.assert_close(nats, truth, rtol=5e-3, atol=0)
     ours = torch.autograd.grad(nats, (hidden, weight))
@@ -151,9 +154,9 @@ def test_bf16_inputs_give_the_fp32_loss_and_gradient_to_their_own_precision():
         assert (mine.float() - exact).norm() < 0.01 * exact.norm()
 
 
-def test_a_factor_that_bf16_cannot_hold_does_not_tilt_the_bf16_gradient():
+def test_the_gradient_of_the_loss_is_not_rounded_to_bf16():
     hidden, weight, targets = problem(dtype=torch.bfloat16)
-    factor = 257 / 256  # half-way between two bf16 numbers, each 0.4 % off
+    factor = 257 / 256  # halfway between two bf16 numbers, 0.4 % from each
     nats, _ = linear_cross_entropy(hidden, weight.detach(), targets)
     (whole,) = torch.autograd.grad(nats, hidden, retain_graph=True)
     (scaled,) = torch.autograd.grad(nats * factor, hidden)
@@ -168,7 +171,7 @@ def test_backward_can_be_called_twice():
     assert all(map(torch.equal, first, second))
 
 
-def test_correct_counts_the_supervised_rows_whose_largest_logit_is_the_targets():
+def test_correct_counts_the_supervised_tokens_whose_target_has_the_largest_logit():
     hidden, weight, targets = problem(seed=3, tokens=200)
     likeliest = (hidden @ weight.t()).argmax(dim=1)
     targets[::2] = torch.where(targets[::2] == IGNORE, IGNORE, likeliest[::2])
@@ -177,25 +180,25 @@ def test_correct_counts_the_supervised_rows_whose_largest_logit_is_the_targets()
     assert correct.item() == count and 50 < count < 100
 
 
-def test_of_equal_logits_the_first_counts():
+def test_the_first_of_equal_logits_is_the_prediction():
     hidden, weight = torch.ones(1, C), torch.ones(V, C)
     assert linear_cross_entropy(hidden, weight, torch.tensor([0]))[1] == 1
     assert linear_cross_entropy(hidden, weight, torch.tensor([1]))[1] == 0
 
 
-def test_without_gradients_the_numbers_are_the_same():
+def test_without_gradients_the_results_are_the_same():
     hidden, weight, targets = problem()
     with torch.no_grad():
-        silent = linear_cross_entropy(hidden.detach(), weight.detach(), targets)
+        without = linear_cross_entropy(hidden.detach(), weight.detach(), targets)
     nats, correct = linear_cross_entropy(hidden, weight, targets)
-    assert silent == (nats, correct) and not silent[0].requires_grad
+    assert without == (nats, correct) and not without[0].requires_grad
 
 
 RAGGED = ((0, 3), (3, 20), (20, 21), (21, 37))  # micro-batches of 3, 17, 1 and 16 tokens
 
 
 def gradient_of(micro_batches, hidden, weight, targets, *, divided_by):
-    """d/d(hidden) of the micro-batches' sums, each divided by what `divided_by` says of it."""
+    """Gradient of `hidden` from each micro-batch's sum divided by `divided_by(its targets)`."""
     hidden = hidden.detach().requires_grad_()
     for start, stop in micro_batches:
         nats, _ = linear_cross_entropy(hidden[start:stop], weight, targets[start:stop])
@@ -203,23 +206,25 @@ def gradient_of(micro_batches, hidden, weight, targets, *, divided_by):
     return hidden.grad
 
 
-def test_ragged_micro_batches_give_the_gradient_of_one():
-    hidden, weight, targets = problem(seed=5, silent=0.2)
-    supervised = (targets != IGNORE).sum()
-    parts = gradient_of(RAGGED, hidden, weight.detach(), targets, divided_by=lambda _: supervised)
-    truth = plain(hidden, weight, targets) / supervised
+def test_micro_batches_of_different_sizes_give_the_gradient_of_one_batch():
+    hidden, weight, targets = problem(seed=5, ignored=0.2)
+    supervised_count = (targets != IGNORE).sum()
+    parts = gradient_of(
+        RAGGED, hidden, weight.detach(), targets, divided_by=lambda _: supervised_count
+    )
+    truth = plain_loss(hidden, weight, targets) / supervised_count
     (whole,) = torch.autograd.grad(truth, hidden)
     torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-5)
 
 
-def test_averaging_the_micro_batches_means_gives_another_gradient():
-    hidden, weight, targets = problem(seed=5, silent=0.2)
-    supervised = (targets != IGNORE).sum()
+def test_averaging_the_means_of_micro_batches_gives_another_gradient():
+    hidden, weight, targets = problem(seed=5, ignored=0.2)
+    supervised_count = (targets != IGNORE).sum()
 
     def own_mean(part):
         return (part != IGNORE).sum() * len(RAGGED)
 
     means = gradient_of(RAGGED, hidden, weight.detach(), targets, divided_by=own_mean)
-    truth = plain(hidden, weight, targets) / supervised
+    truth = plain_loss(hidden, weight, targets) / supervised_count
     (whole,) = torch.autograd.grad(truth, hidden)
     assert (means - whole).norm() > 0.1 * whole.norm()

@@ -53,7 +53,7 @@ def mmlu_row(rng: random.Random, i: int) -> dict:
 
 
 def hellaswag_row(rng: random.Random, i: int) -> dict:
-    """With WikiHow's marks, at the end of the context too."""
+    """With WikiHow's markup, also at the end of the context."""
     marks = rng.choice(("", " [title] How", " [step]", "  then [substeps] ", " [open"))
     after = rng.choice(("", "THE Cat"))
     endings = [f"{said(rng)}. [step] {j}" for j in range(4)]
@@ -90,9 +90,9 @@ def splits(name: str) -> dict[str, list[dict]]:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder in the place of the Hub, with the four tasks' files."""
-    for name, form in CHOICE_TASKS.items():
-        write_task(tmp_path / form.repo, name)
+    """A folder with the four tasks' files, which `fetch` returns instead of asking the Hub."""
+    for name, task in CHOICE_TASKS.items():
+        write_task(tmp_path / task.repo, name)
 
     def fetch(repo, *, patterns, revision, repo_type):
         return tmp_path / repo
@@ -276,7 +276,7 @@ SWAG = {
 }
 
 
-def test_rows_become_chats_with_letters_by_place():
+def test_rows_become_conversations_with_letters_in_the_order_of_the_options():
     assert [m.content for m in parse_arc(ARC, "t:1").messages] == ["Why?\nA. x\nB. y y", "B. y y"]
     assert [m.content for m in parse_mmlu(MMLU, "t:1").messages] == [
         "Why?\nA. x\nB. y\nC. z",
@@ -289,63 +289,65 @@ def test_rows_become_chats_with_letters_by_place():
 @pytest.mark.parametrize(
     "parse, row, cause",
     [
-        (parse_arc, ARC | {"answerKey": "3"}, "answerKey '3' is none of the labels"),
-        (parse_arc, ARC | {"answerKey": ""}, "answerKey '' is none of the labels"),
-        (parse_arc, ARC | {"choices": {"text": ["x"], "label": ["A"]}}, "no list of 2 to 26 texts"),
-        (parse_arc, ARC | {"choices": None}, "text is no list"),
+        (parse_arc, ARC | {"answerKey": "3"}, "answerKey '3' is not a label of"),
+        (parse_arc, ARC | {"answerKey": ""}, "answerKey '' is not a label of"),
+        (
+            parse_arc,
+            ARC | {"choices": {"text": ["x"], "label": ["A"]}},
+            "not a list of 2 to 26 texts",
+        ),
+        (parse_arc, ARC | {"choices": None}, "text is not a list"),
         (parse_arc, ARC | {"question": " "}, "question is"),
-        (parse_mmlu, MMLU | {"answer": 3}, "answer 3 is none of its 3 choices, from 0"),
-        (parse_mmlu, MMLU | {"answer": -1}, "answer -1 is none"),
-        (parse_mmlu, MMLU | {"answer": True}, "answer True is none"),
+        (parse_mmlu, MMLU | {"answer": 3}, "answer 3 is not one of its 3 choices, from 0"),
+        (parse_mmlu, MMLU | {"answer": -1}, "answer -1 is not one"),
+        (parse_mmlu, MMLU | {"answer": True}, "answer True is not one"),
         (parse_mmlu, MMLU | {"choices": ["x", ""]}, "choices is empty"),
-        (parse_mmlu, MMLU | {"choices": ["x"] * 27}, "no list of 2 to 26"),
+        (parse_mmlu, MMLU | {"choices": ["x"] * 27}, "not a list of 2 to 26"),
         (parse_hellaswag, SWAG | {"label": ""}, "label is empty, as in the test split"),
-        (parse_hellaswag, SWAG | {"label": "2"}, "label 2 is none of its 2 choices"),
-        (parse_hellaswag, SWAG | {"label": "x"}, "label 'x' is none"),
-        (parse_hellaswag, SWAG | {"endings": ["x", "[y]"]}, "nothing but marks"),
-        (parse_hellaswag, SWAG | {"ctx_b": None}, "is no text"),
+        (parse_hellaswag, SWAG | {"label": "2"}, "label 2 is not one of its 2 choices"),
+        (parse_hellaswag, SWAG | {"label": "x"}, "label 'x' is not one"),
+        (parse_hellaswag, SWAG | {"endings": ["x", "[y]"]}, "nothing but markup"),
+        (parse_hellaswag, SWAG | {"ctx_b": None}, "is not text"),
     ],
 )
-def test_an_odd_row_is_refused_with_its_reason(parse, row, cause):
+def test_a_malformed_row_is_refused_with_the_reason(parse, row, cause):
     with pytest.raises(ValueError, match=cause.replace("[", r"\[")):
         parse(row, "t:1")
 
 
-def test_marks_in_brackets_are_dropped_as_the_harness_does_and_in_linear_time():
+def test_markup_in_brackets_is_removed_as_by_the_harness_and_in_linear_time():
     utils = pytest.importorskip("lm_eval.tasks.hellaswag.utils")
     rng = random.Random(0)
     for _ in range(3000):
         text = "".join(rng.choices(["[", "]", "a", " ", "  ", "\n", " [title]", "B"], k=12))
-        assert multiple_choice._cleaned(text) == utils.preprocess(text)
-    assert multiple_choice._cleaned("[" * 10**6) == "[" * 10**6
+        assert multiple_choice._clean(text) == utils.preprocess(text)
+    assert multiple_choice._clean("[" * 10**6) == "[" * 10**6
 
 
-def test_few_odd_rows_are_left_out_with_their_number_and_many_are_an_error(hub):
+def test_a_few_malformed_rows_are_left_out_and_reported_and_many_are_an_error(hub):
     place = hub / "cais/mmlu/all/test-00000-of-00001.parquet"
     rows = rows_of("mmlu", "test", 200)
     place.write_bytes(parquet([*rows[:150], rows[150] | {"answer": 4}, *rows[151:]]))
     source = load("mmlu")
     assert len(source.test) == 199
-    assert source.bad == [f"{place.name}:151: answer 4 is none of its 4 choices, from 0"]
+    assert source.bad == [f"{place.name}:151: answer 4 is not one of its 4 choices, from 0"]
     place.write_bytes(parquet([row | {"answer": 4} for row in rows]))
     with pytest.raises(BadData, match="200 of 200 rows are bad: test-00000-of-00001.parquet:1: "):
         load("mmlu")
 
 
-def test_subjects_take_turns_and_no_row_is_lost(hub):
+def test_subjects_are_interleaved_and_no_row_is_lost(hub):
     problems = load("mmlu").test
     assert [p.category for p in problems[:3]] == [p.category for p in problems[3:6]]
     assert len({p.category for p in problems[:3]}) == 3 and len({p.id for p in problems}) == 12
 
 
-def test_hellaswag_is_tested_on_its_validation_split_and_says_so(hub, capsys):
+def test_hellaswag_is_tested_on_its_validation_split_which_is_reported(hub, capsys):
     assert all(p.id.startswith("validation-") for p in load("hellaswag").test)
-    assert (
-        "test split has no labels, so its validation split is the test" in capsys.readouterr().out
-    )
+    assert "test split has no labels, so its validation split is used" in capsys.readouterr().out
 
 
-def test_a_question_that_is_learned_from_is_not_shown_before_itself(hub):
+def test_a_training_question_is_never_shown_before_itself(hub):
     source = load("arc-easy")
     for p, solved in zip(source.train, source.shots(source.train, 5)):
         assert len({s.id for s in solved} - {p.id}) == 5

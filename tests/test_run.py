@@ -16,19 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run.device
+from data.batches import Schedule, SourceRows
 from errors import BadOption, BadRun
 from files import JsonLines, write_json
-from run.checkpoint import (
-    Progress,
-    check_run,
-    load_checkpoint,
-    read_progress,
-    save_checkpoint,
-)
+from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import pick_device, pick_precision
-from run.options import from_json, option, parse, table, to_json
+from run.folder import Progress, Run
+from run.options import in_two_columns, option, parse, to_json
 from tests.toys import read_log
-from train import TrainConfig, learning_rate, validation_steps
+from train import TrainConfig, learning_rate
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
@@ -91,7 +87,9 @@ def command_line(config: object) -> list[str]:
 @given(configs(Every) | configs(TrainConfig))
 def test_every_option_survives_the_command_line_and_json(config):
     assert parse(type(config), command_line(config), "") == config
-    assert from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
+    saved = json.loads(json.dumps(to_json(config)))
+    restored = {k: tuple(v) if type(v) is list else v for k, v in saved.items()}
+    assert type(config)(**restored) == config
 
 
 def test_without_flags_every_option_has_its_default():
@@ -154,7 +152,7 @@ def test_help_names_every_option_with_its_default(capsys):
 
 
 def test_the_table_shows_every_value_in_80_columns():
-    lines = table(to_json(TrainConfig())).splitlines()
+    lines = in_two_columns(to_json(TrainConfig())).splitlines()
     shown = " ".join(lines).split()
     assert max(map(len, lines)) <= 80
     assert all(name in shown for name in to_json(TrainConfig()))
@@ -185,7 +183,8 @@ def test_the_learning_rate_rises_over_the_warm_up_and_then_has_its_shape(shape, 
 
 @given(st.integers(1, 50), st.integers(1, 60), st.integers(1, 160))
 def test_validation_comes_evenly_at_every_epochs_end_and_at_the_last_step(per_epoch, evals, last):
-    steps = validation_steps(per_epoch.__mul__, evals, last)
+    schedule = Schedule([], 1, 1, epochs=200, seed=0, max_steps=last, sources=(SourceRows(per_epoch, per_epoch),))
+    steps = schedule.validation_steps(evals)
     assert last in steps and min(steps) > 0 and max(steps) == last
     assert {s for s in range(1, last + 1) if s % per_epoch == 0} <= steps
     gaps = np.diff([0, *sorted(steps)])
@@ -253,9 +252,9 @@ def test_a_checkpoint_restores_weights_moments_and_scaler_so_that_training_goes_
     model, kept = fresh(scaled)
     learn(model, kept, range(5))
     progress = Progress(cursor=5, step=4, best_loss=0.1 + 0.2, seconds=1 / 3, log_bytes=9)
-    save_checkpoint(tmp_path, progress, **kept)
+    save_checkpoint(Run(tmp_path), progress, **kept)
     again, restored = fresh(scaled)
-    assert load_checkpoint(tmp_path, **restored) == progress == read_progress(tmp_path)
+    assert load_checkpoint(Run(tmp_path), **restored) == progress == Run(tmp_path).read_progress()
     learn(model, kept, range(5, 9))
     learn(again, restored, range(5, 9))
     assert restored["scaler"].state_dict() == kept["scaler"].state_dict()
@@ -268,21 +267,24 @@ def test_a_checkpoint_restores_weights_moments_and_scaler_so_that_training_goes_
 def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
     model, kept = fresh()
     before = copy.deepcopy(model.state_dict())
-    assert load_checkpoint(tmp_path, **kept) == Progress() and read_progress(tmp_path) is None
+    assert (
+        load_checkpoint(Run(tmp_path), **kept) == Progress()
+        and Run(tmp_path).read_progress() is None
+    )
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
 def test_the_two_newest_checkpoints_are_kept_and_half_written_ones_are_not_read(tmp_path):
     _, kept = fresh()
     for cursor in (5, 40, 300, 999_999, 1_000_000):
-        save_checkpoint(tmp_path, Progress(cursor=cursor), **kept)
-    assert read_progress(tmp_path).cursor == 1_000_000
+        save_checkpoint(Run(tmp_path), Progress(cursor=cursor), **kept)
+    assert Run(tmp_path).read_progress().cursor == 1_000_000
     names = ["step-1000000", "step-999999"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
     (tmp_path / "checkpoints" / "step-2000000.new").mkdir()
-    assert read_progress(tmp_path).cursor == 1_000_000
-    save_checkpoint(tmp_path, Progress(cursor=1_000_000, step=7), **kept)
-    assert read_progress(tmp_path).step == 7
+    assert Run(tmp_path).read_progress().cursor == 1_000_000
+    save_checkpoint(Run(tmp_path), Progress(cursor=1_000_000, step=7), **kept)
+    assert Run(tmp_path).read_progress().step == 7
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
@@ -294,6 +296,7 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
 
 # Whose folder it is
 
+DEFAULTS = to_json(TrainConfig())
 CONFIG = {"options": to_json(TrainConfig()), "identity": {"ranks": 1, "base_commit": None}}
 
 
@@ -307,25 +310,29 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_missing_or_empty_folder_is_a_new_run_and_the_same_configuration_goes_on(tmp_path):
-    assert check_run(tmp_path / "a" / "b", CONFIG) is None and not (tmp_path / "a").exists()
-    assert check_run(tmp_path, CONFIG) is None
+    assert (
+        Run(tmp_path / "a" / "b").check(CONFIG, DEFAULTS) is None and not (tmp_path / "a").exists()
+    )
+    assert Run(tmp_path).check(CONFIG, DEFAULTS) is None
     write_json(tmp_path / "config.json", CONFIG)
-    assert check_run(tmp_path, CONFIG) == []
-    changes = check_run(tmp_path, changed(evals_per_epoch=1, epochs=5, out="x"))
+    assert Run(tmp_path).check(CONFIG, DEFAULTS) == []
+    changes = Run(tmp_path).check(changed(evals_per_epoch=1, epochs=5, out="x"), DEFAULTS)
     assert "epochs was 3, is 5" in changes and len(changes) == 3
 
 
 def test_another_runs_folder_is_refused_with_old_and_new_side_by_side(tmp_path):
     write_json(tmp_path / "config.json", CONFIG)
     before = snapshot(tmp_path)
-    new = {"r": 16, "alpha": 1.0, "learning_rate": 1e-3, "targets": ["q_proj"], "data": "x",
+    new = {"rank": "16", "alpha": "1", "learning_rate": 1e-3, "targets": ["q_proj"], "data": "x",
            "model": "y", "seed": 5, "batch_size": 2, "grad_accum": 2}  # fmt: skip
     for name, value in new.items():
         with pytest.raises(BadRun) as refusal:
-            check_run(tmp_path, changed(**{name: value}))
+            Run(tmp_path).check(changed(**{name: value}), DEFAULTS)
         assert f"{name} was {CONFIG['options'][name]}, is {value}" in refusal.value.cause
     with pytest.raises(BadRun, match="ranks was 1, is 2.*seed was 0, is 1"):
-        check_run(tmp_path, changed(seed=1) | {"identity": CONFIG["identity"] | {"ranks": 2}})
+        Run(tmp_path).check(
+            changed(seed=1) | {"identity": CONFIG["identity"] | {"ranks": 2}}, DEFAULTS
+        )
     assert snapshot(tmp_path) == before
 
 
@@ -342,7 +349,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_was(tmp_path, files
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     before = snapshot(tmp_path)
     with pytest.raises(BadRun, match="other files"):
-        check_run(tmp_path, CONFIG)
+        Run(tmp_path).check(CONFIG, DEFAULTS)
     assert snapshot(tmp_path) == before
 
 
@@ -351,7 +358,7 @@ def test_a_place_where_no_folder_can_be_is_refused(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("file", "file/below", "file/far/below", "dangling", "dangling/below"):
         with pytest.raises(BadRun, match="give another --out"):
-            check_run(tmp_path / name, CONFIG)
+            Run(tmp_path / name).check(CONFIG, DEFAULTS)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -359,7 +366,7 @@ def test_a_place_where_no_folder_can_be_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(BadRun, match="cannot be written"):
-        check_run(tmp_path / "run", CONFIG)
+        Run(tmp_path / "run").check(CONFIG, DEFAULTS)
 
 
 # The log
@@ -368,7 +375,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 def test_the_log_is_cut_back_to_what_the_checkpoint_knew(tmp_path):
     log = JsonLines(tmp_path / "m.jsonl")
     log.write(step=1, loss=0.1 + 0.2)
-    known = log.bytes
+    known = log.sync()
     log.write(step=2, loss=0.5)
     again = JsonLines(tmp_path / "m.jsonl", keep=known)
     again.write(step=2, loss=math.nan)
@@ -433,4 +440,4 @@ def test_names_are_separated_by_commas_or_spaces(argv):
 def test_other_data_under_the_same_name_is_another_run(tmp_path):
     write_json(tmp_path / "config.json", changed() | {"identity": {"data_sha256": "a"}})
     with pytest.raises(BadRun, match="data_sha256 was a, is b"):
-        check_run(tmp_path, changed() | {"identity": {"data_sha256": "b"}})
+        Run(tmp_path).check(changed() | {"identity": {"data_sha256": "b"}}, DEFAULTS)

@@ -9,8 +9,8 @@ import pytest
 
 import evaluate
 import train
+from data.custom import load_path
 from data.multiple_choice import CHOICE_TASKS
-from data.own import load_path
 from data.rows import read_problems
 from errors import BadData, BadOption
 from evaluation.generative import had_format

@@ -1,4 +1,4 @@
-"""Laws of several turns: what is learned of them, and how they are asked when that is measured."""
+"""Laws of conversations with several turns: what is supervised, and how they are evaluated."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ from data.socratic import parse_turns
 from data.split import split_problems
 from evaluation.answers import GenerationSettings, answers
 from evaluation.conversation import next_turn
-from model.generate import Sampling, generate
+from model.generate import Decoding, generate
 from model.load import load_model
 from tests import toys
+from tests.test_custom_data import parquet
 from tests.test_hub import hub, python  # noqa: F401
-from tests.test_own_data import parquet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "gsm8k"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -28,7 +28,7 @@ ROBE = {
 }
 
 
-def of(answer: str, question: str = "Q?") -> list[str]:
+def turns_of(answer: str, question: str = "Q?") -> list[str]:
     problem = parse_turns({"question": question, "answer": answer}, "x:1")
     assert [m.role for m in problem.messages] == ["user", "assistant"] * (
         len(problem.messages) // 2
@@ -39,7 +39,7 @@ def of(answer: str, question: str = "Q?") -> list[str]:
 # Turns
 
 
-def test_a_row_becomes_a_turn_for_each_sub_question_and_the_last_ends_in_the_answer():
+def test_each_sub_question_becomes_a_turn_and_the_last_ends_with_the_answer():
     problem = parse_turns(ROBE, "x:1")
     assert [m.content for m in problem.messages] == [
         "A robe takes 2 bolts. How many?\nHow many white?", "2/2=<<2/2=1>>1",
@@ -48,48 +48,51 @@ def test_a_row_becomes_a_turn_for_each_sub_question_and_the_last_ends_in_the_ans
     assert problem.question == ROBE["question"] and problem.answer == "2+1=3\n#### 3"
 
 
-def test_odd_rows_keep_all_their_steps_and_no_question_without_one():
-    assert of("a? ** 1\nmore\nb? ** 2 ** 3\n#### 5") == [
+def test_irregular_rows_keep_every_step_and_drop_sub_questions_without_one():
+    assert turns_of("a? ** 1\nmore\nb? ** 2 ** 3\n#### 5") == [
         "Q?\na?",
         "1\nmore",
         "b?",
         "2 ** 3\n#### 5",
     ]
-    assert of("a? ** \na? ** 1\nb? ** \n#### 1") == ["Q?\na?", "1\n#### 1"]
+    assert turns_of("a? ** \na? ** 1\nb? ** \n#### 1") == ["Q?\na?", "1\n#### 1"]
     for answer, reason in {
         "a? ** 1": "does not end with", "1\na? ** 1\n#### 1": "does not begin",
         "#### 1": "no sub-question", "a? ** \n#### 1": "no sub-question",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=reason):
-            of(answer)
+            turns_of(answer)
 
 
 @needs_shared
-def test_every_published_test_row_is_the_plain_ones_question_and_loses_no_step():
-    turns, bad = read_problems(SHARED / "test_socratic.jsonl", parse_turns)
+def test_every_published_test_row_has_the_plain_rows_question_and_loses_no_step():
+    socratic, bad = read_problems(SHARED / "test_socratic.jsonl", parse_turns)
     plain, _ = read_problems(SHARED / "test.jsonl")
     rows = [json.loads(line) for line in (SHARED / "test_socratic.jsonl").open()]
-    assert not bad and [p.question for p in turns] == [p.question for p in plain]
-    assert split_problems(turns, 0.1) == split_problems(plain, 0.1)
-    for p, row in zip(turns, rows, strict=True):
+    assert not bad and [p.question for p in socratic] == [p.question for p in plain]
+    assert split_problems(socratic, 0.1) == split_problems(plain, 0.1)
+    for p, row in zip(socratic, rows, strict=True):
         lines = [line.split(" ** ") for line in row["answer"].split("\n")[:-1]]
         steps = [step for _, step in lines if step]
         said = [m.content for m in p.messages if m.role == "assistant"]
         assert said == [*steps[:-1], steps[-1] + "\n" + row["answer"].split("\n")[-1]]
 
 
-def test_what_is_written_down_of_a_problem_reads_as_the_same_problem(tmp_path):
+def test_a_problem_written_as_a_row_is_read_as_the_same_problem(tmp_path):
     problem = parse_turns(ROBE, "x:1")
     (tmp_path / "v.jsonl").write_text(json.dumps(problem.row()) + "\n")
     ((again,), _) = read_problems(tmp_path / "v.jsonl")
     assert (again.messages, again.question) == (problem.messages, problem.question)
 
 
-def test_all_steps_and_their_end_tokens_are_supervised_and_nothing_else(checkpoint):
+def test_only_the_steps_and_their_end_tokens_are_supervised(checkpoint):
     chat = ChatFormat.from_folder(checkpoint)
     problem = parse_turns(ROBE, "x:1")
     (example,), _ = encode_problems([problem], [0], chat, 2048)
-    tokens, targets = [], []  # slowly: text by text, each target one place before its token
+    tokens, targets = (
+        [],
+        [],
+    )  # one text after another; targets are shifted at the end
     newline, start, end = chat.plain("\n"), [chat.start], [chat.end]
     for role, text in [("system", toys.SYSTEM), *problem.messages]:
         if role == "assistant":
@@ -103,7 +106,7 @@ def test_all_steps_and_their_end_tokens_are_supervised_and_nothing_else(checkpoi
     assert targets.count(chat.end) == 2
 
 
-def test_it_is_fetched_from_the_hub_in_its_own_configuration(hub, tmp_path):  # noqa: F811
+def test_only_its_own_configuration_is_fetched_from_the_hub(hub, tmp_path):  # noqa: F811
     files = {f"socratic/{s}-00000-of-00001.parquet": parquet([ROBE] * 3) for s in ("train", "test")}
     hub.files["datasets/openai/gsm8k"] |= files
     load = "from data.tasks import load_source; s = load_source('gsm8k-socratic');"
@@ -141,12 +144,12 @@ def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int
     messages, said = [], []
     for user in problem.messages[::2]:
         messages.append(user)
-        seed = asking.sampling.seed + len(said) * 2**40
-        (answer,) = generate(
-            model, [chat.prompt(tuple(messages))], max_new_tokens=asking.max_new_tokens,
-            vocabulary=chat.vocab_size, rows=[place], **ENDS,
-            sampling=Sampling(temperature=asking.sampling.temperature, seed=seed),
+        decoding = Decoding(
+            max_new_tokens=asking.max_new_tokens, vocab_size=chat.vocab_size, **ENDS,
+            temperature=asking.temperature, seed=asking.seed + len(said) * 2**40,
         )  # fmt: skip
+        prompt = chat.prompt(tuple(messages))
+        (answer,) = generate(model, [prompt], decoding, sequence_ids=[place])
         said.append(chat.decode(answer.tokens))
         messages.append(Message("assistant", said[-1]))
     return said
@@ -156,7 +159,7 @@ def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int
 @pytest.mark.parametrize("samples, temperature", [(1, 0.0), (2, 1.0)])
 def test_each_turn_hears_the_models_own_answers(model, chat, batch_size, samples, temperature):
     asking = GenerationSettings(
-        sampling=Sampling(temperature=temperature, seed=3), samples=samples, max_new_tokens=6,
+        temperature=temperature, seed=3, samples=samples, max_new_tokens=6,
         batch_size=batch_size,
     )  # fmt: skip
     given = {(c.id, c.sample): c for c in answers(model, chat, PROBLEMS, asking, **ENDS)}
@@ -189,9 +192,7 @@ def test_what_is_shown_before_a_turn_holds_no_gold():
 def test_conversations_that_are_done_are_not_held_again_and_the_rest_comes_out_the_same(
     model, chat
 ):
-    asking = GenerationSettings(
-        sampling=Sampling(temperature=1.0), samples=2, max_new_tokens=5, batch_size=1
-    )
+    asking = GenerationSettings(temperature=1.0, samples=2, max_new_tokens=5, batch_size=1)
     whole = {(c.id, c.sample): (c.text, c.turns)
              for c in answers(model, chat, PROBLEMS, asking, **ENDS)}  # fmt: skip
     done = {("p0", 1), ("p1", 0), ("p2", 0)}

@@ -1,4 +1,4 @@
-"""Laws of a short start: what is not needed is not imported, and what is sooner is the same."""
+"""Laws of a short start: nothing unneeded is imported, and the fast paths give the same results."""
 
 import subprocess
 import sys
@@ -23,33 +23,39 @@ TURNS = [
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_conversations_encoded_together_are_those_encoded_one_by_one(checkpoint, real):
+def test_conversations_encoded_together_equal_those_encoded_one_by_one(checkpoint, real):
     if real and not REAL.is_dir():
         pytest.skip("needs ../shared")
     chat = ChatFormat.from_folder(REAL if real else checkpoint)
     assert chat.encode_all(TURNS) == [chat.encode(turns) for turns in TURNS]
 
 
-def test_rows_keep_their_numbers_however_many_are_encoded_at_once(checkpoint, monkeypatch):
-    monkeypatch.setattr(encode, "AT_ONCE", 5)
+def test_row_ids_do_not_depend_on_how_many_rows_are_encoded_together(checkpoint, monkeypatch):
+    monkeypatch.setattr(encode, "ROWS_PER_CALL", 5)
     chat = ChatFormat.from_folder(checkpoint)
     problems = [Problem(f"x:{n}", turns) for n, turns in enumerate(TURNS)]
     longest = sorted(len(chat.encode(p.messages).tokens) for p in problems)[-7]
     examples, left_out = encode_problems(problems, range(100, 137), chat, longest)
     kept = {100 + n: chat.encode(turns).tokens for n, turns in enumerate(TURNS)}
-    kept = {row: tokens for row, tokens in kept.items() if len(tokens) <= longest}
+    kept = {row_id: tokens for row_id, tokens in kept.items() if len(tokens) <= longest}
     assert {e.row_id: e.tokens.tolist() for e in examples} == kept
     assert len(left_out) == 37 - len(kept) > 0
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
-def test_a_script_imports_nothing_that_only_some_runs_need(script):
+def test_a_script_does_not_import_what_only_some_runs_need(script):
     unneeded = "{'matplotlib', 'pyarrow', 'huggingface_hub', 'transformers', 'peft'}"
     code = f"import sys, {script}; print(*sorted({unneeded} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
 
 
-def test_the_parts_of_a_start_add_up_to_the_whole():
+def test_the_public_names_of_the_data_room_are_imported_without_pyarrow():
+    names = "ChatFormat, Schedule, encode_problems, flat_batch, load_source, split_problems"
+    code = f"import sys; from data import {names}; sys.exit('pyarrow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_parts_of_the_startup_time_add_up_to_the_whole():
     spans = [("b", 1.0, 3.0), ("c", 1.5, 2.0), ("c", 2.0, 2.5), ("a", 0.0, 4.0), ("d", 4.0, 5.0)]
     assert own_seconds(spans) == {"a": 2.0, "b": 1.0, "c": 1.0, "d": 1.0}

@@ -1,11 +1,11 @@
-"""Laws of what only several features together can break: mixtures, choices, turns, adapters."""
+"""Laws that only a combination of features can break: mixtures, choices, turns, adapters."""
 
 import json
 
 import evaluate
 import train
 from data.rows import Message, Problem, parse_row
-from data.split import normal, split_problems
+from data.split import normalize, split_problems
 from evaluation.answers import Completion
 from evaluation.rejection import right_solutions
 from tests import toys
@@ -14,12 +14,12 @@ from tests.test_multiple_choice import hub  # noqa: F401  # a fixture
 
 
 def sums(count: int, **names: str) -> list[dict[str, str]]:
-    """Rows of sums, their columns named otherwise."""
+    """Rows of sums, with some columns renamed."""
     rows = [toys.sum_problem(n, 3) for n in range(count)]
     return [{names.get(k, k): v for k, v in row.items()} for row in rows]
 
 
-def test_choices_and_own_columns_are_learned_in_one_run_and_each_measured_its_own_way(
+def test_choices_and_renamed_columns_train_in_one_run_and_are_scored_separately(
     hub, checkpoint, tmp_path, capsys  # noqa: F811
 ):  # fmt: skip
     mine, run = tmp_path / "mine.jsonl", tmp_path / "run"
@@ -36,11 +36,11 @@ def test_choices_and_own_columns_are_learned_in_one_run_and_each_measured_its_ow
     assert sum(line["problems"] for line in lines) == len(held_out)
 
 
-def test_what_a_run_held_out_in_one_source_is_in_no_sources_train_split(tmp_path):
+def test_a_row_held_out_from_one_source_is_in_no_train_split(tmp_path):
     few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
     problems = [parse_row(row, "x") for row in sums(60)]
     train_rows, held_out = split_problems(problems, 0.1)
-    write_lines(few, [sums(60)[n] for n in train_rows[:3]])  # one of them has to be held out
+    write_lines(few, [sums(60)[n] for n in train_rows[:3]])  # at least one of them is held out
     write_lines(many, sums(60))
     options = {"data": [f"{few}:2", str(many)], "validation_share": 0.1}
     toys.write_json(tmp_path / "config.json", {"options": options, "identity": {}})
@@ -49,23 +49,23 @@ def test_what_a_run_held_out_in_one_source_is_in_no_sources_train_split(tmp_path
         for data in ((), (str(many),)):
             config = evaluate.EvalConfig(adapter=str(tmp_path / "best"), data=data, split=split)
             tasks = evaluate.find_tasks(config)
-            found[split, len(tasks)] = {normal(p.question) for t in tasks for p in t.problems}
+            found[split, len(tasks)] = {normalize(p.question) for t in tasks for p in t.problems}
             assert tasks[-1].name == str(many)
     assert found["train", 2] and found["train", 1] == found["train", 2]
     assert found["validation", 1] == found["validation", 2]
     assert not found["train", 2] & found["validation", 2]
-    alone = {normal(problems[row].question) for row in held_out}
+    alone = {normalize(problems[row].question) for row in held_out}
     assert alone < found["validation", 2]
 
 
-def test_a_kept_conversation_holds_the_models_own_turns_and_is_the_same_problem():
-    said = ("user", "a?"), ("assistant", "gold"), ("user", "b?"), ("assistant", "so\n#### 7")
-    asked = Problem("t:1", tuple(Message(*turn) for turn in said), stem="a and b")
+def test_a_kept_conversation_holds_the_turns_of_the_model_and_has_the_same_question():
+    messages = ("user", "a?"), ("assistant", "gold"), ("user", "b?"), ("assistant", "so\n#### 7")
+    problem = Problem("t:1", tuple(Message(*turn) for turn in messages), original_question="a and b")
     turns = [["own", "7\n#### 7"], ["own ", "7 #### 7"], ["other", "7\n#### 7"], ["", "#### 7"]]
     given = [Completion("t:1", n, t[-1], 9, False, 0.1, t) for n, t in enumerate(turns)]
-    rows = list(right_solutions([asked], {"t:1": given}))
+    rows = list(right_solutions([problem], {"t:1": given}))
     assert [row["sample"] for row in rows] == [0, 2]
     for row, first in zip(rows, ("own", "other")):
         read = parse_row(json.loads(json.dumps(row)), "own.jsonl:1")
-        assert read.question == asked.question
+        assert read.question == problem.question
         assert [m.content for m in read.messages] == ["a?", first, "b?", "7\n#### 7"]

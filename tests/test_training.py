@@ -29,7 +29,7 @@ from errors import run_script
 from lora.inject import LoRAConfig, inject
 from lora.peft_format import WEIGHTS, read_adapter
 from model.load import load_model
-from run.checkpoint import read_progress
+from run.folder import Run
 from tests.toys import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ def left_behind(out: Path) -> dict:
     lines = read_log(out / "metrics.jsonl")
     clocks = {"tokens_per_second", "peak_memory_gb"}
     kept["metrics"] = [{k: v for k, v in line.items() if k not in clocks} for line in lines]
-    progress = vars(read_progress(out))
+    progress = vars(Run(out).read_progress())
     kept["progress"] = {k: v for k, v in progress.items() if k not in ("seconds", "log_bytes")}
     return kept
 
@@ -305,7 +305,7 @@ def test_the_run_folder_holds_what_it_should_and_best_is_the_best(tmp_path, toy,
     names = f"adapter_config.json {WEIGHTS} tokenizer.json tokenizer_config.json README.md"
     assert {p.name for p in (out / "best").iterdir()} == set(names.split())
     best = min(series(lines, "val_loss"))
-    progress = read_progress(out)
+    progress = Run(out).read_progress()
     assert progress.best_loss == best and progress.stopped
     assert f"{best:.4f} nats" in (out / "best" / "README.md").read_text()
     held_out, _ = read_problems(out / "validation.jsonl")
@@ -343,7 +343,7 @@ def test_a_learning_rate_of_zero_leaves_the_adapters_and_the_loss_where_they_wer
     lines = run(tmp_path / "run", toy, "--learning-rate", 0, "--limit", 60, "--patience", 2)
     losses = series(lines, "val_loss")
     assert len(losses) == 3 and len(set(losses)) == 1  # the best, and two more
-    assert "no better" in read_progress(tmp_path / "run").stopped
+    assert "no better" in Run(tmp_path / "run").read_progress().stopped
     model = load_model(Path(toy[1]), dtype=torch.float32)
     inject(model, LoRAConfig(), seed=0)
     for name, tensor in load_file(tmp_path / "run" / "best" / WEIGHTS).items():
@@ -369,7 +369,7 @@ def write_copying(folder: Path) -> Path:
 def test_a_task_that_can_be_learned_is_learned_and_answered(tmp_path, lively_checkpoint):
     place = ["--precision", "fp32", "--device", "cpu", "--max-new-tokens", 8]
     flags = ["--model", lively_checkpoint, "--data", write_copying(tmp_path / "data"), *place]
-    strong = "--r 32 --alpha 64 --learning-rate 5e-3 --batch-size 8 --epochs 8 --dropout 0"
+    strong = "--rank 32 --alpha 64 --learning-rate 5e-3 --batch-size 8 --epochs 8 --dropout 0"
     counting = "--targets all-linear --stop-on exact-match --evals-per-epoch 1"
     still = ["--learning-rate", 0, "--max-steps", 1, *counting.split()]
     base = run(tmp_path / "still", flags, *still)[-1]
@@ -423,7 +423,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_its_rows_are_named(tmp_path
     assert steps[1]["learning_rate"] == steps[2]["learning_rate"] < steps[4]["learning_rate"]
     rows = [len(line.get("skipped_rows", [])) for line in steps]
     assert rows == [0, 16, 0, 5, 0, 0, 0, 0]  # 53 rows: the last step of an epoch takes 5
-    assert read_progress(tmp_path / "run").skipped == 2
+    assert Run(tmp_path / "run").read_progress().skipped == 2
     state = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values())
 

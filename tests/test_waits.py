@@ -1,5 +1,6 @@
-"""How often the host waits for the device, held by running the real loops on PyTorch's `meta`
-device: it has shapes and no numbers, so whoever wants a number must ask for it here.
+"""How often the host waits for the device, counted in the real loops on PyTorch's `meta` device.
+
+Tensors there have shapes but no values, so every read of a value must pass through `Waits`.
 """
 
 import importlib
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 
 class Waits(TorchDispatchMode):
-    """Counts reads of the device's numbers, and answers them with ones."""
+    """Counts the reads of values from the device, and answers them with ones."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +37,7 @@ class Waits(TorchDispatchMode):
         if (to_host or func is aten._local_scalar_dense.default) and args[0].is_meta:
             self.count += 1
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype")) if to_host else 1.0
-        assert func is not aten.nonzero.default, "a size that depends on the device's numbers"
+        assert func is not aten.nonzero.default, "a shape that depends on values on the device"
         return func(*args, **kwargs)
 
 
@@ -57,9 +58,9 @@ def examples(count):
 def test_a_step_waits_for_the_device_once(monkeypatch, tmp_path, model, scaled):
     optimizer = importlib.import_module("torch.optim.optimizer")
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    scaler = torch.amp.GradScaler("cpu", enabled=scaled)  # there is none for meta
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)  # GradScaler does not support meta
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
-    monkeypatch.setattr(train, "validate", lambda *_: None)  # as if asked to leave, at the end
+    monkeypatch.setattr(train, "validate", lambda *_: None)  # as if a stop were requested
     monkeypatch.setattr(train, "save_checkpoint", lambda *_, **__: None)
     schedule = Schedule(examples(12), batch_size=2, grad_accum=2, epochs=1, seed=0)
     with Stop(None) as stop, Waits() as waits:
@@ -77,15 +78,15 @@ def test_a_validation_waits_for_the_device_once(model):
     assert waits.count == 1
 
 
-def test_what_a_gpu_is_given_it_may_fetch_by_itself(monkeypatch):
+def test_tensors_are_copied_to_a_gpu_asynchronously(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.data_ptr()) or x)
 
-    def given(x, *to_what, non_blocking=False):
-        assert torch.device(to_what[0]).type != "cuda" or non_blocking and x.data_ptr() in pinned
+    def fake_to(x, device, non_blocking=False):
+        assert torch.device(device).type != "cuda" or non_blocking and x.data_ptr() in pinned
         return x
 
-    monkeypatch.setattr(torch.Tensor, "to", given)
+    monkeypatch.setattr(torch.Tensor, "to", fake_to)
     flat_batch(examples(3), "cuda")
     FlatAttention([3, 4], torch.device("cuda"))
     assert len(pinned) == 2

@@ -26,12 +26,12 @@ import train
 from errors import run_script
 from lora.peft_format import WEIGHTS, read_adapter_config
 from run import stopping
-from run.checkpoint import KEEP, read_progress
+from run.folder import KEEP, Run
 from tests import toys
 from tests.toys import read_log
 
 # 3 epochs of 12 steps of 4 micro-batches, dropout, a validation every 6 steps.
-LONG = "--batch-size 2 --grad-accum 4 --epochs 3 --r 2 --evals-per-epoch 2".split()
+LONG = "--batch-size 2 --grad-accum 4 --epochs 3 --rank 2 --evals-per-epoch 2".split()
 SHORT = [*LONG, "--limit", "40", "--epochs", "2"]  # 2 epochs of 5 steps
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 CLOCKS = {"tokens_per_second", "peak_memory_gb"}
@@ -194,7 +194,7 @@ def left_behind(out: Path) -> dict:
         {k: v.hex() if isinstance(v, float) else v for k, v in line.items() if k not in CLOCKS}
         for line in read_log(out / "metrics.jsonl")
     ]
-    progress = vars(read_progress(out))
+    progress = vars(Run(out).read_progress())
     kept["progress"] = {k: v for k, v in progress.items() if k not in ("seconds", "log_bytes")}
     return kept
 
@@ -211,7 +211,7 @@ def check_instant(out: Path) -> None:
 
 def steps_to_do_again(out: Path) -> int:
     """Steps that are logged and in no whole checkpoint."""
-    progress = read_progress(out)
+    progress = Run(out).read_progress()
     return steps_logged(out) - (progress.cursor if progress else 0)
 
 

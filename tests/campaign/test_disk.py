@@ -31,7 +31,7 @@ pytestmark = pytest.mark.campaign
 
 @pytest.mark.parametrize(
     "within, nth",
-    [("write_run", 1), ("save_checkpoint", 3), ("publish_best", 1), ("publish_best", 2),
+    [("write_start", 1), ("save_checkpoint", 3), ("publish_best", 1), ("publish_best", 2),
      ("write_report", 1)],
 )  # fmt: skip
 def test_a_disk_that_is_full_at_any_file_call_is_told_and_the_same_command_goes_on(

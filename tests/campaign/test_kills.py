@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import train
 from lora.peft_format import WEIGHTS
-from run.checkpoint import read_progress, repair
+from run.folder import Run
 from tests.campaign.harness import (
     LONG,
     FileCalls,
@@ -64,7 +64,7 @@ def test_a_run_killed_25_times_in_a_row_never_goes_back_and_comes_to_the_same_en
         assert child.wait().code == 137
         killed += 1
         check_instant(out)
-        progress = read_progress(out)
+        progress = Run(out).read_progress()
         assert steps_to_do_again(out) <= 1
         assert (progress.cursor if progress else 0) >= reached
         reached = progress.cursor if progress else 0
@@ -76,7 +76,7 @@ def test_a_run_killed_25_times_in_a_row_never_goes_back_and_comes_to_the_same_en
 
 @pytest.mark.parametrize(
     "within, nth, least",
-    [("write_run", 1, 20), ("save_checkpoint", 3, 24), ("publish_best", 1, 20),
+    [("write_start", 1, 20), ("save_checkpoint", 3, 24), ("publish_best", 1, 20),
      ("publish_best", 2, 30), ("write_report", 1, 8)],
 )  # fmt: skip
 def test_killed_at_every_file_call_of_a_part_of_the_run(
@@ -140,7 +140,7 @@ def test_sigterm_followed_by_sigkill_leaves_a_whole_checkpoint(long, reference, 
         time.sleep(0.3 * random.Random(seed).random())
         child.send(signal.SIGKILL)
         assert child.wait().code in (137, 143)
-        repair(out)
+        Run(out).repair()
         check_instant(out)
         finish(command, out)
         assert left_behind(out) == reference[0]

@@ -1,4 +1,4 @@
-"""Laws of own data: which form rows have, which files of a dataset are read, what is refused."""
+"""Laws of custom data: the formats of rows, the files of a dataset that are read, and refusals."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 import train
-from data.own import choose, is_hub_id, load_path, parse_columns
+from data.custom import choose_files, is_hub_id, load_path, parse_columns
 from data.rows import Message, parse_row
 from errors import BadData, BadOption
 from tests.test_bad_input import TRAIN, refused, world  # noqa: F401
@@ -19,7 +19,7 @@ from tests.test_hub import COMMITS, hub, python  # noqa: F401
 TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 ASKED = (Message("user", "1+1?"), Message("assistant", "2"))
 CHAT = [{"role": "system", "content": "Be brief."}, *TURNS, *TURNS]
-# name -> a row, and the turns that it is
+# name -> a row, and its messages
 GOOD = {
     "question/answer": ({"question": "1+1?", "answer": "2", "id": 7}, ASKED),
     "prompt/completion": ({"prompt": "1+1?", "completion": "2"}, ASKED),
@@ -34,15 +34,24 @@ GOOD = {
         (Message("user", "Add.\n\n1+1"), Message("assistant", "2")),
     ),
     "messages": ({"messages": CHAT}, (Message("system", "Be brief."), *ASKED * 2)),
-    "a column of another form": ({"prompt": "x", "question": "1+1?", "answer": "2"}, ASKED),
+    "a column of another format": ({"prompt": "x", "question": "1+1?", "answer": "2"}, ASKED),
     "null columns": ({"messages": None, "question": "1+1?", "answer": "2"}, ASKED),
 }  # fmt: skip
 BAD = {
-    "two forms": ({"question": "q", "answer": "a", "messages": TURNS}, "messages and question/ans"),
-    "no form": ({"query": "q", "response\x1b": "a"}, r"its columns \(query, response.\) are those"),
-    "half a form": ({"prompt": "q", "response": "a"}, "completion is missing"),
-    "half a conversation": ({"prompt": TURNS[:1], "completion": "2"}, "one is a list of turns"),
-    "prompt with answers": ({"prompt": TURNS + TURNS[:1], "completion": TURNS[1:]}, "learned too"),
+    "two formats": (
+        {"question": "q", "answer": "a", "messages": TURNS},
+        "messages and question/a",
+    ),
+    "no format": ({"query": "q", "response\x1b": "a"}, r"\(query, response.\) match no row format"),
+    "half a format": ({"prompt": "q", "response": "a"}, "completion is missing"),
+    "half a conversation": (
+        {"prompt": TURNS[:1], "completion": "2"},
+        "is a list of messages",
+    ),
+    "prompt with answers": (
+        {"prompt": TURNS + TURNS[:1], "completion": TURNS[1:]},
+        "trained on too",
+    ),
     "ends with the user": ({"messages": CHAT[:-1]}, "ending with assistant"),
     "ShareGPT": ({"messages": [{"from": "human", "value": "x"}]}, "content is missing"),
     "input is a number": ({"instruction": "i", "input": 5, "output": "o"}, "input is int"),
@@ -50,17 +59,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("row, turns", GOOD.values(), ids=GOOD)
-def test_a_row_of_each_form_is_the_turns_it_says(row, turns):
+def test_a_row_of_each_format_gives_its_messages(row, turns):
     assert parse_row(row, "x:1").messages == turns
 
 
 @pytest.mark.parametrize("row, reason", BAD.values(), ids=BAD)
-def test_a_row_that_is_of_no_form_or_of_two_is_refused_with_the_reason(row, reason):
+def test_a_row_in_no_format_or_in_two_is_refused_with_the_reason(row, reason):
     with pytest.raises(ValueError, match=reason):
         parse_row(row, "x:1")
 
 
-def test_columns_say_which_form_it_is_and_what_its_parts_are_called():
+def test_renamed_columns_decide_the_format_and_are_read_under_their_new_names():
     row = {"problem": "1+1?", "solution": "2", "messages": TURNS, "prompt": "x", "completion": "y"}
     columns = parse_columns(("question=problem", "answer=solution"))
     assert parse_row(row, "x:1", columns).messages == ASKED
@@ -72,20 +81,23 @@ def test_columns_say_which_form_it_is_and_what_its_parts_are_called():
 @pytest.mark.parametrize(
     "given", ["question", "question=", "=problem", "text=body", "answer=a,answer=b"]
 )
-def test_columns_that_say_nothing_are_refused(given):
-    with pytest.raises(BadOption, match="does not say which column"):
+def test_columns_that_are_no_mapping_or_mix_formats_are_refused(given):
+    with pytest.raises(BadOption, match="does not say which column to use"):
         parse_columns(tuple(given.split(",")))
-    with pytest.raises(BadOption, match="mixes the columns of two forms"):
+    with pytest.raises(BadOption, match="mixes the columns of two row formats"):
         parse_columns(("question=q", "output=o"))
 
 
-def test_what_the_rows_were_taken_for_is_said(tmp_path):
+def test_the_note_reports_formats_renamed_and_unused_columns(tmp_path):
     write(tmp_path / "a.jsonl", [row for row, _ in GOOD.values()][:3])
     note = load_path(tmp_path / "a.jsonl").note
-    assert "question/answer (1 rows) and prompt/completion (2 rows); not read: id" in note
+    assert "question/answer (1 rows) and prompt/completion (2 rows); columns not used: id" in note
     write(tmp_path / "b.jsonl", [{"problem": "q", "answer": "a", "level": 1}])
     note = load_path(tmp_path / "b.jsonl", {"question": "problem"}).note
-    assert note == "question/answer; question is problem; not read: level; files: b.jsonl"
+    assert (
+        note
+        == "question/answer; question read from problem; columns not used: level; files: b.jsonl"
+    )
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -95,7 +107,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 # Which files
 
-LAYOUTS = {  # files -> those to learn from and to be tested on
+LAYOUTS = {  # files -> training files and test files
     "train.jsonl test.jsonl README.md": ("train.jsonl", "test.jsonl"),
     "data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet": (
         "data/train-00000-of-00002.parquet data/train-00001-of-00002.parquet", None,
@@ -125,21 +137,22 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize("names", LAYOUTS)
-def test_the_files_of_common_layouts_are_found(names):
-    learned, tested = LAYOUTS[names]
-    expected = {"train": learned.split()} | ({"test": tested.split()} if tested else {})
-    assert choose(names.split(), "x/y", "the remedy") == expected
+def test_training_and_test_files_of_common_layouts_are_found(names):
+    train_files, test_files = LAYOUTS[names]
+    expected = {"train": train_files.split()}
+    expected |= {"test": test_files.split()} if test_files else {}
+    assert choose_files(names.split(), "x/y", "the remedy") == expected
 
 
 @pytest.mark.parametrize("names", UNCLEAR)
-def test_nothing_is_chosen_where_the_names_leave_a_choice(names):
+def test_ambiguous_names_of_files_are_refused(names):
     cause, remedy = UNCLEAR[names]
     with pytest.raises(BadData) as refusal:
-        choose(names.split(), "x/y", "the remedy")
+        choose_files(names.split(), "x/y", "the remedy")
     assert cause in refusal.value.cause and remedy in refusal.value.remedy
 
 
-def test_a_name_is_a_hub_id_only_if_it_can_be_no_path(tmp_path, monkeypatch):
+def test_a_name_is_a_hub_id_only_if_it_cannot_be_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine" / "rows").mkdir(parents=True)
     assert is_hub_id("openai/gsm8k") and is_hub_id("openai/gsm8k/main")
@@ -156,7 +169,7 @@ def test_a_name_is_a_hub_id_only_if_it_can_be_no_path(tmp_path, monkeypatch):
         assert not is_hub_id(name), name
 
 
-def test_a_folder_of_shards_is_read_whole(tmp_path):
+def test_all_shards_in_a_folder_are_read(tmp_path):
     for number in range(2):
         rows = [{"question": f"{number} + {n}?", "answer": "1"} for n in range(3)]
         pyarrow.parquet.write_table(
@@ -185,8 +198,8 @@ def parquet(rows: list[dict]) -> bytes:
 
 
 @pytest.fixture
-def own_hub(hub, monkeypatch):  # noqa: F811
-    """The stub with a dataset of two configurations, toy/two, and one of one, toy/one."""
+def toy_hub(hub, monkeypatch):  # noqa: F811
+    """The stub Hub with toy/two, which has two configurations, and toy/one, which has one."""
     rows = [{"prompt": f"{n} + 1?", "completion": str(n + 1), "n": n} for n in range(5)]
     two = {f"{c}/{s}-00000-of-00001.parquet": parquet(rows) for c in "ab" for s in ("train", "dev")}
     one = {"data/train.jsonl": b"".join(json.dumps(r).encode() + b"\n" for r in rows), "x.bin": b""}
@@ -196,19 +209,19 @@ def own_hub(hub, monkeypatch):  # noqa: F811
     return hub
 
 
-def test_a_hub_dataset_is_fetched_read_and_found_again_offline(own_hub, tmp_path):
-    place = {"home": tmp_path, "hub": own_hub.url}
+def test_a_hub_dataset_is_fetched_and_read_and_later_found_offline(toy_hub, tmp_path):
+    place = {"home": tmp_path, "hub": toy_hub.url}
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
         found = python("-c", LOAD, "toy/one", **place, **environment)
-        said = f"{'4' * 40} | 5 | 0 | prompt/completion; not read: n; files: train.jsonl"
+        said = f"{'4' * 40} | 5 | 0 | prompt/completion; columns not used: n; files: train.jsonl"
         assert found.stdout.splitlines()[-1:] == [said], found.stderr
         found = python("-c", LOAD, "toy/two/b", **place, **environment)
         assert f"{'3' * 40} | 5 | 5 | " in found.stdout, found.stderr
-    assert not any(".bin" in path or "/a/" in path for path in own_hub.requests)
+    assert not any(".bin" in path or "/a/" in path for path in toy_hub.requests)
 
 
-def test_a_hub_dataset_that_is_unclear_or_missing_is_refused_in_two_lines(own_hub, tmp_path):
-    place = {"home": tmp_path, "hub": own_hub.url}
+def test_a_hub_dataset_that_is_ambiguous_or_missing_is_refused_in_two_lines(toy_hub, tmp_path):
+    place = {"home": tmp_path, "hub": toy_hub.url}
     for name, cause in {
         "toy/two": "toy/two has several configurations: a, b",
         "toy/two/c": "toy/two/c holds no train.jsonl or train.parquet",
@@ -217,29 +230,28 @@ def test_a_hub_dataset_that_is_unclear_or_missing_is_refused_in_two_lines(own_hu
         found = python("-c", LOAD, name, **place)
         assert found.returncode == 2 and found.stderr.startswith(f"error: {cause}"), found.stderr
         assert len(found.stderr.splitlines()) == 2
-    assert not any("/resolve/" in path for path in own_hub.requests)
+    assert not any("/resolve/" in path for path in toy_hub.requests)
 
 
 # Through train.py
 
 
-def test_a_run_learns_from_own_columns_and_says_so(tmp_path, checkpoint, capsys):
+def test_a_run_trains_on_renamed_columns_and_reports_them(tmp_path, checkpoint, capsys):
     rows = [{"problem": f"What is {n} + {n}?", "text": f"#### {2 * n}"} for n in range(40)]
     flags = f"--model {checkpoint} --data {write(tmp_path / 'a.jsonl', rows)} --max-steps 1"
     flags += f" --columns question=problem,answer=text --device cpu --out {tmp_path / 'run'}"
     train.main(flags.split())
-    assert "a.jsonl: question/answer; question is problem, answer is text; files: a.jsonl" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "a.jsonl: question/answer; question read from problem, answer read from text" in printed
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
     assert saved["columns"] == ["question=problem", "answer=text"]
 
 
-CHAT_OF_USER = {"messages": [*TURNS, TURNS[0]]}
+ENDS_WITH_USER = {"messages": [*TURNS, TURNS[0]]}
 REFUSED = {
     "--data x.jsonl": r"x.jsonl: 40 of 40 rows are bad: x.jsonl:1: its columns \(problem, text\)",
     "--data x.jsonl --columns question=q,answer=text": "x.jsonl:1: q is missing",
-    "--data u.jsonl": "3 of 3 rows are bad: u.jsonl:1: the turns are not user and assistant",
+    "--data u.jsonl": "3 of 3 rows are bad: u.jsonl:1: the roles do not alternate",
     "--data empty.jsonl": "empty.jsonl has no rows",
     "--data data --columns text=x": "--columns text=x does not say",
     "--data demo --columns question=x": "--columns makes no sense for the task demo",
@@ -248,10 +260,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags", REFUSED)
-def test_own_data_that_cannot_be_read_is_refused_before_anything_starts(
+def test_custom_data_that_cannot_be_read_is_refused_before_anything_starts(
     world, capsys, flags  # noqa: F811
 ):  # fmt: skip
     write(world / "x.jsonl", [{"problem": f"{n}?", "text": "1"} for n in range(40)])
-    write(world / "u.jsonl", [CHAT_OF_USER] * 3)
+    write(world / "u.jsonl", [ENDS_WITH_USER] * 3)
     write(world / "empty.jsonl", [])
     assert re.search(REFUSED[flags], refused(train.main, TRAIN + flags, capsys))

@@ -1,0 +1,93 @@
+"""What a training run prints: lines of 80 columns, readable in a log file and without colour."""
+
+import itertools
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.audit import Audit, audit_lines
+from data.batches import Schedule
+from data.chat import ChatFormat
+from data.mixture import WeightedSource
+from data.rows import Problem
+from errors import printable
+from run.base import Base
+from run.folder import Progress, Run
+from run.options import in_two_columns
+
+
+def print_start(
+    options: Mapping[str, Any], base: Base, mixture: Sequence[WeightedSource], adapter: str | None
+) -> None:
+    """The options, and what they resolved to; `adapter` describes the one to continue training."""
+    print(in_two_columns(options))
+    base_line, device_line = base.lines()
+    print(base_line)
+    for source in (part.source for part in mixture):
+        at = f" at {source.commit}" if source.commit else ""
+        print(f"data {source.name}{at}" + (f": {source.note}" if source.note else ""))
+    if adapter:
+        print(adapter)
+    print(device_line)
+
+
+def print_sizes(trainable: int, total: int, schedule: Schedule) -> None:
+    """How many parameters are trained, and how the steps come about."""
+    print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
+    print(
+        f"{schedule.batch_size} sequences x {schedule.grad_accum} micro-batches x"
+        f" {schedule.ranks} ranks = {schedule.examples_per_step} a step;"
+        f" {schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all"
+    )
+
+
+def print_audit(audit: Audit) -> None:
+    print("\n".join(audit_lines(audit)))
+
+
+def show_example(problem: Problem, chat: ChatFormat) -> None:
+    """Print one example as the model reads it: supervised text green, or in [[ ]]."""
+    encoded = chat.encode(problem.messages)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+    pairs = zip(encoded.supervised_mask, encoded.tokens)
+    for supervised, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        text = chat.tokenizer.decode([token for _, token in group], skip_special_tokens=False)
+        text = printable(text, "\n\t")
+        print(before + text + after if supervised else text, end="")
+    print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised_mask)} supervised (marked)")
+
+
+def validation_line(step: int, found: Mapping[str, Any], is_best: bool) -> str:
+    """One validation; with several sources, the loss of each on a line below."""
+    line = f"step {step:>5}  val loss {found['val_loss']:.4f}"
+    line += f"  token accuracy (teacher-forced) {found['val_token_accuracy']:.1%}"
+    if "val_exact_match" in found:
+        line += f"  answers correct {found['val_exact_match']:.1%}"
+    line += "  best" if is_best else ""
+    for source, loss in found.get("val_loss_by_source", {}).items():
+        line += f"\n{'':12}val loss {loss:.4f}  {printable(source)[-45:]}"
+    return line
+
+
+def print_end(progress: Progress, run: Run) -> None:
+    """What the run reached, where the adapter is, and what to type next."""
+    print(f"done: {progress.stopped}, in {progress.seconds / 60:.1f} minutes")
+    if progress.skipped:
+        print(f"{progress.skipped} steps were skipped: see skipped_rows in {run.log_file}")
+    if progress.best_loss is None:
+        print("no validation loss was finite, so there is no best adapter")
+        return
+    reached = f"validation loss {progress.best_loss:.4f} nats per token"
+    if progress.best_exact_match is not None:
+        reached += f", {progress.best_exact_match:.1%} of the held-out sample answered correctly"
+    print(f"best: {reached}, at step {progress.best_step}")
+    print(f"the adapter is in {run.best}; to measure what it is worth:")
+    print(f"  python evaluate.py --adapter {shell_word(run.best)}")
+
+
+def shell_word(path: Path) -> str:
+    """A path as one types it."""
+    return str(path) if " " not in str(path) else f"'{path}'"
