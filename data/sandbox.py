@@ -29,7 +29,9 @@ MAX_ARGUMENT = 2**10  # characters given to an operation on texts: `strip` takes
 MAX_DEPTH = 64  # of values that contain each other
 DATE = "\ue000(the date)\ue000"  # of `strftime_now`: a run that trains on a date cannot be repeated
 
-# All that published chat templates use, and more; none takes more time than its operands are large.
+# All that published chat templates use, and more. None takes more time than its operands are large,
+# and the ways out of older sandboxes are not among them (`format`, CVE-2024-56326, and the filter
+# `attr`, CVE-2025-27516).
 FILTERS = """abs capitalize count d default dictsort e escape first float int items join last length
     list lower map max min reject rejectattr replace reverse safe select selectattr sort string
     title tojson trim unique upper""".split()

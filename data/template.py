@@ -334,8 +334,9 @@ def _read_turns(text: str, texts: Sequence[str]) -> tuple[list[Message], str | N
         if not newline or not role.isidentifier():
             raise Unrenderable(f"begins a turn with {(START + head)[:60]!r}")
         if not end:
-            known = [text.strip() for text in texts if text.strip() and text.strip() in body]
-            after = body.rpartition(known[-1])[2].strip(" ") if known else body
+            both = [form for text in texts if text.strip() for form in (text.strip(), text)]
+            known = [form for form in both if form in body]
+            after = body.rpartition(known[-1])[2] if known else body
         if after != "\n" and (after or not is_last):
             raise Unrenderable(f"ends a turn of the {role} with {(end + after)[:60]!r}")
         turns.append(Message(role, body))

@@ -342,7 +342,8 @@ def test_the_source_has_no_way_to_run_what_it_reads():
                 names = [alias.name.split(".")[0] for alias in node.names]
             if isinstance(node, ast.ImportFrom):
                 names = [node.module.split(".")[0]]
-            found += [(path.name, n) for n in names if n in CALLS | MODULES]
+            allowed = {"jinja2"} if path.name == "sandbox.py" else set()  # see test_template.py
+            found += [(path.name, n) for n in names if n in CALLS | MODULES - allowed]
         found += [(path.name, n) for n in ("trust_remote_code", "allow_pickle") if n in text]
     assert len(SOURCES) > 30 and not found
 
