@@ -60,7 +60,7 @@ from model.generate import Decoding, decode
 from model.load import load_model
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
-from report.__main__ import write_report
+from report import write_report
 from run.checkpoint import check_place, lock
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
 from run.options import option, parse, to_json

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from evaluation.tasks import Judge, judge_of
-from lora.config import added_parameters
-from lora.options import RENAMED, lora_config, lora_options, upgrade_options
 from torch import Tensor, nn
 
 from data.audit import audit_mixture
@@ -38,10 +36,11 @@ from data.rows import Problem
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.teacher_forced import teacher_forced
 from files import JsonLines, hash_files
+from lora.config import added_parameters
 from lora.inject import count, inject, seed_dropout, trained_parameters
+from lora.options import RENAMED, lora_config, lora_options, upgrade_options
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter
 from lora.plus import rate_groups
-from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
 from model.compile import check_compiler, compile_layers
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2

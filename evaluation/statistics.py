@@ -8,7 +8,7 @@ size: with no problem at all an interval is everything possible, never NaN.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
-from statistics import NormalDist
+from statistics import NormalDist, linear_regression
 
 import numpy as np
 
@@ -137,3 +137,41 @@ def in_words(result: Paired) -> str:
 
 def _signed(points: float) -> str:
     return f"{round(points, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Where a series of losses was heading: a straight line through its last values."""
+
+    points: int  # values that the line is fitted to
+    decrease: float  # of the line, from its first point to its last
+    above_best: float  # the last value minus the lowest of the whole series
+    threshold: float  # smaller changes do not count
+
+    @property
+    def direction(self) -> str:
+        """`"rising"` above the best value, `"falling"`, or `"flat"`."""
+        if self.above_best > self.threshold:
+            return "rising"
+        return "falling" if self.decrease > self.threshold else "flat"
+
+
+def trend(losses: Sequence[float]) -> Trend | None:
+    """The trend of the last third of `losses`, at least four values; None if there are fewer.
+
+    A change counts if it exceeds twice the standard error of the residuals of a least-squares line
+    and 0.5 % of the lowest loss.
+    """
+    if len(losses) < 4:
+        return None
+    last = losses[-max(4, len(losses) // 3) :]
+    slope, start = linear_regression(range(len(last)), last)
+    residuals = [loss - start - slope * i for i, loss in enumerate(last)]
+    scatter = sqrt(sum(r * r for r in residuals) / (len(last) - 2))
+    best = min(losses)
+    return Trend(
+        points=len(last),
+        decrease=-slope * (len(last) - 1),
+        above_best=last[-1] - best,
+        threshold=max(2 * scatter, 0.005 * best),
+    )

@@ -75,7 +75,6 @@ def test_a_run_from_before_rounding_is_refused_only_if_rounding_changes_its_sche
         check_rounding(audit)
 
 
-
 # What an epoch takes
 
 SOURCES = st.lists(

@@ -60,7 +60,9 @@ def test_a_row_held_out_from_one_source_is_in_no_train_split(tmp_path):
 
 def test_a_kept_conversation_holds_the_turns_of_the_model_and_has_the_same_question():
     messages = ("user", "a?"), ("assistant", "gold"), ("user", "b?"), ("assistant", "so\n#### 7")
-    problem = Problem("t:1", tuple(Message(*turn) for turn in messages), original_question="a and b")
+    problem = Problem(
+        "t:1", tuple(Message(*turn) for turn in messages), original_question="a and b"
+    )
     turns = [["own", "7\n#### 7"], ["own ", "7 #### 7"], ["other", "7\n#### 7"], ["", "#### 7"]]
     given = [Completion("t:1", n, t[-1], 9, False, 0.1, t) for n, t in enumerate(turns)]
     rows = list(right_solutions([problem], {"t:1": given}))
