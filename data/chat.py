@@ -123,6 +123,13 @@ class ChatFormat:
         turns = _join(self._pieces(self.template.turns(messages, prompt=True)), self.plain)
         return [*turns.tokens, self.start, *self.plain("assistant\n")]
 
+    def answer_ends(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that end an answer: a checkpoint's `eos_ids`, and the end of a turn.
+
+        A base model names only `<|endoftext|>`, but turns are trained to end with `<|im_end|>`.
+        """
+        return tuple(dict.fromkeys((*eos_ids, self.end)))
+
     def plain(self, text: str) -> list[int]:
         """Token ids of a text alone, without control tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -50,7 +50,10 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Source:
-    """The templates of a folder by name, and the special tokens that they can name."""
+    """A folder's template, and the one named tool_use for conversations with tools, if any.
+
+    `variables` are the special tokens that they can name.
+    """
 
     place: Path | None = None  # None: the folder has no template
     texts: Mapping[str, str] = field(default_factory=lambda: {"default": CHATML})
@@ -84,7 +87,7 @@ def read_source(folder: Path) -> Source:
     if "default" not in texts:
         names = ", ".join(sorted(texts)) or "none at all"
         raise BadCheckpoint(f"{path} has no chat template named default: {names}", GIVE_A_FILE)
-    return Source(path, texts, variables)
+    return Source(path, {k: texts[k] for k in ("default", "tool_use") if k in texts}, variables)
 
 
 def read_text(path: Path) -> str:
@@ -114,8 +117,8 @@ class ChatTemplate:
         self.origin = "the checkpoint's"
         self._programs: dict[str, Program] = {}
         try:
-            for name in source.texts.keys() & {"default", "tool_use"}:
-                self._programs[name] = Program(source.texts[name])
+            for name, text in source.texts.items():
+                self._programs[name] = Program(text)
             first, *_ = self._write(self._complete(PROBE[1:2]), prompt=True)
             self.default_system = first.content if first.role == "system" else None
             self._turns(PROBE[1:2], prompt=True)
@@ -192,7 +195,13 @@ class ChatTemplate:
             system = system.encode("unicode_escape").decode().replace("'", "\\'")
             head = WITH_SYSTEM.replace("PROMPT", system)
         path = {"default": FILE, "tool_use": f"{FOLDER}/tool_use.jinja"}
-        return {path[name]: head + self.source.texts[name] for name in self._programs}
+        return {path[name]: head + text for name, text in self.source.texts.items()}
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of what it makes of conversations; None if it is as the checkpoint has it."""
+        if self.system is None and self.origin == "the checkpoint's":
+            return None
+        return hashlib.sha256(repr(sorted(self.files().items())).encode()).hexdigest()
 
     def _remedy(self) -> str:
         """What helps where the probe conversation failed."""

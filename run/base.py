@@ -39,8 +39,13 @@ class Base:
         *,
         precision: str = "auto",
         device: str | torch.device = "auto",
+        system: str | None = None,
+        chat_template: str | None = None,
+        adapter: Path | None = None,
     ) -> "Base":
         """Find the checkpoint, fetching it if `name` is a Hub id, and read all but its weights.
+
+        `system`, `chat_template` and `adapter` are those of `ChatFormat.from_folder`.
 
         Raises BadCheckpoint, HubError, or BadOption for a device that is not available.
         """
@@ -48,7 +53,13 @@ class Base:
         precision, reason = pick_precision(precision, device)
         checkpoint = find_checkpoint(name, revision)
         config = read_config(checkpoint.folder)
-        chat = ChatFormat.from_folder(checkpoint.folder, config.vocab_size)
+        chat = ChatFormat.from_folder(
+            checkpoint.folder,
+            config.vocab_size,
+            system=system,
+            chat_template=chat_template,
+            adapter=adapter,
+        )
         prepare_memory(device)  # before the first large tensor
         return cls(
             name=checkpoint.name,
@@ -56,7 +67,7 @@ class Base:
             folder=checkpoint.folder,
             config=config,
             chat=chat,
-            eos_ids=read_eos_ids(checkpoint.folder),
+            eos_ids=chat.answer_ends(read_eos_ids(checkpoint.folder)),
             device=device,
             precision=precision,
             precision_reason=reason,
@@ -70,7 +81,8 @@ class Base:
         """SHA-256 of every file that a run reads of a base without a commit; None with one."""
         if self.commit:
             return None
-        patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja")
+        patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja",
+                    "additional_chat_templates/*.jinja")  # fmt: skip
         return hash_files([path for pattern in patterns for path in self.folder.glob(pattern)])
 
     def lines(self) -> list[str]:
@@ -78,4 +90,5 @@ class Base:
         return [
             f"base {self.name} at {self.commit or self.folder}",
             f"device {describe(self.device)}; precision {self.precision}: {self.precision_reason}",
+            *self.chat.template.lines(),
         ]

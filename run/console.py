@@ -23,8 +23,8 @@ def print_start(
 ) -> None:
     """The options, and what they resolved to; `adapter` describes the one to continue training."""
     print(in_two_columns(options))
-    base_line, device_line = base.lines()
-    print(base_line)
+    base_line, device_line, *chat_lines = base.lines()
+    print(base_line, *chat_lines, sep="\n")
     for source in (part.source for part in mixture):
         at = f" at {source.commit}" if source.commit else ""
         print(f"data {source.name}{at}" + (f": {source.note}" if source.note else ""))

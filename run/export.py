@@ -9,15 +9,18 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from errors import BadOption, listed, run_script
+from data.chat import ChatFormat
+from errors import BadCheckpoint, BadOption, listed, run_script
 from lora.inject import merge, unwrapped_state
 from lora.peft_format import read_adapter, read_adapter_config
-from model.checkpoint import find_checkpoint, read_config
+from model.checkpoint import find_checkpoint, read_config, read_eos_ids
 from model.load import load_model
+from run.best import copy_tokenizer
 from run.device import DTYPES
 from run.folder import check_place
 from run.options import option, parse
@@ -44,7 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     check_place(out)
     _, base, revision = read_adapter_config(Path(config.adapter))
     checkpoint = find_checkpoint(config.model or base or "", None if config.model else revision)
-    read_config(checkpoint.folder)
+    sizes = read_config(checkpoint.folder)
+    try:
+        adapter = Path(config.adapter)
+        chat = ChatFormat.from_folder(checkpoint.folder, sizes.vocab_size, adapter=adapter)
+    except BadCheckpoint as error:  # merging needs no chat
+        print(f"the base's chat template and eos ids are kept as they are: {error.cause}")
+        chat = None
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
@@ -60,7 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     shutil.copytree(
         checkpoint.folder, new, ignore=lambda _, names: [n for n in names if "safetensors" in n]
     )
-    _set_dtype(new / "config.json", str(dtype).removeprefix("torch."))
+    if chat:
+        copy_tokenizer(checkpoint.folder, chat.template, new)
+        eos_ids = chat.answer_ends(read_eos_ids(checkpoint.folder))
+        _set(new / "generation_config.json", "eos_token_id", list(eos_ids))
+    key = "dtype" if "dtype" in json.loads((new / "config.json").read_text()) else "torch_dtype"
+    _set(new / "config.json", key, str(dtype).removeprefix("torch."))
     save_file(state, new / "model.safetensors", metadata={"format": "pt"})
     (new / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
     os.rename(new, out)
@@ -75,11 +89,10 @@ def _saved_dtype(path: Path) -> str | None:
     return config.get("dtype", config.get("torch_dtype"))
 
 
-def _set_dtype(path: Path, dtype: str) -> None:
-    """Write the dtype of the weights into `config.json`, under whichever key it uses."""
-    config = json.loads(path.read_text())
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def _set(path: Path, key: str, value: Any) -> None:
+    """Write one value into a JSON file, which may not exist yet."""
+    config = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(config | {key: value}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ EXTRA = "additional_chat_templates/tool_use.jinja"
 FOUND = {  # what is in the folder: files, the config's chat_template, the templates found
     "a text in the config": ({}, "A", {"default": "A"}),
     "named texts": (
-        {}, [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}],
+        {}, [{"name": n, "template": t} for n, t in zip(("rag", "default", "tool_use"), "CAB")],
         {"default": "A", "tool_use": "B"},
     ),
     "a file goes before the config": ({"chat_template.jinja": "A"}, "C", {"default": "A"}),
@@ -256,7 +256,7 @@ def test_a_rows_own_system_turn_goes_before_the_given_prompt():
 LOOP = "{% for message in messages %}"
 ODD = {  # template: what is said of it
     TRL.replace("'<|im_end|>' + '\n'", "'</s>\n'"): r"it ends a turn of the user with '</s>",
-    TRL.replace("message['content'] + '<|im_end|>'", "message['content'] + eos_token"): "'eos_token' is un",
+    TRL.replace("'<|im_end|>' + '\n'", "eos_token"): "it fails: 'eos_token' is undefined",
     TRL.replace("'<|im_end|>' + '\n'", "'<|im_end|>'"): "turn of the user with '<|im_end|>'",
     TRL.replace("['role'] + '\n'", "['role'] + '<|im_sep|>'"): "'<|im_start|>user<|im_sep|>",
     TRL.replace("assistant\n", "assistant\n<think>\n"): r"answer with '<|im_start|>assistant\n<t",
@@ -412,7 +412,7 @@ def test_a_template_that_leaves_tool_calls_out_is_refused(text, changes, said):
 
 
 def test_tools_take_the_template_named_tool_use(checkpoint):
-    source = Source(Path("x"), {"default": QWEN2, "tool_use": QWEN2_5, "rag": "{{"})
+    source = Source(Path("x"), {"default": QWEN2, "tool_use": QWEN2_5})
     assert ChatTemplate(source).turns(TOOL_CHAT, TOOLS) == template(QWEN2_5).turns(TOOL_CHAT, TOOLS)
     assert ChatTemplate(source).files().keys() == {"chat_template.jinja", EXTRA}
 
