@@ -4,12 +4,12 @@ import os
 import shutil
 from pathlib import Path
 
-from lora.config import LoRAConfig
 from torch import nn
 
 from data.template import ChatTemplate
 from errors import BadCheckpoint
 from files import json_bytes, read_json, sync_files, sync_folder
+from lora.config import LoRAConfig
 from lora.peft_format import WEIGHTS, save_adapter
 from run.base import Base
 from run.folder import Progress, Run
