@@ -12,6 +12,7 @@ loop, `forward_backward` one micro-batch.
 
 import gc
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluation.tasks import Judge, judge_of
 from torch import Tensor, nn
 
 from data.audit import audit_mixture
@@ -33,7 +33,9 @@ from data.mixture import (
     source_names,
 )
 from data.rows import Problem
+from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
+from evaluation.tasks import Judge, judge_of
 from evaluation.teacher_forced import teacher_forced
 from files import JsonLines, hash_files
 from lora.config import added_parameters
@@ -42,6 +44,7 @@ from lora.options import RENAMED, lora_config, lora_options, upgrade_options
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter
 from lora.plus import rate_groups
 from model.compile import check_compiler, compile_layers
+from model.generate import Decoding
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
@@ -246,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     held_out = [problem for source in sources for problem in source.held_out]
     validation = {source.name: source.validation for source in sources}
-    data = Data(schedule, validation, held_out, judge_of(held_out))
+    data = Data(schedule, validation, held_out, judge_of(held_out, generated=True))
     audit = audit_mixture(sources)
     if world.is_main:
         console.print_audit(audit)
@@ -458,12 +461,15 @@ def validate(
             found["val_loss_by_source"] = {k: nats / n for k, (nats, _, n) in sums.items()}
         if config.stop_on == "exact-match":
             sample = data.held_out[: config.exact_match_problems]
-            settings = GenerationSettings(
-                max_new_tokens=config.max_new_tokens, batch_size=batch_size
+            decoding = Decoding(
+                config.max_new_tokens, base.eos_ids, base.chat.vocab_size, batch_size
             )
+            settings = GenerationSettings(decoding)
             mine = sample[world.rank :: world.size]
-            (right,) = world.sum(exact_matches(model, base, mine, settings, data.judge, poll))
-            found["val_exact_match"] = right / len(sample)
+            (correct,) = world.sum(
+                exact_matches(model, base.chat, mine, settings, data.judge, poll)
+            )
+            found["val_exact_match"] = correct / len(sample)
         return found
     except StopRequested:
         model.train()
@@ -478,3 +484,7 @@ def learning_rate(config: TrainConfig, step: int, last: int) -> float:
     done = (step - warmup) / max(1, last - warmup)  # 0 at the peak, 1 just after the last step
     shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.learning_rate * shapes[config.schedule]
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -49,7 +49,10 @@ class Audit:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """How one model did on the problems of an evaluation. Values over samples use the first."""
+    """How one model did on the problems of an evaluation.
+
+    With several samples per problem, `correct` and `mistakes` describe the first.
+    """
 
     correct: dict[str, int]  # scorer -> problems; the first scorer is the headline
     votes: dict[str, int]  # maj@k -> problems on which the majority of k samples is correct

@@ -540,7 +540,7 @@ def test_a_run_folder_of_an_older_version_resumes_and_is_refused_if_it_used_piss
         flags = [*toy, "--rank", "2,q_proj=3", "--out", tmp_path / "run"]
         if init == "kaiming":
             run(tmp_path / "run", flags, "--max-steps", 2)
-            assert read_progress(tmp_path / "run").step == 2
+            assert Run(tmp_path / "run").read_progress().step == 2
         else:
             assert "--init pissa, which no longer exists" in refused(flags, capsys)
 

@@ -108,9 +108,9 @@ def outcome(out: Path, *flags: str) -> dict:
 
 def test_a_shortened_demo_solves_what_its_base_cannot(tmp_path):
     result = outcome(tmp_path / "run", "--max-steps", "100", "--evals-per-epoch", "2")
-    base, tuned = (result["contestants"][name] for name in ("base", "tuned"))
-    assert base["right"]["numeric-equal"] <= 4 and base["had_format"] == 0  # of 40: 0
-    assert tuned["right"]["numeric-equal"] >= 16
+    base, tuned = (result["models"][name] for name in ("base", "tuned"))
+    assert base["correct"]["numeric-equal"] <= 4 and base["had_format"] == 0  # of 40: 0
+    assert tuned["correct"]["numeric-equal"] >= 16
     assert result["in_words"].endswith(": better")
     assert set(tuned["by"]["category"]) == set(demo.KINDS)
 

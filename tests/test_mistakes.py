@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.mistakes import (
-    KINDS,
-    TOPICS,
-    classify,
-    operations,
-    read_steps,
-    reasoning_steps,
-    topics,
-)
+from evaluation.mistakes import KINDS, TOPICS, classify, topics
 from evaluation.numbers import final_number
+from evaluation.steps import operations, read_steps, reasoning_steps
 
 CLIPS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
@@ -132,7 +125,7 @@ def verdicts(text: str) -> list[str]:
     - 3 + 4 = 7|3*4 = 12 + 5 = 17|7 = 3 + 4|2 * 3 = \\boxed{6}""".replace("\n", "|").split("|"),
 )
 def test_right_arithmetic_is_read_as_right(text):
-    assert set(verdicts(text)) == {"right"}
+    assert set(verdicts(text)) == {"correct"}
 
 
 @pytest.mark.parametrize(
@@ -187,8 +180,8 @@ def test_rounding_is_allowed_to_the_written_decimals_and_no_further(text, verdic
 
 
 def test_a_chain_may_go_on_with_an_approximation_but_not_with_another_value():
-    assert verdicts("2/3 * 30 = 0.67 * 30 = 20.1") == ["rounded", "right"]
-    assert verdicts("2/3 * 30 = 0.7 * 30 = 21") == ["wrong", "right"]
+    assert verdicts("2/3 * 30 = 0.67 * 30 = 20.1") == ["rounded", "correct"]
+    assert verdicts("2/3 * 30 = 0.7 * 30 = 21") == ["wrong", "correct"]
 
 
 def test_steps_come_in_the_order_of_the_text_and_from_its_beginning_only():
@@ -237,7 +230,7 @@ def test_a_random_expression_comes_to_what_python_says(values, data):
     text = str(values[0]) + "".join(f" {o} {v}" for o, v in zip(operators, values[1:], strict=True))
     truth = eval(text)  # of this test's own digits and operators
     wrong = truth + data.draw(st.sampled_from([-10, -1, 1, 7]))
-    assert verdicts(f"{text} = {truth}") == ["right"]
+    assert verdicts(f"{text} = {truth}") == ["correct"]
     assert verdicts(f"{text} = {wrong}") == ["wrong"]
 
 
