@@ -81,6 +81,13 @@ class EvalConfig:
     seed: int = option(0, "random seed of sampling and of the bootstrap", least=0)
     max_new_tokens: int = option(512, "longest answer in tokens; GSM8K's longest has 455", least=1)
 
+    system: str | None = option(
+        None, "system prompt of problems without one, '' for an empty one (default: as in training)"
+    )
+    chat_template: str | None = option(
+        None, "file of a chat template to use instead of the adapter's or the base's"
+    )
+
     out: str | None = option(None, "folder for the results (default: the adapter's run folder)")
     keep_correct: str | None = option(
         None, "with --split train: write correct answers to this .jsonl file, to train on them"
@@ -210,7 +217,11 @@ def find_base(config: EvalConfig) -> Base:
         revision = revision or trained_on
     if not name:
         raise BadOption(f"{config.adapter} names no base model", "give it with --model")
-    return Base.find(name, revision, precision=config.precision, device=config.device)
+    return Base.find(
+        name, revision, precision=config.precision, device=config.device, system=config.system,
+        chat_template=config.chat_template,
+        adapter=Path(config.adapter) if config.adapter else None,
+    )  # fmt: skip
 
 
 def decoding(config: EvalConfig, base: Base) -> Decoding:
@@ -267,6 +278,8 @@ def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str,
         asked = {name: getattr(config, name) for name in names}
     else:
         asked = {"split": config.split, "prompt": "choices", "shots": config.shots}
+    if template := base.chat.template.fingerprint():
+        asked["chat_template_sha256"] = template
     return {
         "base": base.name,
         "base_commit": base.commit,
