@@ -157,6 +157,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _charge(self, value: Any, depth: int = 0) -> Any:
         """Charge a value's size, with everything in it, and return it."""
+        if type(value) is str:  # most are, and this is called for every node
+            self._spend(1 + len(value))
+            return value
         if isinstance(value, Iterator):  # of a filter: what it yields later would cost nothing
             value = list(islice(value, self.meter.left + 1))
         parts: Iterable[Any] = ()

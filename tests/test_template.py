@@ -6,13 +6,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
+import evaluate
+import train
 from data.chat import ChatFormat
 from data.rows import Message
 from data.sandbox import DATE, Program, Unrenderable
 from data.template import CHATML, ChatTemplate, Source, read_source
 from errors import BadCheckpoint, BadData
+from lora import LoRAConfig, inject, save_adapter
+from model.load import load_model
+from run import export
+from run.base import Base
 from tests import toys
 from tests.templates import PUBLISHED, QWEN1_5, QWEN2, QWEN2_5, QWEN2_5_SYSTEM, TRL
 
@@ -514,11 +522,43 @@ def test_the_sandbox_renders_as_transformers_does(checkpoint):
         "{% generation %}{{ 'x' if add_generation_prompt else 'y' }}{% endgeneration %}\n"
     )
     turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     theirs, _ = render_jinja_template([turns], chat_template=text, add_generation_prompt=True)
     assert Program(text).render(6, messages=turns, add_generation_prompt=True) == theirs[0]
 
 
 def test_a_date_is_not_rendered():
     assert Program("{{ strftime_now('%Y') }}").render(0) == DATE
+
+
+# Runs
+
+
+def test_a_runs_system_prompt_is_in_its_config_and_its_adapter_and_evaluate_asks_with_it(
+    tiny, tmp_path, capsys
+):
+    run, system = tmp_path / "run", "Count with care. {{ 'x' }}"
+    options = ["--out", str(run), "--max-steps", "1", "--limit", "20", "--system", system]
+    train.main([*tiny, *options])
+    assert f"system prompt: {system!r} (--system)" in capsys.readouterr().out
+    assert json.loads((run / "config.json").read_text())["options"]["system"] == system
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        assert system in (run / "best" / name).read_text().replace("\\'", "'")
+    evaluate.main(["--adapter", str(run / "best"), "--limit", "1", "--max-new-tokens", "1"])
+    said = capsys.readouterr().out
+    assert "chat template: not the checkpoint's but the adapter's" in said
+    assert f"system prompt: {system!r}\n" in said
+
+
+def test_answers_of_a_base_that_names_only_endoftext_end_at_the_end_of_a_turn_too(tmp_path):
+    base, out = toys.write_checkpoint(tmp_path / "base"), tmp_path / "out"
+    for name in ("generation_config.json", "config.json"):
+        values = json.loads((base / name).read_text())
+        toys.write_json(base / name, values | {"eos_token_id": toys.ENDOFTEXT})
+    assert Base.find(str(base), device="cpu").eos_ids == (toys.ENDOFTEXT, toys.IM_END)
+    config = LoRAConfig(r=2, alpha=4, targets=("q_proj",))
+    model = load_model(base, dtype=torch.float32)
+    inject(model, config, seed=0)
+    save_adapter(model, tmp_path / "adapter", config, base=str(base), revision=None)
+    export.main(["--adapter", str(tmp_path / "adapter"), "--out", str(out), "--dtype", "fp32"])
+    said = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert said == [toys.ENDOFTEXT, toys.IM_END]
