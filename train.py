@@ -306,10 +306,10 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     scaler.scale(torch.zeros((), device=base.device))  # or a rank without rows could not unscale
-    progress = load_checkpoint(run, parameters=parameters, optimizer=optimizer, scaler=scaler)
+    progress = load_checkpoint(run, parameters, optimizer, scaler)
     last = data.schedule.total_steps
-    # The options may allow more steps now than when the run finished.
-    progress.stopped = progress.reason_finished(last, config.patience, config.stop_on)
+    goal = (last, config.patience, config.stop_on)
+    progress.stopped = progress.reason_finished(*goal)  # the options may allow more steps now
     log = JsonLines(run.log_file if world.is_main else None, keep=progress.log_bytes)
     bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)
@@ -324,18 +324,13 @@ def train(
             found = validate(config, progress, data, base, model, world, stop)
             stopping = found is None  # a stop was requested; the validation is repeated on resuming
             if found:
-                is_best = progress.record_validation(
-                    found["val_loss"], found.get("val_exact_match")
-                )
-                progress.stopped = progress.reason_finished(last, config.patience, config.stop_on)
+                is_best = progress.record_validation(**found)
+                progress.stopped = progress.reason_finished(*goal)
+                if is_best and world.is_main:
+                    publish_best(model, lora, base, run, progress)
                 epoch = data.schedule.epochs_in(progress.cursor)
                 log.write(step=progress.step, epoch=epoch, **found)
-            if found and world.is_main:
-                if is_best:
-                    publish_best(
-                        model, lora, base, run, data=", ".join(config.data), progress=progress
-                    )
-                bar.write(console.validation_line(progress.step, found, is_best))
+                console.show_validation(bar, progress.step, found, is_best)
 
         # Save what resuming needs, and leave the loop if the run is finished or must stop.
         stopping = stopping or progress.stopped is not None
@@ -344,9 +339,7 @@ def train(
         if stopping or world.any(now - saved > config.save_every):
             progress.log_bytes = log.sync()
             if world.is_main:
-                save_checkpoint(
-                    run, progress, parameters=parameters, optimizer=optimizer, scaler=scaler
-                )
+                save_checkpoint(run, progress, parameters, optimizer, scaler)
             world.wait()
             saved = time.perf_counter()
             stop.record(saved - now)
@@ -385,12 +378,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["ratio"]
             scaler.step(optimizer)
-            progress.step += 1
         scaler.update()
         optimizer.zero_grad()
-        progress.cursor += 1
-        progress.skipped += not finite
-        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        progress.record_step(finite)
         stopping = stops > 0
 
         # Log: one line per step.
@@ -411,8 +401,7 @@ def train(
             **({} if finite else {"skipped_rows": step.row_ids}),
         )
         if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and scaler.get_scale() <= 1:
-            best = run.best if progress.best_step else None
-            raise no_finite_gradient(progress.skipped_in_a_row, progress.cursor, step.row_ids, best)
+            raise no_finite_gradient(progress, step.row_ids, run.best)
     bar.close()
     return progress
 

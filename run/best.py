@@ -35,9 +35,9 @@ Load it with PEFT:
 
 
 def publish_best(
-    model: nn.Module, lora: LoRAConfig, base: Base, run: Run, *, data: str, progress: Progress
+    model: nn.Module, lora: LoRAConfig, base: Base, run: Run, progress: Progress
 ) -> None:
-    """Write the model's adapters as they are now to `run.best`.
+    """Write the model's adapters as they are now to `run.best`, with a model card.
 
     `best/` is whole at every instant: it is renamed into place the first time, and afterwards only
     its weights and its card change, each by a rename.
@@ -47,7 +47,11 @@ def publish_best(
     save_adapter(model, new, lora, base=base.name, revision=base.commit)
     copy_tokenizer(base.folder, base.chat.template, new)
     card = CARD.format(
-        base=base.name, data=data, step=progress.step, loss=progress.best_loss, lora=lora
+        base=base.name,
+        data=", ".join(run.options.get("data", [])),
+        step=progress.step,
+        loss=progress.best_loss,
+        lora=lora,
     )
     (new / "README.md").write_text(card)
     sync_files(new)

@@ -170,7 +170,7 @@ def prompted(name: str, shots: int) -> list:
 
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("name", TASKS)
-def test_contexts_and_continuations_are_the_harness_own(hub, name, shots):
+def test_contexts_and_continuations_equal_the_harness(hub, name, shots):
     theirs = [request.args for request in harness_task(name, shots).instances]
     ours = [
         (p.choices.context, " " + option)
@@ -181,7 +181,7 @@ def test_contexts_and_continuations_are_the_harness_own(hub, name, shots):
 
 
 @pytest.mark.parametrize("name, shots", [(name, shots) for name in TASKS for shots in (0, 2)])
-def test_scores_acc_and_acc_norm_are_the_harness_own(hub, harness, model, chat, name, shots):
+def test_scores_acc_and_acc_norm_equal_the_harness(hub, harness, model, chat, name, shots):
     task, problems = harness_task(name, shots), prompted(name, shots)
     theirs = iter(harness.loglikelihood(task.instances, disable_tqdm=True))
     scored = {s.id: s for s in score(model, chat, problems, batch_size=5)}
@@ -208,7 +208,7 @@ def test_accuracy_over_all_problems_equals_the_harness_mean_weighted_by_subject_
     assert sum(right) / len(right) == pytest.approx(theirs) and len(cells) > 1
 
 
-def test_areas_are_the_harness_groups():
+def test_areas_equal_the_groups_of_the_harness():
     tasks = pytest.importorskip("lm_eval.tasks")
     folder = Path(tasks.__file__).parent / "mmlu/default"
     for path in folder.glob("mmlu_*.yaml"):
@@ -243,7 +243,7 @@ def test_choices_that_share_their_context_score_as_each_one_alone(hub, model, ch
         assert log_likelihoods(model, [question])[0] == pytest.approx(scores, rel=1e-6)
 
 
-def test_a_context_is_computed_once_and_last_tokens_not_at_all(model, chat, monkeypatch):
+def test_a_context_is_computed_once_and_last_tokens_are_not_computed(model, chat, monkeypatch):
     p = parse_arc(arc_row(random.Random(1), 0), "t:1")
     question, seen = encode(p, chat), []
     real = model.model.forward
@@ -252,7 +252,7 @@ def test_a_context_is_computed_once_and_last_tokens_not_at_all(model, chat, monk
     assert seen == [len(question.context) + sum(len(c) - 1 for c in question.continuations)]
 
 
-def test_white_space_at_the_contexts_end_goes_to_the_choices(chat):
+def test_white_space_at_the_end_of_a_context_belongs_to_the_choices(chat):
     p = parse_hellaswag(
         hellaswag_row(random.Random(2), 0) | {"ctx_a": "Tea [x]", "ctx_b": ""}, "t:1"
     )
