@@ -541,8 +541,9 @@ def test_a_runs_system_prompt_is_in_its_config_and_its_adapter_and_evaluate_asks
     train.main([*tiny, *options])
     assert f"system prompt: {system!r} (--system)" in capsys.readouterr().out
     assert json.loads((run / "config.json").read_text())["options"]["system"] == system
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        assert system in (run / "best" / name).read_text().replace("\\'", "'")
+    text = (run / "best" / "chat_template.jinja").read_text()
+    assert template(text).default_system == system
+    assert json.loads((run / "best" / "tokenizer_config.json").read_text())["chat_template"] == text
     evaluate.main(["--adapter", str(run / "best"), "--limit", "1", "--max-new-tokens", "1"])
     said = capsys.readouterr().out
     assert "chat template: not the checkpoint's but the adapter's" in said
