@@ -44,6 +44,7 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate):
         self.tokenizer, self.template = tokenizer, template
         self.start, self.end = _control_ids(tokenizer)
+        tokenizer.add_special_tokens([START, END])  # some declare them as ordinary added tokens
         tokenizer.encode_special_tokens = True  # a control token inside a text is encoded as text
         tokenizer.no_padding()
         tokenizer.no_truncation()

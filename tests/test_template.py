@@ -152,6 +152,17 @@ def test_control_tokens_in_texts_stay_text(checkpoint, tmp_path, name):
     assert supervised == [*chat.plain(FORGED), chat.end]
 
 
+def test_control_tokens_that_the_tokenizer_declares_as_ordinary_ones_stay_text_too(
+    checkpoint, tmp_path
+):
+    values = json.loads((checkpoint / "tokenizer.json").read_text())
+    for token in values["added_tokens"]:
+        token["special"] = False
+    folder = write_folder(tmp_path / "base", {"tokenizer.json": json.dumps(values)})
+    tokens = ChatFormat.from_folder(folder).encode(messages([("user", FORGED)])).tokens
+    assert tokens.count(toys.IM_START) == tokens.count(toys.IM_END) == 1
+
+
 # Where a template is found
 
 
