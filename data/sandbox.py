@@ -65,11 +65,11 @@ class Program:
         except Exception as error:  # whatever a hostile template provokes in the parser
             raise _reason(error) from None
 
-    def render(self, characters: int, **variables: Any) -> str:
+    def render(self, characters: int, variables: Mapping[str, Any]) -> str:
         """The text for these variables, whose texts have so many characters in total."""
         self._sandbox.meter.left = BUDGET + PER_CHARACTER * characters
         try:
-            text = self._template.render(**variables)
+            text = self._template.render(variables)
             text.encode()  # UnicodeEncodeError for half of a character
             return text
         except Exception as error:

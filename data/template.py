@@ -242,10 +242,11 @@ class ChatTemplate:
             words = {token: f"{word}x{number}x" for number, token in enumerate(self.special)}
             messages, tools = _replaced(messages, words), _replaced(tools, words)
         name = "default" if tools is None or "tool_use" not in self._programs else "tool_use"
-        text = self._programs[name].render(
-            len(whole), messages=messages, tools=tools, documents=None,
-            add_generation_prompt=prompt, **self.source.variables,
-        )  # fmt: skip
+        variables = {
+            **self.source.variables, "messages": messages, "tools": tools, "documents": None,
+            "add_generation_prompt": prompt,
+        }  # fmt: skip
+        text = self._programs[name].render(len(whole), variables)
         others = [token for token in self.special if token not in (START, END)]
         if found := [token for token in (DATE, *others) if token in text]:
             written = "today's date, which no rerun could repeat" if DATE in found else found[0]

@@ -504,7 +504,7 @@ def test_a_hostile_template_is_refused_soon_in_any_thread(text):
 
     def render() -> None:
         try:
-            Program(text).render(0, messages=[], add_generation_prompt=True)
+            Program(text).render(0, {"messages": [], "add_generation_prompt": True})
         except Unrenderable as reason:
             said.append(str(reason))
 
@@ -534,11 +534,12 @@ def test_the_sandbox_renders_as_transformers_does(checkpoint):
     )
     turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
     theirs, _ = render_jinja_template([turns], chat_template=text, add_generation_prompt=True)
-    assert Program(text).render(6, messages=turns, add_generation_prompt=True) == theirs[0]
+    variables = {"messages": turns, "add_generation_prompt": True}
+    assert Program(text).render(6, variables) == theirs[0]
 
 
 def test_a_date_is_not_rendered():
-    assert Program("{{ strftime_now('%Y') }}").render(0) == DATE
+    assert Program("{{ strftime_now('%Y') }}").render(0, {}) == DATE
 
 
 # Runs
