@@ -47,7 +47,7 @@ def publish_best(
     card = CARD.format(
         base=base.name, data=data, step=progress.step, loss=progress.best_loss, lora=lora
     )
-    (new / "README.md").write_text(card)
+    (new / "README.md").write_text(card, "utf-8")
     sync_files(new)
     if best.exists():
         for name in (WEIGHTS, "README.md"):

@@ -70,15 +70,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def _saved_dtype(path: Path) -> str | None:
     """The dtype that `config.json` gives the weights, under either key."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text("utf-8"))
     return config.get("dtype", config.get("torch_dtype"))
 
 
 def _set_dtype(path: Path, dtype: str) -> None:
     """Write the dtype of the weights into `config.json`, under whichever key it uses."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text("utf-8"))
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
