@@ -53,7 +53,7 @@ def publish_best(
         loss=progress.best_loss,
         lora=lora,
     )
-    (new / "README.md").write_text(card)
+    (new / "README.md").write_text(card, "utf-8")
     sync_files(new)
     if best.exists():
         for name in (WEIGHTS, "README.md"):

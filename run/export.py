@@ -73,7 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         copy_tokenizer(checkpoint.folder, chat.template, new)
         eos_ids = chat.answer_ends(read_eos_ids(checkpoint.folder))
         _set(new / "generation_config.json", "eos_token_id", list(eos_ids))
-    key = "dtype" if "dtype" in json.loads((new / "config.json").read_text()) else "torch_dtype"
+    key = (
+        "dtype"
+        if "dtype" in json.loads((new / "config.json").read_text("utf-8"))
+        else "torch_dtype"
+    )
     _set(new / "config.json", key, str(dtype).removeprefix("torch."))
     save_file(state, new / "model.safetensors", metadata={"format": "pt"})
     (new / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
@@ -85,14 +89,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def _saved_dtype(path: Path) -> str | None:
     """The dtype that `config.json` gives the weights, under either key."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text("utf-8"))
     return config.get("dtype", config.get("torch_dtype"))
 
 
 def _set(path: Path, key: str, value: Any) -> None:
     """Write one value into a JSON file, which may not exist yet."""
-    config = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(config | {key: value}, indent=2) + "\n")
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(config | {key: value}, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

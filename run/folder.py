@@ -5,7 +5,7 @@
         metrics.jsonl       one line per step, one per validation
         validation.jsonl    the rows held out for validation
         audit.json          statistics of the data
-        lock                which process is using the folder
+        lock, lock.owner    locked by the process that uses the folder, and which one that is
         best/               the adapter with the best validation, in PEFT's format
         evaluation/         results of evaluate.py, one folder per combination of settings
         report.html, .md    a summary of all of it
@@ -15,7 +15,6 @@
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -26,14 +25,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from errors import BadRun, UserError, listed
 from files import JsonLines, clean_up, damage, read_json, write_file, write_json
 
 FORMAT = 2  # of config.json: 1 had --r, and mixed sources by exact fractions
 KEEP = 2  # checkpoints: the newest, and one to fall back on
-LOCK = "lock"
+LOCK, OWNER = "lock", "lock.owner"
 SPARE_BYTES = 64 << 20  # for logs, reports and answers
 # Options that may differ when a run resumes: its length, how often it validates and saves, and
 # --compile, which only rounds differently.
@@ -184,7 +185,11 @@ class Run:
         """
         folder = self.folder
         check_place(folder)
-        if not folder.exists() or {p.name for p in folder.iterdir()} <= {LOCK, "config.json.new"}:
+        if not folder.exists() or {p.name for p in folder.iterdir()} <= {
+            LOCK,
+            OWNER,
+            "config.json.new",
+        }:
             return None
         try:
             old = json.loads((folder / "config.json").read_bytes())
@@ -281,7 +286,7 @@ def default_folder(model: str, data: list[str]) -> Path:
     return Path("out") / "-".join(stems).lower()
 
 
-_locked: dict[Path, IO] = {}  # folders locked by this process; open until it ends
+_locked: dict[Path, FileLock] = {}  # folders locked by this process, until it ends
 
 
 def lock(folder: Path) -> None:
@@ -292,20 +297,21 @@ def lock(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() in _locked:
         return
-    file = (folder / LOCK).open("a+")
+    file_lock = FileLock(folder / LOCK, thread_local=False)
+    owner = folder / OWNER
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read(200).strip() or "another process"
+        file_lock.acquire(blocking=False)
+    except Timeout:
+        known = owner.read_text("utf-8", "replace")[:200].strip() if owner.exists() else ""
         raise BadRun(
-            f"{folder} is in use by {owner}", "wait for it, stop it, or give another --out"
+            f"{folder} is in use by {known or 'another process'}",
+            "wait for it, stop it, or give another --out",
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+    except (OSError, NotImplementedError) as error:
+        unsupported = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+        if getattr(error, "errno", errno.ENOSYS) not in unsupported:
             raise
         print(f"{folder} is on a file system without locks: a second run is not kept out")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%F %T}\n")
-    file.flush()
-    _locked[folder.resolve()] = file
+    since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    owner.write_text(f"process {os.getpid()} on {platform.node()} since {since}\n", "utf-8")
+    _locked[folder.resolve()] = file_lock

@@ -12,7 +12,8 @@ import stat
 import time
 
 STARTED = time.monotonic()  # of the process, apart from its imports before this one
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
 TIME_IS_UP = 75  # EX_TEMPFAIL of <sysexits.h>
 
 
@@ -48,7 +49,7 @@ class Stop:
         self.signal = signal.Signals(number)
         if self.before[signal.SIGINT] != signal.SIG_IGN:  # a second Ctrl-C must not wait
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if number == signal.SIGHUP:
+        if number == SIGHUP:
             _detach_from_terminal()
 
     def requested(self) -> bool:
