@@ -627,7 +627,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(two_ranks, tmp_path
     second.send(signal.SIGTERM)
     ended = [first.wait(limit=30), second.wait(limit=30)]
     assert [e.code for e in ended] == [75, 143], ended
-    assert "another rank was stopped: stopped after step" in ended[0].out
+    assert "stop requested on another rank: stopped after step" in ended[0].out
     assert unsaved_steps(tmp_path / "run") == 0
     resume_with_ranks(flags, tmp_path / "run")
     assert results(tmp_path / "run") == expected

@@ -384,17 +384,8 @@ def test_the_folder_of_no_run_reads_as_empty(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-DAMAGED = [
-    b"",
-    b"{",
-    b"[]",
-    b"3",
-    b"null",
-    b"\xff\xfe",
-    b"\0" * 99,
-    b"[" * 99_999,
-    b'{"progress": 1}',
-]
+DAMAGED = [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"\0" * 99, b"[" * 99_999,
+           b'{"progress": 1}']  # fmt: skip
 
 
 @pytest.mark.parametrize("content", DAMAGED)
