@@ -79,7 +79,7 @@ class Stop:
         """Why the session stops, for people."""
         if self.signal is not None:
             return self.signal.name
-        return "--max-minutes reached" if self.requested() else "another rank was stopped"
+        return "--max-minutes reached" if self.requested() else "stop requested on another rank"
 
 
 def _detach_from_terminal() -> None:

@@ -315,9 +315,9 @@ def test_a_validation_line_of_several_sources_has_at_most_80_columns():
     assert max(map(len, validation_line(99999, found, True).splitlines()[1:])) <= 80
 
 
-def test_a_run_whose_saved_data_option_is_a_single_string_resumes(whole, short, tmp_path):
+def test_a_run_whose_saved_data_option_is_a_single_string_resumes(finished, short, tmp_path):
     out = tmp_path / "old"
-    shutil.copytree(whole, out)
+    shutil.copytree(finished, out)
     config = json.loads((out / "config.json").read_text())
     (config["options"]["data"],) = config["options"]["data"]
     del config["options"]["columns"]
