@@ -114,9 +114,11 @@ def answers(
         for sample in range(settings.samples)
         if count_turns(problem, settings.prompt) > 1
     )
-    keys = {n: (problems[n // settings.samples].id, n % settings.samples) for _, n in conversations}
+    keys = {
+        i: (problems[i // settings.samples].id, i % settings.samples) for _, i in conversations
+    }  # by sequence id
     yield from ask(problems, settings, done={*done, *keys.values()})
-    remaining = [n for n, key in keys.items() if key not in done]
+    remaining = [i for i, key in keys.items() if key not in done]
     for batch in in_batches(remaining, settings.decoding.batch_size):
         yield from _conversation_answers(ask, problems, settings, batch)
 
@@ -125,26 +127,26 @@ def _conversation_answers(
     ask: Callable[..., Iterator[Completion]],
     problems: list[Problem],
     settings: GenerationSettings,
-    numbers: list[int],
+    sequence_ids: list[int],
 ) -> Iterator[Completion]:
     """Answers to conversations; each round of `ask` answers one more turn of all of them.
 
-    A conversation's number is index * samples + sample, which keys its uniform draws in each round.
+    A sequence id is index * samples + sample. Uniform draws depend on it, in every round.
     """
-    said: dict[int, list[Completion]] = {n: [] for n in numbers}
+    said: dict[int, list[Completion]] = {i: [] for i in sequence_ids}
     for turn in itertools.count():
         seed = settings.decoding.seed + turn * SEED_STRIDE
         one_sample = replace(settings, samples=1, decoding=replace(settings.decoding, seed=seed))
         asked = [NOTHING] * len(problems) * settings.samples
-        for n, earlier in said.items():
-            problem = next_turn(problems[n // settings.samples], [c.text for c in earlier])
-            asked[n] = replace(problem, id=str(n))
+        for i, earlier in said.items():
+            problem = next_turn(problems[i // settings.samples], [c.text for c in earlier])
+            asked[i] = replace(problem, id=str(i))
         for c in ask(asked, one_sample, done={(NOTHING.id, 0)}):
-            n = int(c.id)
-            said[n].append(c)
-            problem = problems[n // settings.samples]
-            if len(said[n]) == count_turns(problem, settings.prompt):
-                yield _joined(problem.id, n % settings.samples, said.pop(n))
+            i = int(c.id)
+            said[i].append(c)
+            problem = problems[i // settings.samples]
+            if len(said[i]) == count_turns(problem, settings.prompt):
+                yield _joined(problem.id, i % settings.samples, said.pop(i))
         if not said:
             return
 

@@ -1,7 +1,7 @@
 """From completions to metrics, and from metrics to tables: counts, votes, kinds of mistakes.
 
-Pure functions of what was generated, without torch. Counts are numbers of problems. If there are
-several samples per problem, scorers judge the first one; votes and pass@k use all of them.
+Pure functions of what was generated. Counts are numbers of problems. If there are several samples
+per problem, scorers judge the first one; votes and pass@k use all of them.
 """
 
 from collections import Counter

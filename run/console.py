@@ -15,23 +15,26 @@ from data.chat import ChatFormat
 from data.mixture import WeightedSource
 from data.rows import Problem
 from errors import printable
+from lora.config import LoRAConfig
+from lora.peft_format import read_adapter_config
 from run.base import Base
 from run.folder import Progress, Run
 from run.options import in_two_columns
 
 
 def print_start(
-    options: Mapping[str, Any], base: Base, mixture: Sequence[WeightedSource], adapter: str | None
+    options: Mapping[str, Any], base: Base, mixture: Sequence[WeightedSource], lora: LoRAConfig
 ) -> None:
-    """The options, and what they resolved to; `adapter` describes the one to continue training."""
+    """The options, and what they resolved to."""
     print(in_two_columns(options))
     base_line, device_line = base.lines()
     print(base_line)
     for source in (part.source for part in mixture):
         at = f" at {source.commit}" if source.commit else ""
         print(f"data {source.name}{at}" + (f": {source.note}" if source.note else ""))
-    if adapter:
-        print(adapter)
+    if folder := options["from_adapter"]:
+        _, its_base, _ = read_adapter_config(Path(folder))
+        print(f"continuing the adapter in {folder}, trained on {its_base}: {lora}")
     print(device_line)
 
 

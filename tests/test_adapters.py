@@ -584,7 +584,7 @@ def test_a_run_continues_an_adapter_of_peft_with_its_settings(tmp_path, toy, giv
     out, more = tmp_path / "run", ["--from-adapter", given_adapter, "--dropout", 0.25]
     run(out, without_rank(toy), *more, "--learning-rate", 0)
     printed = capsys.readouterr().out
-    source = f"from the adapter in {given_adapter}, of {toy[1]}"
+    source = f"continuing the adapter in {given_adapter}, trained on {toy[1]}"
     assert f"{source}: rank 4 (v_proj 3), alpha 8" in printed
     before, after = load_file(given_adapter / WEIGHTS), load_file(out / "best" / WEIGHTS)
     assert equal(before, after)

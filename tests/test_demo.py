@@ -89,11 +89,13 @@ def test_the_base_with_its_measurements_takes_two_megabytes():
 
 def test_the_flag_sets_defaults_that_are_printed_and_that_other_options_override(capsys):
     presets = {"demo": train.DEMO}
-    assert parse(train.TrainConfig, ["--demo"], "", presets) == train.TrainConfig(**train.DEMO)
+    assert parse(train.TrainConfig, ["--demo"], "", presets=presets) == train.TrainConfig(
+        **train.DEMO
+    )
     printed = capsys.readouterr().out
     values = {k: v[0] if k == "data" else v for k, v in train.DEMO.items()}
     assert all(f"--{k.replace('_', '-')} {v}" in printed for k, v in values.items())
-    changed = parse(train.TrainConfig, ["--epochs", "7", "--demo"], "", presets)
+    changed = parse(train.TrainConfig, ["--epochs", "7", "--demo"], "", presets=presets)
     assert changed == train.TrainConfig(**train.DEMO | {"epochs": 7})
 
 

@@ -33,7 +33,7 @@ from tests.evaluations import (
 # Prompts
 
 
-def test_a_few_shot_prompt_is_lm_evaluation_harness_form(tuned):
+def test_a_few_shot_prompt_equals_lm_evaluation_harness(tuned):
     chat = ChatFormat.from_folder(tuned / "base")
     shots = [problem("What is 1 + 1?", "2\n#### 2"), problem("What is 2 + 2?", "4\n#### 4")]
     tokens = prompt_tokens(problem("What is 3 + 3?", "6"), chat, "few-shot", shots)
@@ -44,7 +44,7 @@ def test_a_few_shot_prompt_is_lm_evaluation_harness_form(tuned):
     )
 
 
-def test_a_chain_of_thought_prompt_is_lm_evaluation_harness_form(tuned):
+def test_a_chain_of_thought_prompt_equals_lm_evaluation_harness(tuned):
     chat = ChatFormat.from_folder(tuned / "base")
     tokens = prompt_tokens(problem("What is 3 + 3?", "6"), chat, "chain-of-thought", [])
     assert chat.decode(tokens) == "Q: What is 3 + 3?\nA: Let's think step by step."

@@ -48,7 +48,7 @@ def test_a_log_of_answers_is_read_up_to_where_it_is_torn(tmp_path, end):
     assert read_log(tmp_path / "none.jsonl", Completion) == ([], 0)
 
 
-def test_what_is_torn_off_a_log_is_answered_again(tuned, tmp_path):
+def test_answers_torn_off_a_log_are_generated_again(tuned, tmp_path):
     whole = evaluated(tuned, tmp_path)
     before = completions_of(tmp_path)
     (log,) = tmp_path.glob("evaluation/*/tuned.jsonl")
@@ -85,7 +85,7 @@ def test_an_endless_answer_is_cut_off_and_one_that_ends_at_once_is_empty(
     assert found["correct"]["numeric-equal"] == 0
 
 
-def test_an_answer_is_scored_though_the_text_runs_on_or_loops_until_it_is_cut_off():
+def test_an_answer_is_scored_even_if_the_text_runs_on_until_it_is_cut_off():
     p = problem("What is 3 + 4?", "#### 7")
     for after in (" 8", "\nQuestion: What is 9 + 9?\n#### 18", "\n#### 7" * 100, " 5 5 5" * 100):
         c = Completion("p", 0, "3+4=7\n#### 7" + after, tokens=512, cut_off=True, seconds=1.0)

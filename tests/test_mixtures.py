@@ -27,11 +27,12 @@ from data.mixture import (
 )
 from data.split import normalize, split_problems
 from errors import BadOption, BadRun
+from run.console import validation_line
+from run.folder import default_folder
 from tests import toys
-from tests.campaign.harness import await_steps, finish, left_behind, start
-from tests.test_bad_input import TRAIN, refused, world  # noqa: F401
-from tests.test_data import some_examples, write_lines
-from tests.toys import read_log
+from tests.campaign.harness import await_steps, finish, results, start
+from tests.refusals import TRAIN, refused
+from tests.toys import read_log, some_examples, write_lines
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
@@ -232,8 +233,8 @@ def test_the_audit_has_the_statistics_of_each_source_in_80_columns(sources, chec
 def test_source_names_are_read_from_a_list_or_from_the_single_string_of_old_runs():
     assert source_names("gsm8k") == source_names(["gsm8k:2"]) == ["gsm8k"]
     config = train.TrainConfig(model="x/Qwen2", data=("org/Rows:2", "b/mine.jsonl:0.5"))
-    assert train.default_out(config) == Path("out/qwen2-rows-mine")
-    assert train.default_out(train.TrainConfig(model="x/Qwen2")) == Path("out/qwen2-gsm8k")
+    assert default_folder(config.model, source_names(config.data)) == Path("out/qwen2-rows-mine")
+    assert default_folder("x/Qwen2", ["gsm8k"]) == Path("out/qwen2-gsm8k")
 
 
 # Whole runs
@@ -277,7 +278,7 @@ def test_a_killed_and_resumed_mixture_takes_each_row_as_often_as_it_should_and_e
         child.send(9)
         assert child.wait().code == 137
     assert start([*mixed, "--save-every", 0.02], out, fault=watched(log)).wait().code == 0
-    assert left_behind(out) == left_behind(tmp_path / "whole")
+    assert results(out) == results(tmp_path / "whole")
     steps = dict(json.loads(line) for line in log.read_text().splitlines())
     counts = Counter(row for rows in steps.values() for row in rows)
     for part, per_epoch in zip(encoded(sources, checkpoint, limit=24), (1, 0.5)):
@@ -311,7 +312,7 @@ def test_the_log_has_the_loss_of_each_source_and_their_mean_weighted_by_tokens(
 def test_a_validation_line_of_several_sources_has_at_most_80_columns():
     found = {"val_loss": 123.4567, "val_token_accuracy": 1.0, "val_exact_match": 1.0}
     found["val_loss_by_source"] = {"x/" * 50: 1.0, "gsm8k": 12345.0}
-    assert max(map(len, train.validation_line(99999, found, True).splitlines()[1:])) <= 80
+    assert max(map(len, validation_line(99999, found, True).splitlines()[1:])) <= 80
 
 
 def test_a_run_whose_saved_data_option_is_a_single_string_resumes(whole, short, tmp_path):
@@ -353,7 +354,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_an_impossible_mixture_is_refused_before_anything_starts(
-    world, capsys, flags  # noqa: F811
+    workspace, capsys, flags
 ):  # fmt: skip
-    (world / "empty.jsonl").write_text("")
+    (workspace / "empty.jsonl").write_text("")
     assert REFUSED[flags] in refused(train.main, TRAIN + flags, capsys)
