@@ -84,7 +84,7 @@ def run_script(main: Callable[[], int | None]) -> int:
     A full disk is reported in the same way, and a closed pipe (`| head -1`) ends quietly.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal need not know every character
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="replace")
     try:
         code = main() or 0
