@@ -87,7 +87,10 @@ class ChatFormat:
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, messages: tuple[Message, ...]) -> EncodedChat:
-        """Encode a whole conversation; every assistant message and its end token are supervised."""
+        """Encode a whole conversation; supervised are the assistant's messages and end tokens.
+
+        Messages that are not to be supervised are context.
+        """
         return _join(self._pieces(messages), self.plain)
 
     def encode_all(self, conversations: list[tuple[Message, ...]]) -> list[EncodedChat]:
@@ -115,12 +118,12 @@ class ChatFormat:
         """Control token ids and texts in order, each with whether it is supervised."""
         if self.default_system is not None and messages[0].role != "system":
             messages = (Message("system", self.default_system), *messages)
-        for role, content in messages:
+        for role, content, supervised, *_ in messages:
             yield self.start, False
             if role == "assistant":
                 yield "assistant\n", False
-                yield content, True
-                yield self.end, True
+                yield content, supervised
+                yield self.end, supervised
             else:
                 yield f"{role}\n{content}", False
                 yield self.end, False
