@@ -12,6 +12,7 @@ loop, `forward_backward` one micro-batch.
 
 import gc
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluation.tasks import Judge, judge_of
-from lora.config import added_parameters
-from lora.options import RENAMED, lora_config, lora_options, upgrade_options
 from torch import Tensor, nn
 
 from data.audit import audit_mixture
@@ -35,14 +33,18 @@ from data.mixture import (
     source_names,
 )
 from data.rows import Problem
+from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
+from evaluation.tasks import Judge, judge_of
 from evaluation.teacher_forced import teacher_forced
 from files import JsonLines, hash_files
+from lora.config import added_parameters
 from lora.inject import count, inject, seed_dropout, trained_parameters
+from lora.options import RENAMED, lora_config, lora_options, upgrade_options
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter
 from lora.plus import rate_groups
-from model.checkpoint import Checkpoint, find_checkpoint, read_config, read_eos_ids
 from model.compile import check_compiler, compile_layers
+from model.generate import Decoding
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
@@ -237,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     held_out = [problem for source in sources for problem in source.held_out]
     validation = {source.name: source.validation for source in sources}
-    data = Data(schedule, validation, held_out, judge_of(held_out))
+    data = Data(schedule, validation, held_out, judge_of(held_out, generated=True))
     audit = audit_mixture(sources)
     if world.is_main:
         console.print_audit(audit)
@@ -289,17 +291,15 @@ def train(
     step.
     """
     lora = lora_config(to_json(config))
-    groups = rate_groups(
-        trained_parameters(model), config.lora_plus_ratio, config.weight_decay
-    )
+    groups = rate_groups(trained_parameters(model), config.lora_plus_ratio, config.weight_decay)
     parameters = {name: p for group in groups for name, p in group["params"]}
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     scaler.scale(torch.zeros((), device=base.device))  # or a rank without rows could not unscale
-    progress = load_checkpoint(run, parameters=parameters, optimizer=optimizer, scaler=scaler)
+    progress = load_checkpoint(run, parameters, optimizer, scaler)
     last = data.schedule.total_steps
-    # The options may allow more steps now than when the run finished.
-    progress.stopped = progress.reason_finished(last, config.patience, config.stop_on)
+    goal = (last, config.patience, config.stop_on)
+    progress.stopped = progress.reason_finished(*goal)  # the options may allow more steps now
     log = JsonLines(run.log_file if world.is_main else None, keep=progress.log_bytes)
     bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)
@@ -314,18 +314,13 @@ def train(
             found = validate(config, progress, data, base, model, world, stop)
             stopping = found is None  # a stop was requested; the validation is repeated on resuming
             if found:
-                is_best = progress.record_validation(
-                    found["val_loss"], found.get("val_exact_match")
-                )
-                progress.stopped = progress.reason_finished(last, config.patience, config.stop_on)
+                is_best = progress.record_validation(**found)
+                progress.stopped = progress.reason_finished(*goal)
+                if is_best and world.is_main:
+                    publish_best(model, lora, base, run, progress)
                 epoch = data.schedule.epochs_in(progress.cursor)
                 log.write(step=progress.step, epoch=epoch, **found)
-            if found and world.is_main:
-                if is_best:
-                    publish_best(
-                        model, lora, base, run, data=", ".join(config.data), progress=progress
-                    )
-                bar.write(console.validation_line(progress.step, found, is_best))
+                console.show_validation(bar, progress.step, found, is_best)
 
         # Save what resuming needs, and leave the loop if the run is finished or must stop.
         stopping = stopping or progress.stopped is not None
@@ -334,9 +329,7 @@ def train(
         if stopping or world.any(now - saved > config.save_every):
             progress.log_bytes = log.sync()
             if world.is_main:
-                save_checkpoint(
-                    run, progress, parameters=parameters, optimizer=optimizer, scaler=scaler
-                )
+                save_checkpoint(run, progress, parameters, optimizer, scaler)
             world.wait()
             saved = time.perf_counter()
             stop.record(saved - now)
@@ -375,12 +368,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["ratio"]
             scaler.step(optimizer)
-            progress.step += 1
         scaler.update()
         optimizer.zero_grad()
-        progress.cursor += 1
-        progress.skipped += not finite
-        progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+        progress.record_step(finite)
         stopping = stops > 0
 
         # Log: one line per step.
@@ -401,8 +391,7 @@ def train(
             **({} if finite else {"skipped_rows": step.row_ids}),
         )
         if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and scaler.get_scale() <= 1:
-            best = run.best if progress.best_step else None
-            raise no_finite_gradient(progress.skipped_in_a_row, progress.cursor, step.row_ids, best)
+            raise no_finite_gradient(progress, step.row_ids, run.best)
     bar.close()
     return progress
 
@@ -451,12 +440,15 @@ def validate(
             found["val_loss_by_source"] = {k: nats / n for k, (nats, _, n) in sums.items()}
         if config.stop_on == "exact-match":
             sample = data.held_out[: config.exact_match_problems]
-            settings = GenerationSettings(
-                max_new_tokens=config.max_new_tokens, batch_size=batch_size
+            decoding = Decoding(
+                config.max_new_tokens, base.eos_ids, base.chat.vocab_size, batch_size
             )
+            settings = GenerationSettings(decoding)
             mine = sample[world.rank :: world.size]
-            (right,) = world.sum(exact_matches(model, base, mine, settings, data.judge, poll))
-            found["val_exact_match"] = right / len(sample)
+            (correct,) = world.sum(
+                exact_matches(model, base.chat, mine, settings, data.judge, poll)
+            )
+            found["val_exact_match"] = correct / len(sample)
         return found
     except StopRequested:
         model.train()
@@ -471,3 +463,7 @@ def learning_rate(config: TrainConfig, step: int, last: int) -> float:
     done = (step - warmup) / max(1, last - warmup)  # 0 at the peak, 1 just after the last step
     shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return config.learning_rate * shapes[config.schedule]
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

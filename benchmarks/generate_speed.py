@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import shown, spread, versions, write_result
 from data.tasks import load_source
 from errors import BadData, BadOption, UserError, run_script
-from evaluation.prompts import prompt_tokens
+from evaluation.answers import prompt_tokens
 from model.generate import Decoding, generate
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2

@@ -1,1 +1,1 @@
-"""What a model's answers are worth: scorers, votes, statistics, kinds of mistakes."""
+"""Evaluation: tasks, generation, scorers, votes, statistics, kinds of mistakes."""

@@ -1,66 +1,92 @@
-"""Answers to problems, generated many at once and handed over as they come."""
+"""Generates answers to problems, many sequences in parallel, and yields each as it finishes.
+
+A problem is presented in one of three ways:
+
+    chat               the checkpoint's chat template; the answer ends with the turn
+    few-shot           k solved problems, then `Question: ...\\nAnswer:`, as plain text (gsm8k)
+    chain-of-thought   `Q: ...\\nA: Let's think step by step.`, as plain text (gsm8k_cot_zeroshot)
+
+The two plain-text prompts are lm-evaluation-harness's, of the tasks in brackets. Plain text has no
+end token, so an answer ends where the model begins the next question.
+
+In chat, a problem with several assistant turns is a conversation. It is answered turn by turn, and
+the model sees its own earlier answers, never the gold ones: its mistakes carry over.
+"""
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from data.batches import in_batches
 from data.chat import ChatFormat
-from data.rows import Problem
-from evaluation.conversation import STRIDE, next_turn, turns
-from evaluation.prompts import STOPS, before_stop, prompt_tokens
+from data.gsm8k import EXAMPLES
+from data.rows import Message, Problem
+from evaluation.generative import Completion, Completions, Judge
+from evaluation.log import resume_log
+from evaluation.tasks import Task
 from model.generate import Decoding, decode
 from model.qwen2 import Qwen2
+from progress_bar import progress_bar
 
-STOP_WINDOW = 12  # tokens: what the longest stop may be spread over
-SILENT = Problem("", ())  # a place where nothing is asked
+STOPS = {  # by prompt: texts that end an answer
+    "chat": (),
+    "few-shot": ("Question:", "</s>", "<|im_end|>"),
+    "chain-of-thought": ("Q:", "</s>", "<|im_end|>"),
+}
+STOP_WINDOW = 12  # tokens: the longest stop is never spread over more
+SEED_STRIDE = 2**40  # between the seeds of two turns, so that their uniform draws differ
+NOTHING = Problem("", ())  # fills the places of conversations that are not asked in a round
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How problems are asked and their answers picked."""
+    """How answers are generated."""
 
-    prompt: str = "chat"  # one of evaluation.prompts.STOPS
-    shots: tuple[Problem, ...] = ()  # solved before the question, if the prompt is few-shot
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0: no limit
-    top_p: float = 1.0
-    seed: int = 0
+    decoding: Decoding
+    prompt: str = "chat"  # a key of STOPS
+    shots: tuple[Problem, ...] = ()  # solved problems shown first, if the prompt is few-shot
     samples: int = 1  # answers to each problem
-    max_new_tokens: int = 512
-    batch_size: int = 128  # answers in the making at any time
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One generated answer to the problem `id`, its length in tokens, and its share of the time.
-
-    Of several turns `text` is the last, which is scored; the rest counts all of them.
-    """
-
-    id: str
-    sample: int
-    text: str
-    tokens: int
-    cut_off: bool  # stopped by the token limit
-    seconds: float
-    turns: list[str] = field(default_factory=list)  # all the model said, if that was several
+# Prompts and turns.
 
 
-def read_answers(log: Path) -> tuple[list[Completion], int]:
-    """(answers, how many bytes hold them) of a log, up to the first line that is torn or none."""
-    kept, size = [], 0
-    for line in log.read_bytes().split(b"\n")[:-1] if log.exists() else []:
-        try:
-            kept.append(Completion(**json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            break
-        size += len(line) + 1
-    return kept, size
+def prompt_tokens(
+    problem: Problem, chat: ChatFormat, prompt: str, shots: list[Problem]
+) -> list[int]:
+    """Token ids after which the model's next tokens are its answer to `problem`."""
+    if prompt == "chat":
+        return chat.prompt(problem.messages[:-1])
+    if prompt == "chain-of-thought":
+        return chat.plain(f"Q: {problem.question}\nA: Let's think step by step.")
+    solved = [f"Question: {shot.question}\nAnswer: {shot.answer}" for shot in shots]
+    return chat.plain("\n\n".join([*solved, f"Question: {problem.question}\nAnswer:"]))
+
+
+def before_stop(text: str, prompt: str) -> str:
+    """`text` up to the first of the prompt's stops."""
+    places = [at for at in (text.find(stop) for stop in STOPS[prompt]) if at >= 0]
+    return text[: min(places)] if places else text
+
+
+def count_turns(problem: Problem, prompt: str) -> int:
+    """The number of answers to generate; 1 for plain-text prompts, which have no turns."""
+    return sum(m.role == "assistant" for m in problem.messages) if prompt == "chat" else 1
+
+
+def next_turn(problem: Problem, said: list[str]) -> Problem:
+    """`problem` up to the turn after `said`, the model's answers that replace the gold ones."""
+    places = [i for i, m in enumerate(problem.messages) if m.role == "assistant"]
+    messages = list(problem.messages[: places[len(said)] + 1])
+    for place, text in zip(places, said):
+        messages[place] = Message("assistant", text)
+    return Problem(problem.id, tuple(messages))
+
+
+# Generation.
 
 
 def answers(
@@ -69,117 +95,185 @@ def answers(
     problems: list[Problem],
     settings: GenerationSettings,
     *,
-    eos_ids: tuple[int, ...],
     done: set[tuple[str, int]] = frozenset(),
     poll: Callable[[], object] = bool,
 ) -> Iterator[Completion]:
-    """A completion for each problem and sample that is not `done`, in the order in which they end.
+    """Yields a completion per problem and sample, in the order in which they finish.
 
-    Those of several turns come last, and are asked turn by turn (`conversation.py`). A sampled
-    answer depends on the problem's place in `problems` and the sample, not on its batch. `poll` is
-    called after each token, and may raise to leave.
+    Conversations come last. A sampled answer depends on the index of its problem in `problems` and
+    on its sample number, not on the batch.
+
+    Args:
+        done: (problem id, sample) pairs to leave out.
+        poll: is called after each token, and may raise to stop.
     """
-    ask = partial(_answers, model, chat, eos_ids=eos_ids, poll=poll)
-    several = sorted(  # like lengths end at like times
-        (turns(problem, settings.prompt), row * settings.samples + sample)
-        for row, problem in enumerate(problems)
+    ask = partial(_single_turn_answers, model, chat, poll=poll)
+    conversations = sorted(  # by length, so that those in a batch end together
+        (count_turns(problem, settings.prompt), index * settings.samples + sample)
+        for index, problem in enumerate(problems)
         for sample in range(settings.samples)
-        if turns(problem, settings.prompt) > 1
+        if count_turns(problem, settings.prompt) > 1
     )
-    keys = {at: (problems[at // settings.samples].id, at % settings.samples) for _, at in several}
+    keys = {
+        i: (problems[i // settings.samples].id, i % settings.samples) for _, i in conversations
+    }  # by sequence id
     yield from ask(problems, settings, done={*done, *keys.values()})
-    places = [at for at, key in keys.items() if key not in done]
-    for block in in_batches(places, settings.batch_size):
-        yield from _converse(ask, problems, settings, block)
+    remaining = [i for i, key in keys.items() if key not in done]
+    for batch in in_batches(remaining, settings.decoding.batch_size):
+        yield from _conversation_answers(ask, problems, settings, batch)
 
 
-def _converse(
+def _conversation_answers(
     ask: Callable[..., Iterator[Completion]],
     problems: list[Problem],
     settings: GenerationSettings,
-    places: list[int],
+    sequence_ids: list[int],
 ) -> Iterator[Completion]:
-    """The completions of conversations, each round of `ask` all of them a turn further.
+    """Answers to conversations; each round of `ask` answers one more turn of all of them.
 
-    A conversation's place is row * samples + sample, by which sampling knows it in every round.
+    A sequence id is index * samples + sample. Uniform draws depend on it, in every round.
     """
-    said: dict[int, list[Completion]] = {at: [] for at in places}
+    said: dict[int, list[Completion]] = {i: [] for i in sequence_ids}
     for turn in itertools.count():
-        one = replace(settings, samples=1, seed=settings.seed + turn * STRIDE)
-        asked = [SILENT] * len(problems) * settings.samples
-        for at, answered in said.items():
-            texts = [c.text for c in answered]
-            asked[at] = replace(next_turn(problems[at // settings.samples], texts), id=str(at))
-        for c in ask(asked, one, done={(SILENT.id, 0)}):
-            at = int(c.id)
-            said[at].append(c)
-            problem = problems[at // settings.samples]
-            if len(said[at]) == turns(problem, settings.prompt):
-                yield _joined(problem.id, at % settings.samples, said.pop(at))
+        seed = settings.decoding.seed + turn * SEED_STRIDE
+        one_sample = replace(settings, samples=1, decoding=replace(settings.decoding, seed=seed))
+        asked = [NOTHING] * len(problems) * settings.samples
+        for i, earlier in said.items():
+            problem = next_turn(problems[i // settings.samples], [c.text for c in earlier])
+            asked[i] = replace(problem, id=str(i))
+        for c in ask(asked, one_sample, done={(NOTHING.id, 0)}):
+            i = int(c.id)
+            said[i].append(c)
+            problem = problems[i // settings.samples]
+            if len(said[i]) == count_turns(problem, settings.prompt):
+                yield _joined(problem.id, i % settings.samples, said.pop(i))
         if not said:
             return
 
 
-def _joined(id: str, sample: int, said: list[Completion]) -> Completion:
-    """The turns of a conversation as one completion."""
+def _joined(id: str, sample: int, turns: list[Completion]) -> Completion:
+    """The answers of a conversation as one completion."""
     return Completion(
-        id, sample, said[-1].text, sum(c.tokens for c in said), any(c.cut_off for c in said),
-        sum(c.seconds for c in said), [c.text for c in said],
+        id, sample, turns[-1].text,
+        tokens=sum(c.tokens for c in turns),
+        cut_off=any(c.cut_off for c in turns),
+        seconds=sum(c.seconds for c in turns),
+        turns=[c.text for c in turns],
     )  # fmt: skip
 
 
-def _answers(
+def _single_turn_answers(
     model: Qwen2,
     chat: ChatFormat,
     problems: list[Problem],
     settings: GenerationSettings,
     *,
-    eos_ids: tuple[int, ...],
     done: set[tuple[str, int]],
     poll: Callable[[], object],
 ) -> Iterator[Completion]:
-    """`answers` to problems of one turn."""
+    """`answers` to problems with a single turn."""
     asked = [
-        (prompt_tokens(problem, chat, settings.prompt, list(settings.shots)), row, sample)
-        for row, problem in enumerate(problems)
+        (prompt_tokens(problem, chat, settings.prompt, list(settings.shots)), index, sample)
+        for index, problem in enumerate(problems)
         for sample in range(settings.samples)
         if (problem.id, sample) not in done
     ]
-    # Prompts of like lengths share a cache; long ones tend to have long answers, for which the
-    # others would have to be waited at the end.
+    # Prompts of similar length share a cache. Long prompts tend to have long answers, so they come
+    # first: otherwise everything else would be finished while these are still being decoded.
     asked.sort(key=lambda item: -len(item[0]))
+    stops = STOPS[settings.prompt]
 
     def stopped(tokens: list[int]) -> bool:
         poll()
-        if not STOPS[settings.prompt]:
+        if not stops:
             return False
         tail = chat.decode(tokens[-STOP_WINDOW:])
-        return any(stop in tail for stop in STOPS[settings.prompt])
+        return any(stop in tail for stop in stops)
 
     steps = decode(
         model,
         [tokens for tokens, _, _ in asked],
-        Decoding(
-            max_new_tokens=settings.max_new_tokens, eos_ids=eos_ids, vocab_size=chat.vocab_size,
-            batch_size=settings.batch_size, temperature=settings.temperature,
-            top_k=settings.top_k, top_p=settings.top_p, seed=settings.seed,
-        ),
-        sequence_ids=[row * settings.samples + sample for _, row, sample in asked],
+        settings.decoding,
+        sequence_ids=[index * settings.samples + sample for _, index, sample in asked],
         stopped=stopped,
-    )  # fmt: skip
-    texts: list[list[int]] = [[] for _ in asked]
+    )
+    answered: list[list[int]] = [[] for _ in asked]  # tokens
     started = time.perf_counter()
     for emitted in steps:
-        whole = []
-        for place, token, ended in emitted:
-            if token not in eos_ids:
-                texts[place].append(token)
-            if ended or len(texts[place]) == settings.max_new_tokens:
-                whole.append((place, not ended))
+        finished = []
+        for sequence, token, ended in emitted:
+            tokens = answered[sequence]
+            if token not in settings.decoding.eos_ids:
+                tokens.append(token)
+            if ended or len(tokens) == settings.decoding.max_new_tokens:
+                finished.append((sequence, not ended))
         now = time.perf_counter()
-        for place, cut_off in whole:
-            _, row, sample = asked[place]
-            text = before_stop(chat.decode(texts[place]), settings.prompt)
-            seconds = (now - started) / len(whole)
-            yield Completion(problems[row].id, sample, text, len(texts[place]), cut_off, seconds)
-        started = now if whole else started
+        for sequence, cut_off in finished:
+            tokens, (_, index, sample) = answered[sequence], asked[sequence]
+            text = before_stop(chat.decode(tokens), settings.prompt)
+            seconds = (now - started) / len(finished)
+            yield Completion(problems[index].id, sample, text, len(tokens), cut_off, seconds)
+        started = now if finished else started
+
+
+def stream_answer(
+    model: Qwen2, chat: ChatFormat, question: str, decoding: Decoding
+) -> Iterator[str]:
+    """Yields the answer to `question` in pieces, each as soon as its characters are complete."""
+    tokens, shown = [], ""
+    prompt = chat.prompt((Message("user", question),))
+    for ((_, token, ended),) in decode(model, [prompt], decoding):
+        tokens += [] if token in decoding.eos_ids else [token]
+        text = chat.decode(tokens)
+        if not text.endswith("\ufffd") or ended:  # a character may consist of several tokens
+            yield text[len(shown) :]
+            shown = text
+
+
+# What evaluate.py and train.py measure.
+
+
+def answer_all(
+    model: Qwen2, chat: ChatFormat, task: Task, settings: GenerationSettings, log: Path
+) -> Completions:
+    """All samples of each problem of `task`, and of each example in EXAMPLES, by id.
+
+    Answers in `log` are reused, and new ones are added to it.
+    """
+    gold = {p.id: p.answer for p in task.problems}
+    problems = [*task.problems, *EXAMPLES]
+    kept, out = resume_log(log, Completion)
+    done = {(c.id, c.sample): c for c in kept}
+    correct = [task.judge.is_correct(c.text, gold[c.id]) for c in kept if c.id in gold]
+    total = len(problems) * settings.samples
+    new = answers(model, chat, problems, settings, done=set(done))
+    with progress_bar(total=total, initial=len(done), desc=log.stem, unit="answer") as bar:
+        for c in new:
+            out.write(**asdict(c))
+            done[c.id, c.sample] = c
+            if c.id in gold:
+                correct.append(task.judge.is_correct(c.text, gold[c.id]))
+            bar.update()
+            bar.set_postfix_str(f"{sum(correct)} of {len(correct)} correct", refresh=False)
+    return {p.id: [done[p.id, sample] for sample in range(settings.samples)] for p in problems}
+
+
+def exact_matches(
+    model: Qwen2,
+    chat: ChatFormat,
+    problems: list[Problem],
+    settings: GenerationSettings,
+    judge: Judge,
+    poll: Callable[[], object] = bool,
+) -> int:
+    """How many of `problems` the model answers correctly, without dropout.
+
+    `judge` is that of generated answers; `poll` is called after each token, and may raise to stop.
+    """
+    gold = {p.id: p.answer for p in problems}
+    model.eval()
+    given = progress_bar(answers(model, chat, problems, settings, poll=poll), desc="answer",
+                         leave=False)  # fmt: skip
+    correct = sum(judge.is_correct(c.text, gold[c.id]) for c in given)
+    model.train()
+    return correct

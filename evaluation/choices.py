@@ -1,22 +1,21 @@
-"""Multiple choice as lm-evaluation-harness 0.4.13 has it: which choice is likeliest?
+"""Multiple choice by likelihood, as in lm-evaluation-harness 0.4.13.
 
-    acc        the choice with the largest sum of log-probabilities is the right one
-    acc_norm   the same of that sum over the choice's length in characters
+    acc        the option with the largest sum of log-probabilities is the correct one
+    acc_norm   the same, with each sum divided by the option's length in characters
 
-The context of a question is computed once: its choices lie behind it in one flat row of tokens,
-each at the positions that follow the context, and see it and themselves. Unlike in the harness a
-log-probability is always taken in fp32, no context is cut, and a control token's name in a text
-stays text.
+The context of a question is computed once. Its options follow in the same flat sequence of tokens:
+each one takes the positions directly after the context, and attends to the context and to itself.
+Unlike in the harness, log-probabilities are always computed in fp32, contexts are never truncated,
+and the name of a control token within a text is encoded as plain text.
 
-Legend: T tokens, N scored rows, C hidden size, H query heads, G key/value heads, D head size, V
-vocabulary.
+Legend: T tokens, N scored tokens, C hidden size, H query heads, G key/value heads, D head size,
+V vocabulary size; in one question: L tokens of the context, t tokens of all options.
 """
 
-import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,16 @@ from torch import Tensor
 from data.batches import in_batches
 from data.chat import ChatFormat
 from data.rows import Choices, Problem
+from evaluation.generative import Judge
+from evaluation.log import resume_log
 from model.attention import FlatAttention
 from model.cache import attend_slots
 from model.qwen2 import Qwen2
+from progress_bar import progress_bar
 
-HEAD_ROWS = 32  # rows of logits at hand at once: 20 MB in fp32
+HEAD_ROWS = 32  # rows of logits computed at a time: 20 MB in fp32
 
-# MMLU's subjects by the harness's groups; all others are "other".
+# MMLU's subjects in the harness's groups; a subject in none of them is in "other".
 AREAS = {
     "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry
         college_computer_science college_mathematics college_physics computer_security
@@ -53,7 +55,7 @@ AREA = {subject: area for area, subjects in AREAS.items() for subject in subject
 
 @dataclass(frozen=True)
 class Question:
-    """A problem in token ids; no continuation is empty."""
+    """A problem as token ids. No continuation is empty."""
 
     id: str
     context: list[int]
@@ -62,23 +64,25 @@ class Question:
 
 @dataclass(frozen=True)
 class Scored:
-    """The log-likelihood of each choice of the problem `id`, in nats, and its share of the time."""
+    """The log-likelihoods of a problem's options."""
 
     id: str
-    scores: list[float]
-    seconds: float
+    scores: list[float]  # nats, one per option
+    seconds: float  # its share of the batch's time
 
 
 def with_shots(problem: Problem, solved: list[Problem]) -> Problem:
-    """The same problem with solved ones, and what is said once, before it in its context."""
-    told = [f"{s.context} {s.options[s.gold]}\n\n" for s in (p.choices for p in solved)]
-    context = problem.choices.head + "".join(told) + problem.choices.context
+    """The same problem, with its head and the solved problems in front of its context."""
+    shots = [f"{s.context} {s.options[s.gold]}\n\n" for s in (p.choices for p in solved)]
+    context = problem.choices.head + "".join(shots) + problem.choices.context
     return replace(problem, choices=replace(problem.choices, context=context, head=""))
 
 
 def encode(problem: Problem, chat: ChatFormat) -> Question:
-    """Token ids as the harness splits them: white space at the context's end goes to the choices,
-    and a continuation is what the whole text has beyond as many tokens as the context alone.
+    """Token ids, split as in the harness: white space at the context's end belongs to the options.
+
+    The whole text is encoded at once, and its continuation is every token after the first L, where
+    L is the number of tokens of the context alone.
     """
     context = problem.choices.context.rstrip()
     between = problem.choices.context[len(context) :] + " "
@@ -96,7 +100,10 @@ def score(
     batch_size: int,
     done: set[str] = frozenset(),
 ) -> Iterator[Scored]:
-    """The scores of each problem that is not `done`, shortest first; on no batch do they depend."""
+    """The scores of each problem whose id is not in `done`, the shortest contexts first.
+
+    `batch_size` does not change them.
+    """
     questions = [encode(p, chat) for p in problems if p.id not in done]
     questions.sort(key=lambda q: len(q.context))
     for group in in_batches(questions, batch_size):
@@ -107,6 +114,23 @@ def score(
             yield Scored(question.id, scores, seconds)
 
 
+def score_all(
+    model: Qwen2, chat: ChatFormat, problems: list[Problem], batch_size: int, log: Path
+) -> dict[str, Scored]:
+    """The scores of all problems, by id.
+
+    Scores in `log` are reused, and new ones are added to it.
+    """
+    kept, out = resume_log(log, Scored)
+    scored = {s.id: s for s in kept}
+    rest = score(model, chat, problems, batch_size, set(scored))
+    options = {"total": len(problems), "initial": len(kept), "desc": log.stem, "unit": "question"}
+    for s in progress_bar(rest, **options):
+        out.write(**asdict(s))
+        scored[s.id] = s
+    return scored
+
+
 @torch.inference_mode()
 def log_likelihoods(model: Qwen2, questions: list[Question]) -> list[list[float]]:
     """For each question, the sum of log-probabilities of each continuation's tokens, in nats."""
@@ -114,8 +138,9 @@ def log_likelihoods(model: Qwen2, questions: list[Question]) -> list[list[float]
     attend = SharedContext(questions, device)
     tokens = [t for q in questions for t in q.context]
     positions = [i for q in questions for i in range(len(q.context))]
-    rows, targets, owners = [], [], []  # of each token to score: the row before it, whose it is
-    end = 0  # of a question's context
+    # For each scored token: the row that predicts it, its id, the number of its continuation.
+    rows, targets, owners = [], [], []
+    end = 0  # row after a question's context
     owner = 0
     for q in questions:
         end += len(q.context)
@@ -129,8 +154,8 @@ def log_likelihoods(model: Qwen2, questions: list[Question]) -> list[list[float]
             owner += 1
     flat = torch.tensor([tokens, positions], device=device)  # (2, T)
     hidden = model(flat[0], flat[1], attend.lengths, cache=attend)  # (T, C)
-    asked = torch.tensor([rows, targets], device=device)  # (2, N)
-    found = log_probabilities(hidden, model.head_weight, asked[0], asked[1])  # (N,)
+    scored = torch.tensor([rows, targets], device=device)  # (2, N)
+    found = log_probabilities(hidden, model.head_weight, scored[0], scored[1])  # (N,)
     sums = [0.0] * owner
     for owner, value in zip(owners, found.tolist()):
         sums[owner] += value
@@ -139,7 +164,10 @@ def log_likelihoods(model: Qwen2, questions: list[Question]) -> list[list[float]
 
 
 def log_probabilities(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """(N,) fp32: of `targets (N,)` after `rows (N,)` of `hidden (T, C)`, by `head (V, C)`."""
+    """(N,) fp32: log-probabilities of `targets (N,)`, predicted by the given `rows (N,)`.
+
+    hidden: (T, C). head: (V, C).
+    """
     found = []
     for row, target in zip(rows.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
         logits = (hidden[row] @ head.t()).float()  # (n, V)
@@ -148,20 +176,20 @@ def log_probabilities(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tenso
 
 
 class SharedContext:
-    """Attention over all contexts, end to end, then all continuations without their last tokens.
+    """Attention over a flat sequence: all contexts, then all continuations without last tokens.
 
-    A context is a plain example. A continuation's token sees its question's context, and the tokens
-    of its own continuation up to itself.
+    A context attends causally to itself. A token of a continuation attends to its question's
+    context, and to its own continuation up to itself.
     """
 
     def __init__(self, questions: list[Question], device: torch.device):
         self.lengths = [len(q.context) for q in questions]
         self.contexts = FlatAttention(self.lengths, device)
-        self.masks = []  # (t, L + t) for a question of L and t tokens: True is seen
+        self.masks = []  # for each question (t, L + t), True where a token attends
         for q in questions:
-            whose = [i for i, c in enumerate(q.continuations) for _ in c[1:]]
-            whose = torch.tensor(whose, dtype=torch.long, device=device)  # (t,)
-            own = (whose[:, None] == whose).tril()  # (t, t)
+            owners = [i for i, c in enumerate(q.continuations) for _ in c[1:]]
+            owners = torch.tensor(owners, dtype=torch.long, device=device)  # (t,)
+            own = (owners[:, None] == owners).tril()  # (t, t)
             self.masks.append(F.pad(own, (len(q.context), 0), value=True))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -173,13 +201,13 @@ class SharedContext:
             context, own = slice(start, start + length), slice(place, place + len(mask))
             start, place = context.stop, own.stop
             if len(mask):
-                seen = [torch.cat((x[context], x[own])) for x in (k, v)]  # (L + t, G, D)
-                y.append(attend_masked(q[own], *seen, mask))  # (t, H, D)
+                keys, values = (torch.cat((x[context], x[own])) for x in (k, v))  # (L + t, G, D)
+                y.append(attend_masked(q[own], keys, values, mask))  # (t, H, D)
         return torch.cat(y)
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Each query over the keys that its row of `mask (t, S)` has.
+    """Attention of each query to the keys where its row of `mask (t, S)` is True.
 
     (t, H, D), (S, G, D), (S, G, D) -> (t, H, D).
     """
@@ -189,20 +217,8 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return attend_slots(q, k, v, mask).flatten(0, 1).transpose(0, 1)
 
 
-def read_scores(log: Path) -> tuple[list[Scored], int]:
-    """(scores, how many bytes hold them) of a log, up to the first line that is torn or none."""
-    kept, size = [], 0
-    for line in log.read_bytes().split(b"\n")[:-1] if log.exists() else []:
-        try:
-            kept.append(Scored(**json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            break
-        size += len(line) + 1
-    return kept, size
-
-
 def likeliest(scores: list[float]) -> int | None:
-    """The first of the largest; None if one is no number, for then nothing was measured."""
+    """Index of the largest score, the first of equal ones; None if any score is NaN."""
     if any(math.isnan(s) for s in scores):
         return None
     return max(range(len(scores)), key=scores.__getitem__)
@@ -216,41 +232,42 @@ def acc_norm(scores: list[float], choices: Choices) -> bool:
     return acc([s / len(option) for s, option in zip(scores, choices.options)], choices)
 
 
-def judges(problems: list[Problem]) -> dict[str, Any]:
-    """By name, the one that counts first; where choices are letters the two are one."""
+def choice_scorers(problems: list[Problem]) -> dict[str, Callable[[list[float], Choices], bool]]:
+    """Scorers by name, the headline first. If all options have one length, acc_norm equals acc."""
     lengths = {len(option) for p in problems for option in p.choices.options}
     return {"acc": acc} if len(lengths) == 1 else {"acc_norm": acc_norm, "acc": acc}
 
 
-def choice_figures(problems: list[Problem], scored: dict[str, Scored]) -> dict[str, Any]:
-    """Everything counted about one contestant, as JSON values."""
-    right = {
-        name: [judge(scored[p.id].scores, p.choices) for p in problems]
-        for name, judge in judges(problems).items()
-    }
-    outcomes = next(iter(right.values()))
-    of_right = [-scored[p.id].scores[p.choices.gold] for p in problems]
+def choice_metrics(
+    judge: Judge, problems: list[Problem], scored: dict[str, Scored]
+) -> dict[str, Any]:
+    """All metrics of one model's choices, as JSON values."""
+    outcomes = [judge.is_correct(scored[p.id].scores, p.choices) for p in problems]
+    losses = [-scored[p.id].scores[p.choices.gold] for p in problems]
     return {
-        "right": {name: sum(of) for name, of in right.items()},
-        "right_choice_nats": sum(of_right) / len(of_right),
+        "correct": {
+            name: sum(scorer(scored[p.id].scores, p.choices) for p in problems)
+            for name, scorer in judge.scorers.items()
+        },
+        "right_choice_nats": sum(losses) / len(losses),
         "seconds": sum(scored[p.id].seconds for p in problems),
         "by": by_subject(problems, outcomes),
         "outcomes": outcomes,
     }
 
 
-def by_subject(problems: list[Problem], right: list[bool]) -> dict[str, dict[str, list[int]]]:
-    """[right, problems] of each area and subject. The harness weights a subject by its size, so an
-    area's rate is that of all its problems, and the whole's that of all.
+def by_subject(problems: list[Problem], correct: list[bool]) -> dict[str, dict[str, list[int]]]:
+    """[correct, problems] of each area and each subject.
+
+    The harness weights subjects by their size, so the accuracy of an area is that of all its
+    problems together.
     """
     tables: dict[str, dict[str, list[int]]] = {}
-    for problem, ok in zip(problems, right, strict=True):
+    for problem, ok in zip(problems, correct, strict=True):
         if problem.category is None:
             continue
-        for table, key in (
-            ("area", AREA.get(problem.category, "other")),
-            ("subject", problem.category),
-        ):
+        area = AREA.get(problem.category, "other")
+        for table, key in (("area", area), ("subject", problem.category)):
             cell = tables.setdefault(table, {}).setdefault(key, [0, 0])
             cell[0] += ok
             cell[1] += 1

@@ -1,33 +1,78 @@
-"""Scorers of one generated answer, side by side, and votes over many.
+"""Generated answers, and whether they are correct: scorers, judges and votes.
 
-A scorer says whether a completion agrees with the gold answer as GSM8K writes it: reasoning, then
-`#### N`. They differ in where they look for the number and in what they call equal:
+A scorer compares a completion with a gold answer in GSM8K's form: reasoning, then `#### N`. The
+scorers differ in where they look for the number and in how they compare it:
 
-    numeric-equal     ours: after the first `####`, or else the last of all; equal in value
-    strict-match      lm-evaluation-harness, gsm8k version 3: after the first `#### `; equal as text
-    flexible-extract  the same harness: the last that looks like a number, anywhere; equal as text
-    openai            openai/grade-school-math: after the first `#### `; equal as text, commas apart
+    numeric-equal     ours: after the first `####`, otherwise the last number; equal values
+    strict-match      lm-evaluation-harness, gsm8k version 3: after the first `#### `; equal text
+    flexible-extract  the same harness: the last thing that looks like a number; equal text
+    openai            openai/grade-school-math: after the first `#### `; equal text without commas
 
-Only ours takes `#### 18.00` for 18 and U+2212 for a minus; only flexible-extract takes `...` for an
-answer and `10-3` for -3; `#### 18.` is wrong for openai alone. All are linear in the completion.
+Only ours accepts `#### 18.00` for 18, and U+2212 as a minus sign. Only flexible-extract takes `...`
+for an answer, and `10-3` for -3. Only openai rejects `#### 18.`. All scorers take time linear in
+the length of the completion.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from errors import BadData
 from evaluation.numbers import final_number, marked_number
 
 _HASHED = re.compile(r"#### (-?[0-9.,]+)")
-# Finds the last match of the harness's (-?[$0-9.,]{2,})|(-?[0-9]+), and none of those before it.
+# Finds the last match of the harness's (-?[$0-9.,]{2,})|(-?[0-9]+) without visiting earlier ones.
 _LAST_NUMBERLIKE = re.compile(r"(?s:.*)(?=[$0-9.,-])((?:-|(?<![$0-9.,-]))(?:[$0-9.,]{2,}|[0-9]))")
 
 
+@dataclass(frozen=True)
+class Completion:
+    """One generated answer to the problem `id`.
+
+    In a conversation of several turns, `text` is the last answer, which is the one scored. The
+    other fields cover all of the turns.
+    """
+
+    id: str
+    sample: int  # which of the answers to this problem, from 0
+    text: str
+    tokens: int  # length
+    cut_off: bool  # stopped by the token limit
+    seconds: float  # its share of the batch's time
+    turns: list[str] = field(default_factory=list)  # all answers, if there are several turns
+
+
+Completions = dict[str, list[Completion]]  # problem id -> its samples
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How the answers to a task are judged.
+
+    The first scorer is the headline: it decides whether an answer counts as correct. The others
+    are reported as well. A scorer takes an answer and its gold: a completion and the gold answer
+    or, where `generated` is False, the log-likelihood of each option and the `Choices`.
+    """
+
+    name: str
+    scorers: Mapping[str, Callable[[Any, Any], bool]]
+    generated: bool = True  # False: nothing is generated, the likeliest option is the answer
+    numeric: bool = False  # answers are numbers: there are votes, kinds of mistakes, breakdowns
+
+    @property
+    def headline(self) -> str:
+        return next(iter(self.scorers))
+
+    def is_correct(self, answer: Any, gold: Any) -> bool:
+        return self.scorers[self.headline](answer, gold)
+
+
 def gold_number(gold_answer: str) -> Fraction:
-    """The N of a gold answer's `#### N`; `BadData` where there is none."""
+    """The N of a gold answer's `#### N`; raises BadData if there is none."""
     number = marked_number(gold_answer)
     if number is None:
         cause = f"a gold answer has no number after '####': {gold_answer[-60:]!r}"
@@ -36,38 +81,43 @@ def gold_number(gold_answer: str) -> Fraction:
 
 
 def had_format(text: str) -> bool:
-    """Whether there is a `#### N` that strict-match and openai can read, right or wrong."""
+    """Whether there is a `#### N` that strict-match and openai can read, correct or not."""
     return _HASHED.search(text) is not None
 
 
 def numeric_equal(completion: str, gold_answer: str) -> bool:
-    """Equal in value: 18, 18.00 and $18 are; a completion without a number never is."""
+    """Equality of values: 18, 18.00 and $18 are equal. Without a number, an answer is wrong."""
     return final_number(completion) == gold_number(gold_answer)
 
 
 def strict_match(completion: str, gold_answer: str) -> bool:
-    """lm-evaluation-harness's filter of this name, and its exact_match on the outcome."""
+    """lm-evaluation-harness's filter of the same name, followed by its exact_match."""
     found = _HASHED.search(completion)
     return found is not None and _harness_form(found[1]) == _harness_form(gold_answer)
 
 
 def flexible_extract(completion: str, gold_answer: str) -> bool:
-    """lm-evaluation-harness's filter of this name, and its exact_match on the outcome."""
+    """lm-evaluation-harness's filter of the same name, followed by its exact_match."""
     found = _LAST_NUMBERLIKE.match(completion)
     return found is not None and _harness_form(found[1]) == _harness_form(gold_answer)
 
 
 def openai_match(completion: str, gold_answer: str) -> bool:
-    """The grade-school-math repository's is_correct: strings without commas."""
+    """is_correct of the grade-school-math repository: equal strings, ignoring commas."""
     found, gold = _HASHED.search(completion), _HASHED.search(gold_answer)
     assert gold is not None, gold_answer
     return found is not None and found[1].replace(",", "") == gold[1].replace(",", "")
 
 
 def _harness_form(text: str) -> str:
-    # Its ignore_case cannot matter: an extracted answer has no letters.
+    # The harness also ignores case, which makes no difference: extracted answers have no letters.
     _, _, text = text.replace(",", "").replace("$", "").rpartition("#### ")
     return re.sub(r"\.$", "", text)
+
+
+def exact_text(completion: str, gold_answer: str) -> bool:
+    """Equality of texts, ignoring white space at both ends: for answers that are not numbers."""
+    return completion.strip() == gold_answer.strip()
 
 
 SCORERS: dict[str, Callable[[str, str], bool]] = {
@@ -76,40 +126,30 @@ SCORERS: dict[str, Callable[[str, str], bool]] = {
     "flexible-extract": flexible_extract,
     "openai": openai_match,
 }
+NUMBERS = Judge("numbers", SCORERS, numeric=True)
+TEXT = Judge("text", {"exact-text": exact_text})
 
 
 def majority_vote(answers: Sequence[Fraction | None]) -> Fraction | None:
-    """Self-consistency (arXiv 2203.11171): the answer given most often.
+    """The most frequent answer: self-consistency (arXiv:2203.11171). Ties go to the earliest.
 
-    Of equally frequent ones, the one given first. None, a sample without a number, does not vote,
-    and the outcome is None only if nobody voted.
+    None stands for a sample without a number and does not vote. The result is None if no sample
+    votes.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     return max(votes, key=votes.__getitem__, default=None)  # both keep the order of first votes
 
 
 def maj_at_k(answers: Sequence[Fraction | None], gold: Fraction, k: int) -> bool:
-    """Whether the majority of the first k answers is right; nobody having voted is wrong."""
+    """Whether the majority of the first k answers is correct; False if none of them votes."""
     assert 1 <= k <= len(answers), (k, len(answers))
     return majority_vote(answers[:k]) == gold
 
 
 def pass_at_k(n: int, c: int, k: int) -> Fraction:
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """Unbiased estimate of the probability that at least one of k new samples is correct.
 
-    The unbiased estimate of it for k fresh samples (Chen et al., arXiv 2107.03374), exact.
+    c of n samples are correct: 1 - C(n-c, k) / C(n, k), exactly (Chen et al., arXiv:2107.03374).
     """
     assert 1 <= k <= n and 0 <= c <= n, (n, c, k)
     return 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
-
-
-def exact_text(completion: str, gold_answer: str) -> bool:
-    """The same text, white space at the ends apart: for answers that are no numbers."""
-    return completion.strip() == gold_answer.strip()
-
-
-def choose_scorers(gold_answers: Sequence[str]) -> dict[str, Callable[[str, str], bool]]:
-    """`SCORERS` where every gold answer has a `#### N` that all can read; else equal text."""
-    if all(had_format(gold) and marked_number(gold) is not None for gold in gold_answers):
-        return SCORERS
-    return {"exact-text": exact_text}

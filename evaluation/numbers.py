@@ -1,18 +1,18 @@
-r"""Numbers out of generated text, exactly (every value is a `Fraction`) and in linear time.
+r"""Reads the numbers in generated text, exactly (as `Fraction`) and in linear time.
 
-A number is made of ASCII digits, `, . /`, marks ($ € £ ¥ ¢ %) and a minus (`-` or U+2212):
+A number consists of ASCII digits, `, . /`, marks ($ € £ ¥ ¢ %) and a minus (`-` or U+2212):
 
-    18  18.0  18.  $18  $ 18  18$     18; a point that ends a sentence is not part of it
-    1,234  1,234,567.89  .5           groups of three, the first of one to three, with no 0 ahead
-    -3  -$3  $-3                      a minus touches its number, and nothing before it that
-    10-3  x-3  (2)-3                  could be subtracted from: here it is no sign
-    1/2  -10/4  1 1/2                 a fraction; a whole, one space, a fraction less than 1
-    5%  5 %                           5, the way GSM8K answers "how many percent"
+    18  18.0  18.  $18  $ 18  18$     18; a period at the end of a sentence is not part of it
+    1,234  1,234,567.89  .5           groups of three digits, without a leading 0
+    -3  -$3  $-3                      a sign touches its number
+    10-3  x-3  (2)-3                  after a number, letter or bracket, a minus is not a sign
+    1/2  -10/4  1 1/2                 a fraction, or a whole number, one space, a proper fraction
+    5%  5 %                           5, as GSM8K answers "how many percent"
 
-What cannot be one number is the numbers it consists of: `1,23` is 1 and 23, `1/0` is 1 and 0,
-`2 4/2` is 2 and 4/2, `1.2.3` is 1, 2 and 3, and so are dates and times. Letters never belong to a
-number: `5kg` is 5, `x2` is 2, `1e5` is 1 and 5. Other scripts' digits, `½`, an en dash as a sign,
-and runs of more than `MAX_DIGITS` digits are not read; so `int()` is never slow.
+A text that is not one number is read as several: `1,23` is 1 and 23, `1/0` is 1 and 0, `2 4/2` is 2
+and 4/2, `1.2.3` is 1, 2 and 3; dates and times likewise. Letters never belong to a number: `5kg` is
+5, `x2` is 2, `1e5` is 1 and 5. Digits of other scripts, `½`, an en dash as a sign, and runs of more
+than `MAX_DIGITS` digits are not read. This limit keeps `int()` fast.
 """
 
 import re
@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-MAX_DIGITS = 100  # in a run; each run of no more digits is in exactly one number
-LONGEST = 1000  # characters of a number, and more: a mixed one has three integers of at most 131
+MAX_DIGITS = 100  # in a run; every run up to this length is part of exactly one number
+LONGEST = 1000  # characters; no number is longer, as a mixed one has three integers of up to 131
 
-# Linear, because each repetition is bounded or over one class of characters, and because the
-# lookbehinds let no attempt begin inside a run of digits that an earlier one has given up.
+# Matching takes linear time, because each repetition is bounded or over one character class, and
+# because the lookbehinds allow no attempt to start within a run of digits that has failed before.
 _DIGITS = rf"(?<![0-9])[0-9]{{1,{MAX_DIGITS}}}(?![0-9])"
 _GROUPS = r"(?<![0-9])(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3}){1,32}(?!,?[0-9])"
 _INTEGER = rf"(?:{_GROUPS}|{_DIGITS})"
@@ -33,7 +33,7 @@ _SIGN = rf"(?<![\w.)\]}}%$€£¥¢\u2212-]){_MINUS}"
 
 _NUMBER = re.compile(
     rf"""
-    (?=[$€£¥\u2212\ -]{{0,4}}\.?[0-9])  # most places in a text fail here, at little cost
+    (?=[$€£¥\u2212\ -]{{0,4}}\.?[0-9])  # most positions fail here, quickly
     (?P<before> (?:{_SIGN})?[$€£¥]\ ?{_MINUS}? | {_SIGN} )?
     (?: (?<![0-9]/) (?:(?P<whole>{_INTEGER})\ )?
         (?P<top>{_INTEGER}) / (?!0+(?![0-9])) (?P<bottom>{_INTEGER}) (?![./]?[0-9])
@@ -45,13 +45,13 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-# (?!#) only saves time, on long rows of #.
+# (?!#) only saves time, on long runs of #.
 _MARKED = re.compile(rf"####(?!#)[^\w#\n]*(?={_DIGITS})")
 _THROUGH_LAST_DIGITS = re.compile(rf"(?s:.*)[0-9](?![0-9])(?<![0-9]{{{MAX_DIGITS + 1}}})")
 
 
 class FoundNumber(NamedTuple):
-    """A number and its place, `text[start:end]`, with sign and marks."""
+    """A number, and its position `text[start:end]` including sign and marks."""
 
     value: Fraction
     start: int
@@ -60,27 +60,28 @@ class FoundNumber(NamedTuple):
 
 
 def numbers_in(text: str) -> list[FoundNumber]:
-    """Every number of the text, from left to right."""
+    """All numbers in `text`, from left to right."""
     return list(_scan(text, start=0))
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number a completion answers with: `marked_number`, or else `last_number`."""
+    """The answer of a completion: `marked_number`, or `last_number` if there is none."""
     marked = marked_number(text)
     return marked if marked is not None else last_number(text)
 
 
 def marked_number(text: str) -> Fraction | None:
-    """The number after the first `####` that has one, so that of an answer and not of a run-on.
+    """The number after the first `####` that is followed by one on the same line.
 
-    On the same line, and without a letter between: `#### **18**` has one, `#### Step 1` has none.
+    No letters may be in between: `#### **18**` has a number, `#### Step 1` does not. Later `####`
+    are ignored, since a model may continue with another problem.
     """
     marker = _MARKED.search(text)
     return next(_scan(text, marker.start())).value if marker else None
 
 
 def last_number(text: str) -> Fraction | None:
-    """`numbers_in(text)[-1].value`, but only the neighbourhood of the last digits is read."""
+    """`numbers_in(text)[-1].value`, computed from the text around the last digits only."""
     last = _THROUGH_LAST_DIGITS.match(text)
     if last is None:
         return None
@@ -97,7 +98,7 @@ def _scan(text: str, start: int) -> Iterator[FoundNumber]:
             value = Fraction(_integer(top), _integer(bottom))
             if whole and value < 1:
                 value += _integer(whole)
-            elif whole:  # `2 4/2` is no mixed number
+            elif whole:  # `2 4/2` is not a mixed number
                 apart = Fraction(sign * _integer(whole))
                 yield FoundNumber(apart, match.start(), match.end("whole"), has_unit)
                 yield FoundNumber(value, match.start("top"), match.end(), bool(after))

@@ -1,36 +1,87 @@
-"""A model's own right solutions, as rows to learn from.
+"""Rejection sampling: a model's own correct solutions become training data.
 
-Right is equal in value to the gold answer. An answer that was cut off is not kept: it would teach
-the model not to end. Of a problem's answers that differ in white space only, the first is kept. Of
-a conversation all turns of the assistant become the model's own: its last was given to those.
+A solution is kept if it is numerically equal to the gold answer and was not cut off, because an
+answer that was cut off would teach the model not to stop. Of a problem's solutions that differ only
+in white space, the first is kept. In a conversation, all assistant turns become the model's own,
+because its last answer depends on them.
 
-A solution that is right by its last number, without a `#### N` that all scorers read, gets the gold
-one's as its last line. The text before stays the model's own; without that line the row could not
-be scored, and most models that were not tuned on GSM8K would have no row to keep at all.
+A solution without a `#### N` that all scorers can read gets the gold answer's as its last line. The
+rest of its text is unchanged. Without that line the row could not be scored, and most models that
+were not tuned on GSM8K would produce no usable rows.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from data.rows import Message, Problem
-from evaluation.conversation import next_turn
-from evaluation.generative import had_format, numeric_equal
-from evaluation.summary import Completions
+from errors import BadOption
+from evaluation.answers import count_turns, next_turn
+from evaluation.generative import Completions, had_format, numeric_equal
+from evaluation.tasks import Task
+from files import write_file
 
 
-def right_solutions(problems: list[Problem], given: Completions) -> Iterator[dict[str, Any]]:
-    """Rows of `messages`, with the `id` of the problem and the number of its `sample`."""
+def correct_solutions(
+    problems: list[Problem], completions: Completions
+) -> Iterator[dict[str, Any]]:
+    """Rows in the format `messages`, with the problem's `id` and the number of the `sample`."""
     for p in problems:
         seen = set()
-        for c in given[p.id]:
-            *before, text = (said.strip() for said in c.turns or [c.text])
-            form = tuple(" ".join(said.split()) for said in (*before, text))
-            if c.cut_off or not all(form) or form in seen or not numeric_equal(text, p.answer):
+        for c in completions[p.id]:
+            *earlier, text = (answer.strip() for answer in c.turns or [c.text])
+            key = tuple(" ".join(answer.split()) for answer in (*earlier, text))
+            if c.cut_off or not all(key) or key in seen or not numeric_equal(text, p.answer):
                 continue
-            seen.add(form)
+            seen.add(key)
             if not had_format(text):
                 text += "\n" + p.answer[p.answer.index("####") :].partition("\n")[0]
-            asked = next_turn(p, before).messages[:-1]
-            solved = replace(p, messages=(*asked, Message("assistant", text)))
+            prompt = next_turn(p, earlier).messages[:-1]
+            solved = replace(p, messages=(*prompt, Message("assistant", text)))
             yield solved.row() | {"sample": c.sample}
+
+
+def keep(path: Path, problems: list[Problem], completions: Completions) -> None:
+    """Write the correct solutions to `path`, all or nothing, and print how many there are."""
+    rows = list(correct_solutions(problems, completions))
+    solved = len({row["id"] for row in rows})
+    print(
+        f"kept {len(rows):,} correct, distinct answers to {solved:,} of {len(problems):,} problems"
+    )
+    if not rows:
+        return print(f"{path} is not written: there are no rows to train on")
+    check_new_file(path)  # again, because generating takes long
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    print(f"train on them with: python train.py --data {path}")
+
+
+def check_new_file(path: Path) -> None:
+    """Raise BadOption if `path` exists, is not a .jsonl file, or is in no existing folder."""
+    if path.suffix != ".jsonl" or not path.parent.is_dir():
+        raise BadOption(
+            f"--keep-correct {path} is not a .jsonl file in an existing folder",
+            "give a name such as own.jsonl",
+        )
+    if path.exists():
+        raise BadOption(
+            f"--keep-correct {path} exists already and is not overwritten",
+            "give another name, or move the file",
+        )
+
+
+def check_tasks(tasks: list[Task], prompt: str) -> None:
+    """Raise BadOption unless `tasks` is one task whose correct solutions can become rows."""
+    if len(tasks) > 1 or not tasks[0].judge.numeric:
+        names = ", ".join(task.name for task in tasks)
+        raise BadOption(
+            f"--keep-correct needs a single task whose answers end in '#### N', not {names}",
+            "name that task with --data",
+        )
+    if prompt != "chat" and any(count_turns(p, "chat") > 1 for p in tasks[0].problems):
+        raise BadOption(
+            f"--keep-correct: problems of {tasks[0].name} have several turns, but a plain-text"
+            " prompt gets a single answer",
+            "leave out --shots and --cot",
+        )

@@ -1,41 +1,41 @@
-"""How sure one may be of a rate, and of the difference between two models on the same problems.
+"""Confidence intervals of accuracies, and of the difference between two models.
 
-Base and tuned answer the same problems, so only the problems on which they differ say anything
-about the tuning: those it fixed and those it broke. Every function is pure and defined for any
-size: with no problem at all an interval is everything possible, never NaN.
+Both models answer the same problems, so only those where they differ carry information about the
+tuning: the problems it fixed and those it broke. All functions are pure and defined for any number
+of problems. With none, an interval is the whole possible range, never NaN.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
-from statistics import NormalDist
+from statistics import NormalDist, linear_regression
 
 import numpy as np
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval (low, high) of a rate, both in [0, 1]; (0, 1) when there was nothing to count.
+    """Confidence interval (low, high) of a proportion, in [0, 1]; (0, 1) if n is 0.
 
     Wilson (1927), "Probable inference, the law of succession, and statistical inference". Unlike
-    the textbook p ± z·se it keeps its coverage near 0 and 1 and for small n.
+    p ± z·se, it keeps its coverage near 0 and 1, and for small n.
     """
     assert 0 <= successes <= n, f"{successes} successes out of {n}"
     assert 0 < confidence < 1, f"confidence {confidence}"
     if n == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate, spread = successes / n, z * z / n
-    middle = (rate + spread / 2) / (1 + spread)
-    half = sqrt(rate * (1 - rate) * spread + spread * spread / 4) / (1 + spread)
-    high = 1.0 if successes == n else middle + half  # exact at the end; the low one is exactly 0
+    p, spread = successes / n, z * z / n
+    middle = (p + spread / 2) / (1 + spread)
+    half = sqrt(p * (1 - p) * spread + spread * spread / 4) / (1 + spread)
+    high = 1.0 if successes == n else middle + half  # without rounding; low is exactly 0 anyway
     return middle - half, high
 
 
 def mcnemar_p(fixed: int, broke: int) -> float:
-    """Two-sided exact p of McNemar's test: did a fair coin choose which changes were fixes?
+    """Exact two-sided p-value of McNemar's test (McNemar, 1947); 1.0 if no problem changed.
 
-    McNemar (1947); exact by the binomial distribution rather than by chi-squared, so it holds for
-    any number of changed problems. 1.0 when none changed.
+    The null hypothesis is that a changed problem is equally likely to be fixed or broken. The
+    binomial distribution, unlike chi-squared, is exact for any number of changed problems.
     """
     changed = fixed + broke
     tail = sum(comb(changed, k) for k in range(min(fixed, broke) + 1))
@@ -45,11 +45,11 @@ def mcnemar_p(fixed: int, broke: int) -> float:
 def bootstrap_interval(
     counts: Sequence[int], *, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """The interval (low, high) of (fixed - broke) / n by resampling the problems with replacement.
+    """Percentile bootstrap interval (low, high) of (fixed - broke) / n (Efron, 1979).
 
-    counts: fixed, broke, both right, both wrong. Percentile bootstrap, Efron (1979). A resample of
-    n problems matters only through how many fall in each cell, and those four counts are
-    multinomial: one draw a resample in place of n. Reproducible from the seed under one numpy.
+    `counts` has four cells: fixed, broke, both correct, both wrong. Only the number of resampled
+    problems in each cell matters, and these numbers are multinomial, so each resample takes one
+    draw instead of n. The result depends on the seed and on numpy's version.
     """
     n = sum(counts)
     if n == 0:
@@ -62,19 +62,19 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class Paired:
-    """Base against tuned on the same problems; points are hundredths of the problems.
+    """The comparison of base and tuned on the same problems; points are percentage points.
 
-    With no problems the difference is 0.0 and its interval all that is possible, -100 to +100.
+    Without any problems, the difference is 0.0 and its interval is -100 to +100.
     """
 
     n: int
-    fixed: int  # base wrong, tuned right
-    broke: int  # base right, tuned wrong
+    fixed: int  # base wrong, tuned correct
+    broke: int  # base correct, tuned wrong
     both_right: int
     both_wrong: int
     difference_points: float  # tuned minus base
-    p_value: float  # exact two-sided McNemar
-    low_points: float  # paired bootstrap
+    p_value: float  # McNemar, exact, two-sided
+    low_points: float  # of the paired bootstrap
     high_points: float
     confidence: float
 
@@ -87,7 +87,7 @@ def paired(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Paired:
-    """Compare right and wrong of two models; entry i of both lists is the same problem."""
+    """Compare which problems two models solve; index i of both lists is the same problem."""
     assert len(base) == len(tuned), f"{len(base)} base outcomes, {len(tuned)} tuned outcomes"
     pairs = [(bool(b), bool(t)) for b, t in zip(base, tuned, strict=True)]
     cells = ((False, True), (True, False), (True, True), (False, False))
@@ -108,16 +108,16 @@ def paired(
 
 
 def in_words(result: Paired) -> str:
-    """What the comparison is worth, in a sentence.
+    """The conclusion of a comparison, in one sentence.
 
-    "better" or "worse" when the interval excludes 0 and McNemar's p is under 1 - confidence. The
-    interval alone is too sure of itself when few problems changed: one problem, fixed, resamples
-    to +100 points every time. Where only one of the two speaks, the sentence gives the p and the
-    count behind it.
+    It is "better" or "worse" if the interval excludes 0 and McNemar's p is below 1 - confidence.
+    The interval alone is too narrow if few problems changed: a single problem that was fixed is
+    +100 points in every resample. If only one of the two conditions holds, the sentence includes p
+    and the number of changed problems.
     """
     if result.n == 0:
         return "no problems in common: nothing to compare"
-    if result.fixed + result.broke == 0:  # nothing to resample: the interval would be 0 wide
+    if result.fixed + result.broke == 0:  # the interval would have no width
         return f"+0.0 points: none of {result.n} answers changed between right and wrong"
     low, high = result.low_points, result.high_points
     excludes_zero = low > 0 or high < 0
@@ -137,3 +137,41 @@ def in_words(result: Paired) -> str:
 
 def _signed(points: float) -> str:
     return f"{round(points, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Where a series of losses was heading: a straight line through its last values."""
+
+    points: int  # values that the line is fitted to
+    decrease: float  # of the line, from its first point to its last
+    above_best: float  # the last value minus the lowest of the whole series
+    threshold: float  # smaller changes do not count
+
+    @property
+    def direction(self) -> str:
+        """`"rising"` above the best value, `"falling"`, or `"flat"`."""
+        if self.above_best > self.threshold:
+            return "rising"
+        return "falling" if self.decrease > self.threshold else "flat"
+
+
+def trend(losses: Sequence[float]) -> Trend | None:
+    """The trend of the last third of `losses`, at least four values; None if there are fewer.
+
+    A change counts if it exceeds twice the standard error of the residuals of a least-squares line
+    and 0.5 % of the lowest loss.
+    """
+    if len(losses) < 4:
+        return None
+    last = losses[-max(4, len(losses) // 3) :]
+    slope, start = linear_regression(range(len(last)), last)
+    residuals = [loss - start - slope * i for i, loss in enumerate(last)]
+    scatter = sqrt(sum(r * r for r in residuals) / (len(last) - 2))
+    best = min(losses)
+    return Trend(
+        points=len(last),
+        decrease=-slope * (len(last) - 1),
+        above_best=last[-1] - best,
+        threshold=max(2 * scatter, 0.005 * best),
+    )

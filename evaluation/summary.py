@@ -1,41 +1,48 @@
-"""From completions to figures: counts, votes, kinds of mistakes, and base against tuned in a table.
+"""From completions to metrics, and from metrics to tables: counts, votes, kinds of mistakes.
 
-Pure functions of what was generated. Rates are counts of problems; where there are several samples
-a problem, the scorers judge the first, and votes and pass@k all of them.
+Pure functions of what was generated. Counts are numbers of problems. If there are several samples
+per problem, scorers judge the first one; votes and pass@k use all of them.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from data.rows import Problem
-from evaluation.answers import Completion
+from errors import BadData, printable
 from evaluation.generative import (
-    SCORERS,
-    choose_scorers,
+    Completion,
+    Completions,
+    Judge,
     gold_number,
     had_format,
     maj_at_k,
     numeric_equal,
     pass_at_k,
 )
-from evaluation.mistakes import KINDS, classify, operations, reasoning_steps, topics
+from evaluation.mistakes import KINDS, classify, topics
 from evaluation.numbers import final_number
 from evaluation.statistics import in_words, paired, wilson_interval
+from evaluation.steps import operations, reasoning_steps
+from files import read_json
 
 TRANSCRIPTS = 5  # of each kind in a result
-Completions = dict[str, list[Completion]]  # the samples of each problem, by its id
+
+# Metrics of generated answers.
 
 
-def figures(problems: list[Problem], completions: Completions) -> dict[str, Any]:
-    """Everything counted about one contestant, as JSON values."""
-    scorers = choose_scorers([p.answer for p in problems])
+def answer_metrics(
+    judge: Judge, problems: list[Problem], completions: Completions
+) -> dict[str, Any]:
+    """All metrics of one model's answers, as JSON values."""
     first = {p.id: completions[p.id][0] for p in problems}
     every = [c for p in problems for c in completions[p.id]]
-    result = {
-        "right": {
+    metrics = {
+        "correct": {
             name: sum(scorer(first[p.id].text, p.answer) for p in problems)
-            for name, scorer in scorers.items()
+            for name, scorer in judge.scorers.items()
         },
         "had_format": sum(had_format(c.text) for c in first.values()),
         "cut_off": sum(c.cut_off for c in first.values()),
@@ -47,51 +54,55 @@ def figures(problems: list[Problem], completions: Completions) -> dict[str, Any]
         "pass": {},
         "mistakes": {},
         "by": {},
-        "outcomes": outcomes(problems, completions),
+        "outcomes": outcomes(judge, problems, completions),
     }
-    if scorers is SCORERS:
-        result |= several_samples(problems, completions)
-        result["mistakes"] = mistakes(problems, first)
-        result["by"] = breakdown(problems, result["outcomes"])
-    return result
+    if judge.numeric:
+        metrics |= sample_metrics(problems, completions)
+        metrics["mistakes"] = mistakes(problems, first)
+        metrics["by"] = breakdown(problems, metrics["outcomes"])
+    return metrics
 
 
-def outcomes(problems: list[Problem], completions: Completions) -> list[bool]:
-    """Right or wrong, a problem each: of the one answer, or of the majority of the samples."""
-    scorers = choose_scorers([p.answer for p in problems])
-    headline = next(iter(scorers.values()))
-    right = []
+def outcomes(judge: Judge, problems: list[Problem], completions: Completions) -> list[bool]:
+    """For each problem, whether the answer or the majority of several samples is correct.
+
+    Only numbers are voted on: of other answers, the first sample counts.
+    """
+    found = []
     for p in problems:
         samples = completions[p.id]
-        if len(samples) > 1 and scorers is SCORERS:
+        if len(samples) > 1 and judge.numeric:
             numbers = [final_number(c.text) for c in samples]
-            right.append(maj_at_k(numbers, gold_number(p.answer), len(samples)))
+            found.append(maj_at_k(numbers, gold_number(p.answer), len(samples)))
         else:
-            right.append(headline(samples[0].text, p.answer))
-    return right
+            found.append(judge.is_correct(samples[0].text, p.answer))
+    return found
 
 
-def several_samples(problems: list[Problem], completions: Completions) -> dict[str, dict]:
-    """Majority votes (problems right) and pass@k (a rate) at k = 1, 2, 4, ... and all samples."""
+def sample_metrics(problems: list[Problem], completions: Completions) -> dict[str, dict]:
+    """Majority votes (problems correct) and pass@k (a share) for k = 1, 2, 4, ... and all samples.
+
+    Empty if there is one sample per problem.
+    """
     n = min(len(completions[p.id]) for p in problems)
     if n == 1:
         return {}
     powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
     votes, passed = {}, {}
     for k in powers:
-        right = chance = 0
+        correct_votes = probability = 0
         for p in problems:
-            samples = completions[p.id]
-            right += maj_at_k([final_number(c.text) for c in samples], gold_number(p.answer), k)
+            samples, gold = completions[p.id], gold_number(p.answer)
+            correct_votes += maj_at_k([final_number(c.text) for c in samples], gold, k)
             correct = sum(numeric_equal(c.text, p.answer) for c in samples)
-            chance += pass_at_k(len(samples), correct, k)
-        votes[f"maj@{k}"] = right
-        passed[f"pass@{k}"] = float(chance / len(problems))
+            probability += pass_at_k(len(samples), correct, k)
+        votes[f"maj@{k}"] = correct_votes
+        passed[f"pass@{k}"] = float(probability / len(problems))
     return {"votes": votes, "pass": passed}
 
 
 def mistakes(problems: list[Problem], first: dict[str, Completion]) -> dict[str, int]:
-    """How many first answers are of each kind, in the order of KINDS."""
+    """The number of first answers of each kind, in the order of KINDS."""
     found = Counter()
     for p in problems:
         c = first[p.id]
@@ -101,17 +112,17 @@ def mistakes(problems: list[Problem], first: dict[str, Completion]) -> dict[str,
     return {kind: found[kind] for kind in KINDS}
 
 
-def breakdown(problems: list[Problem], right: list[bool]) -> dict[str, dict[str, list[int]]]:
-    """[right, problems] by what the problem is like; a problem may fall under several of a kind."""
+def breakdown(problems: list[Problem], correct: list[bool]) -> dict[str, dict[str, list[int]]]:
+    """[correct, problems] by properties of the problem; a problem may have several topics."""
     tables: dict[str, dict[str, list[int]]] = {}
-    for p, ok in zip(problems, right, strict=True):
-        likeness = {
+    for p, ok in zip(problems, correct, strict=True):
+        properties = {
             "category": [p.category] if p.category else [],
             "reasoning steps": [str(reasoning_steps(p.answer))],
             "operations": sorted(operations(p.answer)) or ["none written"],
             "question holds": sorted(topics(p.question)) or ["none of these"],
         }
-        for table, keys in likeness.items():
+        for table, keys in properties.items():
             for key in keys:
                 cell = tables.setdefault(table, {}).setdefault(key, [0, 0])
                 cell[0] += ok
@@ -122,105 +133,174 @@ def breakdown(problems: list[Problem], right: list[bool]) -> dict[str, dict[str,
     }
 
 
+# Base and tuned compared.
+
+
 def difference(base: list[bool], tuned: list[bool], seed: int) -> dict[str, Any]:
-    """The paired comparison and what it says in words."""
+    """The paired comparison, and its conclusion in words."""
     result = paired(base, tuned, seed=seed)
     return {"difference": asdict(result), "in_words": in_words(result)}
 
 
 def transcripts(
-    problems: list[Problem], base: Completions, tuned: Completions, right: dict[str, list[bool]]
+    problems: list[Problem], completions: dict[str, Completions], correct: dict[str, list[bool]]
 ) -> dict[str, list[dict[str, str]]]:
-    """A handful of whole answers of each fate, in the order of the problems."""
+    """The first few problems that tuning fixed, broke, or left wrong, with both whole answers.
+
+    `completions` and `correct` have the keys "base" and "tuned".
+    """
     kept: dict[str, list[dict[str, str]]] = {"fixed": [], "broken": [], "still wrong": []}
     fates = {(False, True): "fixed", (True, False): "broken", (False, False): "still wrong"}
-    for p, was, now in zip(problems, right["base"], right["tuned"], strict=True):
-        fate = fates.get((was, now))
+    for p, before, after in zip(problems, correct["base"], correct["tuned"], strict=True):
+        fate = fates.get((before, after))
         if fate and len(kept[fate]) < TRANSCRIPTS:
-            texts = {"base": base[p.id][0].text, "tuned": tuned[p.id][0].text}
+            texts = {name: completions[name][p.id][0].text for name in ("base", "tuned")}
             kept[fate].append({"id": p.id, "question": p.question, "gold": p.answer, **texts})
     return kept
 
 
-def table(result: dict[str, Any]) -> str:
-    """Contestants side by side, in 80 columns."""
-    found, n = result["contestants"], result["problems"]
-    columns = list(found.values())
-    rows: list[tuple[str, ...]] = [("", *found)]
-    if "right_choice_nats" in columns[0]:
-        return in_columns(rows + choice_rows(columns, n))
-    for scorer in columns[0]["right"]:
-        rows.append((f"answers right, {scorer}", *(rate(c["right"][scorer], n) for c in columns)))
-    for vote in columns[0]["votes"]:
-        rows.append((f"answers right, {vote}", *(rate(c["votes"][vote], n) for c in columns)))
-    for name in columns[0]["pass"]:
-        rows.append((name, *(f"{c['pass'][name]:.1%}" for c in columns)))
-    for key in ("had_format", "cut_off", "empty"):
-        rows.append((key.replace("_", " "), *(f"{c[key]} of {n}" for c in columns)))
-    rows.append(("tokens an answer", *(f"{c['tokens'] / c['completions']:.0f}" for c in columns)))
-    rows.append(
-        ("tokens a second", *(f"{c['tokens'] / max(c['seconds'], 1e-9):.0f}" for c in columns))
-    )
-    if columns[0].get("loss") is not None:
-        rows.append(("loss, nats a token", *(f"{c['loss']:.4f}" for c in columns)))
-        rows.append(
-            ("token accuracy (teacher-forced)", *(f"{c['token_accuracy']:.1%}" for c in columns))
-        )
-    for kind in columns[0]["mistakes"]:
-        rows.append((f"answers: {kind}", *(str(c["mistakes"][kind]) for c in columns)))
+# Tables for the console, in 80 columns.
+
+
+def models_table(result: dict[str, Any]) -> str:
+    """One column per model, and one row per metric that the result has."""
+    models, n = result["models"], result["problems"]
+    columns = list(models.values())
+    first = columns[0]
+    rows: list[tuple[str, ...]] = [("", *models)]
+
+    def row(label: str, cells: Iterable[str]) -> None:
+        rows.append((label, *cells))
+
+    judged = "answers" if "completions" in first else "choices"
+    for name in first["correct"]:
+        row(f"{judged} correct, {name}", (accuracy(m["correct"][name], n) for m in columns))
+    for name in first.get("votes", ()):
+        row(f"answers correct, {name}", (accuracy(m["votes"][name], n) for m in columns))
+    for name in first.get("pass", ()):
+        row(name, (f"{m['pass'][name]:.1%}" for m in columns))
+    if "completions" in first:
+        row("answers with '#### N'", (f"{m['had_format']} of {n}" for m in columns))
+        row("cut off by the token limit", (f"{m['cut_off']} of {n}" for m in columns))
+        row("empty answers", (f"{m['empty']} of {n}" for m in columns))
+        row("tokens per answer", (f"{m['tokens'] / m['completions']:.0f}" for m in columns))
+        row("tokens per second", (per_second(m["tokens"], m["seconds"], 0) for m in columns))
+    if first.get("loss") is not None:
+        row("loss, nats per token", (f"{m['loss']:.4f}" for m in columns))
+        row("token accuracy (teacher-forced)", (f"{m['token_accuracy']:.1%}" for m in columns))
+    for kind in first.get("mistakes", ()):
+        row(f"classified as {kind}", (str(m["mistakes"][kind]) for m in columns))
+    if "right_choice_nats" in first:
+        row("nats of the correct choice", (f"{m['right_choice_nats']:.4f}" for m in columns))
+        row("questions per second", (per_second(n, m["seconds"], 1) for m in columns))
+    for area, (_, size) in first.get("by", {}).get("area", {}).items():
+        row(f"{area} ({size:,})", (accuracy(*m["by"]["area"][area]) for m in columns))
     return in_columns(rows)
 
 
-def choice_rows(columns: list[dict[str, Any]], n: int) -> list[tuple[str, ...]]:
-    """What there is to say about the choices of each contestant."""
-    rows = [
-        (f"choices right, {name}", *(rate(c["right"][name], n) for c in columns))
-        for name in columns[0]["right"]
-    ]
-    nats = (f"{c['right_choice_nats']:.4f}" for c in columns)
-    rows.append(("nats of the right choice", *nats))
-    speed = (f"{n / max(c['seconds'], 1e-9):.1f}" for c in columns)
-    rows.append(("questions a second", *speed))
-    for area in columns[0]["by"].get("area", ()):
-        cells = [c["by"]["area"][area] for c in columns]
-        rows.append((f"{area} ({cells[0][1]:,})", *(rate(*cell) for cell in cells)))
-    return rows
-
-
-def in_columns(rows: list[tuple[str, ...]]) -> str:
-    return "\n".join(f"{row[0]:<33}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows)
-
-
-def summary_line(result: dict[str, Any]) -> dict[str, Any]:
-    """One task of several, by what its answers are judged by first: as `outcomes` has it."""
-    found, n = result["contestants"], result["problems"]
-    first = next(iter(found.values()))
-    right = {name: sum(c["outcomes"]) for name, c in found.items()}
+def task_summary(result: dict[str, Any]) -> dict[str, Any]:
+    """One line of a comparison of several tasks: the metric that `outcomes` are judged by."""
+    models, n = result["models"], result["problems"]
+    first = next(iter(models.values()))
+    correct = {name: sum(m["outcomes"]) for name, m in models.items()}
     return {
         "task": result["task"],
-        "judged_by": next(reversed(first.get("votes") or {}), next(iter(first["right"]))),
+        "judged_by": next(reversed(first.get("votes") or {}), next(iter(first["correct"]))),
         "problems": n,
-        "right": right,
-        "intervals": {name: wilson_interval(count, n) for name, count in right.items()},
+        "correct": correct,
+        "intervals": {name: wilson_interval(count, n) for name, count in correct.items()},
         "difference": result.get("difference"),
         "in_words": result.get("in_words"),
         "folder": result["folder"],
     }
 
 
-def summary_table(lines: list[dict[str, Any]]) -> str:
-    """Tasks below each other, in 80 columns, each with what its difference is worth."""
-    rows: list[tuple[str, ...]] = [("right, of", *lines[0]["right"])]
-    told = []
-    for line in lines:
-        name = f"{line['task'][-24:]} ({line['problems']:,})"
-        rows.append((name, *(rate(count, line["problems"]) for count in line["right"].values())))
+def tasks_table(summaries: list[dict[str, Any]]) -> str:
+    """One row per task, followed by the conclusion about each task's difference."""
+    rows: list[tuple[str, ...]] = [("correct, by task (problems)", *summaries[0]["correct"])]
+    conclusions = []
+    for line in summaries:
+        name, n = f"{line['task'][-24:]} ({line['problems']:,})", line["problems"]
+        rows.append((name, *(accuracy(count, n) for count in line["correct"].values())))
         if line["in_words"]:
-            told.append(f"{line['task']}, {line['judged_by']}: {line['in_words']}")
-    return "\n".join([in_columns(rows), *told])
+            conclusions.append(f"{line['task']}, {line['judged_by']}: {line['in_words']}")
+    return "\n".join([in_columns(rows), *conclusions])
 
 
-def rate(right: int, n: int) -> str:
-    """`12.5 % (8.0-18.9)`: a share of n with its 95 % Wilson interval."""
-    low, high = wilson_interval(right, n)
-    return f"{100 * right / n:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+def result_text(result: dict[str, Any]) -> str:
+    """The table of models, the conclusion, and the examples with each model's answer."""
+    lines = [models_table(result)]
+    if "in_words" in result:
+        d = result["difference"]
+        lines.append(
+            f"tuned against base: {d['fixed']} fixed, {d['broke']} broken, exact p"
+            f" {d['p_value']:.2g}"
+        )
+        lines.append(result["in_words"])
+    for example in result["examples"]:
+        lines.append(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
+        for name in result["models"]:
+            lines.append(f"  {name}: {printable(' '.join(example[name].split())[:300])}")
+    return "\n".join(lines)
+
+
+def in_columns(rows: list[tuple[str, ...]]) -> str:
+    return "\n".join(f"{row[0]:<33}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows)
+
+
+def per_second(count: int, seconds: float, decimals: int) -> str:
+    return f"{count / max(seconds, 1e-9):.{decimals}f}"
+
+
+def accuracy(correct: int, n: int) -> str:
+    """`12.5 % (8.0-18.9)`: the share of n problems, with its 95 % Wilson interval."""
+    low, high = wilson_interval(correct, n)
+    return f"{100 * correct / n:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
+    """Two results compared, each by its tuned model or, if it has one model only, by that.
+
+    Raises BadData if they are for different problems.
+    """
+    settings = a["settings"], b["settings"]
+    if settings[0]["problems_sha256"] != settings[1]["problems_sha256"]:
+        raise BadData(
+            "the two results are for different problems",
+            "compare evaluations with the same --data, --split and --limit",
+        )
+    lines = [
+        f"{key}: {value} against {settings[1].get(key)}"
+        for key, value in settings[0].items()
+        if value != settings[1].get(key)
+    ]
+    models = {name: list(r["models"].values())[-1] for name, r in (("A", a), ("B", b))}
+    lines.append(models_table({"problems": a["problems"], "models": models}))
+    found = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
+    return "\n".join([*lines, f"B against A: {found['in_words']}"])
+
+
+# Results of finished evaluations.
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A `result.json` of this or an earlier version; raises BadData if it is anything else."""
+    remedy = "give a result.json written by evaluate.py"
+    result = upgrade_result(read_json(path, BadData, remedy))
+    settings, models = result.get("settings"), result.get("models")
+    if not isinstance(settings, dict) or "problems_sha256" not in settings or not models:
+        raise BadData(f"{path} is not the result of an evaluation", remedy)
+    return result
+
+
+def upgrade_result(result: dict[str, Any]) -> dict[str, Any]:
+    """A `result.json` with today's keys: `contestants` are now `models`, `right` is `correct`."""
+    models = result.get("contestants")
+    if not isinstance(models, dict):
+        return result
+    names = {"right": "correct"}
+    models = {
+        name: {names.get(k, k): v for k, v in m.items()} if isinstance(m, dict) else m
+        for name, m in models.items()
+    }
+    return {k: v for k, v in result.items() if k != "contestants"} | {"models": models}

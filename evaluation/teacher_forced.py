@@ -1,7 +1,8 @@
-"""How likely the given answers are to a model, token by token, each after the right ones before it.
+"""Loss and token accuracy of given answers: each token is predicted from the true ones before it.
 
-This is what validation measures in training. Its token accuracy says how often the next token is
-right when all before it are given; whether the model reaches an answer by itself is something else.
+This is what validation measures in training. Teacher-forced token accuracy is the share of tokens
+predicted correctly when everything before them is given. It does not say whether the model would
+reach the answer by itself.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from collections.abc import Callable
 import torch
 
 from data.batches import flat_batch, in_batches
-from data.encode import Example
+from data.chat import ChatFormat
+from data.encode import Example, encode_problems
+from data.rows import Problem
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from progress_bar import progress_bar
@@ -24,23 +27,33 @@ def teacher_forced(
     quiet: bool = False,
     poll: Callable[[], object] = bool,
 ) -> tuple[float, float]:
-    """(nats, correct tokens), summed over the supervised tokens of `examples`, dropout off.
+    """(nats, correct tokens), summed over the supervised tokens of `examples`, without dropout.
 
-    Sums, not means: they can be added over ranks, and do not depend on the batch size. `poll` is
-    called before each batch, and may raise to leave.
+    Sums, unlike means, can be added over ranks and do not depend on the batch size. `poll` is
+    called before each batch, and may raise to stop.
     """
     was_training = model.training
     model.eval()
     sums = [torch.zeros(2, device=model.head_weight.device)]
-    groups = in_batches(examples, batch_size)
-    for group in progress_bar(groups, desc="validate", leave=False, disable=quiet):
+    batches = in_batches(examples, batch_size)
+    for some in progress_bar(batches, desc="validate", leave=False, disable=quiet):
         poll()
-        batch = flat_batch(group, model.head_weight.device)
+        batch = flat_batch(some, model.head_weight.device)
         hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
         nats, correct = linear_cross_entropy(
             hidden, model.head_weight, batch.targets, batch.supervised_rows
         )
         sums.append(torch.stack((nats, correct)))
     model.train(was_training)
-    nats, correct = torch.stack(sums).cpu().double().sum(0).tolist()  # the one wait
+    nats, correct = torch.stack(sums).cpu().double().sum(0).tolist()  # the only synchronization
     return nats, correct
+
+
+def teacher_forced_metrics(
+    model: Qwen2, chat: ChatFormat, problems: list[Problem], batch_size: int
+) -> dict[str, float]:
+    """Loss in nats per supervised token, and token accuracy, of the gold answers."""
+    examples, _ = encode_problems(problems, list(range(len(problems))), chat, max_length=2**20)
+    nats, correct = teacher_forced(model, examples, batch_size)
+    supervised_count = sum(example.supervised_count for example in examples)
+    return {"loss": nats / supervised_count, "token_accuracy": correct / supervised_count}

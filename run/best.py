@@ -3,10 +3,10 @@
 import os
 import shutil
 
-from lora.config import LoRAConfig
 from torch import nn
 
 from files import sync_files, sync_folder
+from lora.config import LoRAConfig
 from lora.peft_format import WEIGHTS, save_adapter
 from run.base import Base
 from run.folder import Progress, Run
@@ -31,9 +31,9 @@ Load it with PEFT:
 
 
 def publish_best(
-    model: nn.Module, lora: LoRAConfig, base: Base, run: Run, *, data: str, progress: Progress
+    model: nn.Module, lora: LoRAConfig, base: Base, run: Run, progress: Progress
 ) -> None:
-    """Write the model's adapters as they are now to `run.best`.
+    """Write the model's adapters as they are now to `run.best`, with a model card.
 
     `best/` is whole at every instant: it is renamed into place the first time, and afterwards only
     its weights and its card change, each by a rename.
@@ -45,7 +45,11 @@ def publish_best(
         if (base.folder / name).exists():
             shutil.copyfile(base.folder / name, new / name)
     card = CARD.format(
-        base=base.name, data=data, step=progress.step, loss=progress.best_loss, lora=lora
+        base=base.name,
+        data=", ".join(run.options.get("data", [])),
+        step=progress.step,
+        loss=progress.best_loss,
+        lora=lora,
     )
     (new / "README.md").write_text(card)
     sync_files(new)

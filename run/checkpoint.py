@@ -20,7 +20,6 @@ from run.folder import KEEP, Progress, Run
 def save_checkpoint(
     run: Run,
     progress: Progress,
-    *,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -47,7 +46,6 @@ def save_checkpoint(
 
 def load_checkpoint(
     run: Run,
-    *,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,

@@ -7,29 +7,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from data.audit import Audit, audit_lines
 from data.batches import Schedule
 from data.chat import ChatFormat
 from data.mixture import WeightedSource
 from data.rows import Problem
 from errors import printable
+from lora.config import LoRAConfig
+from lora.peft_format import read_adapter_config
 from run.base import Base
 from run.folder import Progress, Run
 from run.options import in_two_columns
 
 
 def print_start(
-    options: Mapping[str, Any], base: Base, mixture: Sequence[WeightedSource], adapter: str | None
+    options: Mapping[str, Any], base: Base, mixture: Sequence[WeightedSource], lora: LoRAConfig
 ) -> None:
-    """The options, and what they resolved to; `adapter` describes the one to continue training."""
+    """The options, and what they resolved to."""
     print(in_two_columns(options))
     base_line, device_line = base.lines()
     print(base_line)
     for source in (part.source for part in mixture):
         at = f" at {source.commit}" if source.commit else ""
         print(f"data {source.name}{at}" + (f": {source.note}" if source.note else ""))
-    if adapter:
-        print(adapter)
+    if folder := options["from_adapter"]:
+        _, its_base, _ = read_adapter_config(Path(folder))
+        print(f"continuing the adapter in {folder}, trained on {its_base}: {lora}")
     print(device_line)
 
 
@@ -70,6 +75,12 @@ def validation_line(step: int, found: Mapping[str, Any], is_best: bool) -> str:
     for source, loss in found.get("val_loss_by_source", {}).items():
         line += f"\n{'':12}val loss {loss:.4f}  {printable(source)[-45:]}"
     return line
+
+
+def show_validation(bar: tqdm, step: int, found: Mapping[str, Any], is_best: bool) -> None:
+    """Print a validation above the progress bar, unless the bar is disabled, as on other ranks."""
+    if not bar.disable:
+        bar.write(validation_line(step, found, is_best))
 
 
 def print_end(progress: Progress, run: Run) -> None:

@@ -15,6 +15,7 @@ import tokenizers
 import torch
 
 from errors import BadOption, TrainingFailed
+from run.folder import Progress
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -133,12 +134,13 @@ def out_of_memory(lengths: list[int], error: Exception) -> TrainingFailed:
     )
 
 
-def no_finite_gradient(
-    skipped: int, step: int, row_ids: list[int], best: Path | None
-) -> TrainingFailed:
-    """The error for a run whose last `skipped` steps, up to `step`, had no finite gradient."""
+def no_finite_gradient(progress: Progress, row_ids: list[int], best: Path) -> TrainingFailed:
+    """The error for a run whose last steps, the last of them with these rows, had no finite
+    gradient.
+    """
     return TrainingFailed(
-        f"{skipped} steps in a row had no finite gradient, up to step {step},"
-        f" rows {row_ids[:4]}...; best adapter: {best or 'none yet'}",
+        f"{progress.skipped_in_a_row} steps in a row had no finite gradient, up to step"
+        f" {progress.cursor}, rows {row_ids[:4]}...;"
+        f" best adapter: {best if progress.best_step else 'none yet'}",
         "lower --learning-rate, or use --precision fp32",
     )

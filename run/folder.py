@@ -59,19 +59,28 @@ class Progress:
     halved: int = 0  # how often micro-batches were halved because memory ran out
     stopped: str | None = None  # why the run is finished
 
-    def record_validation(self, loss: float, exact_match: float | None = None) -> bool:
+    def record_step(self, finite: bool) -> None:
+        """Count a step of the schedule; one without a finite gradient updated nothing."""
+        self.cursor += 1
+        self.step += finite
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+    def record_validation(
+        self, val_loss: float, val_exact_match: float | None = None, **others: object
+    ) -> bool:
         """Record a validation at the current cursor; True if it is the best so far.
 
         The best has the lowest loss or, where answers are generated, the highest exact match and
         among equals the lowest loss. A figure that is not finite is never the best.
         """
-        new = [-loss] if exact_match is None else [exact_match, -loss]
+        new = [-val_loss] if val_exact_match is None else [val_exact_match, -val_loss]
         best = [None if self.best_loss is None else -self.best_loss]
         self.validated = self.cursor
-        if exact_match is not None:
+        if val_exact_match is not None:
             best.insert(0, self.best_exact_match)
         if all(map(math.isfinite, new)) and (None in best or new > best):
-            self.best_loss, self.best_exact_match = loss, exact_match
+            self.best_loss, self.best_exact_match = val_loss, val_exact_match
             self.best_step, self.validations_since_best = self.step, 0
             return True
         self.validations_since_best += 1

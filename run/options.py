@@ -100,7 +100,7 @@ class _Names(argparse.Action):
 
 def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-    note = "" if default in (None, "", False) else f" (default: {default})".replace("%", "%%")
+    note = "" if default in (None, "") else f" (default: {default})".replace("%", "%%")
     argument = {"help": field.metadata["help"] + note, "default": field.default}
     if kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction}

@@ -16,6 +16,7 @@ from tests.campaign.harness import (
     run,
     toy_flags,
 )
+from tests.evaluations import write_tuned
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
 # tqdm's own lock is shared with forks: one that is killed while it holds it would stop the others.
@@ -38,6 +39,12 @@ def lively_checkpoint(tmp_path_factory):
 def arithmetic(tmp_path_factory):
     """A folder with train.jsonl and test.jsonl of small sums."""
     return toys.write_arithmetic(tmp_path_factory.mktemp("arithmetic"))
+
+
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory):
+    """A folder with a base, data, and an adapter that changes its answers; not to be changed."""
+    return write_tuned(tmp_path_factory.mktemp("tuned"))
 
 
 # Runs in forks, for the laws of what may happen to them

@@ -540,7 +540,7 @@ def test_a_run_folder_of_an_older_version_resumes_and_is_refused_if_it_used_piss
         flags = [*toy, "--rank", "2,q_proj=3", "--out", tmp_path / "run"]
         if init == "kaiming":
             run(tmp_path / "run", flags, "--max-steps", 2)
-            assert read_progress(tmp_path / "run").step == 2
+            assert Run(tmp_path / "run").read_progress().step == 2
         else:
             assert "--init pissa, which no longer exists" in refused(flags, capsys)
 
@@ -584,7 +584,7 @@ def test_a_run_continues_an_adapter_of_peft_with_its_settings(tmp_path, toy, giv
     out, more = tmp_path / "run", ["--from-adapter", given_adapter, "--dropout", 0.25]
     run(out, without_rank(toy), *more, "--learning-rate", 0)
     printed = capsys.readouterr().out
-    source = f"from the adapter in {given_adapter}, of {toy[1]}"
+    source = f"continuing the adapter in {given_adapter}, trained on {toy[1]}"
     assert f"{source}: rank 4 (v_proj 3), alpha 8" in printed
     before, after = load_file(given_adapter / WEIGHTS), load_file(out / "best" / WEIGHTS)
     assert equal(before, after)

@@ -89,11 +89,13 @@ def test_the_base_with_its_measurements_takes_two_megabytes():
 
 def test_the_flag_sets_defaults_that_are_printed_and_that_other_options_override(capsys):
     presets = {"demo": train.DEMO}
-    assert parse(train.TrainConfig, ["--demo"], "", presets) == train.TrainConfig(**train.DEMO)
+    assert parse(train.TrainConfig, ["--demo"], "", presets=presets) == train.TrainConfig(
+        **train.DEMO
+    )
     printed = capsys.readouterr().out
     values = {k: v[0] if k == "data" else v for k, v in train.DEMO.items()}
     assert all(f"--{k.replace('_', '-')} {v}" in printed for k, v in values.items())
-    changed = parse(train.TrainConfig, ["--epochs", "7", "--demo"], "", presets)
+    changed = parse(train.TrainConfig, ["--epochs", "7", "--demo"], "", presets=presets)
     assert changed == train.TrainConfig(**train.DEMO | {"epochs": 7})
 
 
@@ -108,9 +110,9 @@ def outcome(out: Path, *flags: str) -> dict:
 
 def test_a_shortened_demo_solves_what_its_base_cannot(tmp_path):
     result = outcome(tmp_path / "run", "--max-steps", "100", "--evals-per-epoch", "2")
-    base, tuned = (result["contestants"][name] for name in ("base", "tuned"))
-    assert base["right"]["numeric-equal"] <= 4 and base["had_format"] == 0  # of 40: 0
-    assert tuned["right"]["numeric-equal"] >= 16
+    base, tuned = (result["models"][name] for name in ("base", "tuned"))
+    assert base["correct"]["numeric-equal"] <= 4 and base["had_format"] == 0  # of 40: 0
+    assert tuned["correct"]["numeric-equal"] >= 16
     assert result["in_words"].endswith(": better")
     assert set(tuned["by"]["category"]) == set(demo.KINDS)
 

@@ -1,4 +1,4 @@
-"""What `evaluate.py` measures and writes: prompts, resuming, votes, breakdowns, comparisons."""
+"""Laws of what `evaluate.py` measures: prompts, resuming, votes, breakdowns, comparisons."""
 
 import json
 import random
@@ -11,66 +11,30 @@ import torch
 import evaluate
 from data.chat import ChatFormat
 from data.custom import load_path
-from data.rows import Message, Problem
 from errors import BadData, BadOption
-from evaluation.answers import Completion, GenerationSettings, answers
-from evaluation.prompts import before_stop, prompt_tokens
-from evaluation.summary import breakdown, figures, outcomes, several_samples, transcripts
-from lora.inject import LoRAConfig, adapters, inject, merge
-from lora.peft_format import save_adapter
+from evaluation import answers as generation
+from evaluation.answers import answers, before_stop, exact_matches, prompt_tokens
+from evaluation.generative import NUMBERS, TEXT
+from evaluation.summary import answer_metrics, breakdown, outcomes, sample_metrics, transcripts
+from evaluation.tasks import judge_of
+from lora.inject import merge
+from lora.peft_format import read_adapter
 from model.load import load_model
-from tests import toys
-
-COMMON = ["--precision", "fp32", "--device", "cpu", "--max-new-tokens", "12"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder with a base, data, and an adapter that changes what the base says."""
-    folder = tmp_path_factory.mktemp("trained")
-    toys.write_checkpoint(folder / "base", std=0.15)
-    toys.write_arithmetic(folder / "sums", rows=40, test_rows=8)
-    model = load_model(folder / "base", dtype=torch.float32)
-    config = LoRAConfig(targets=("all-linear",))
-    inject(model, config)
-    generator = torch.Generator().manual_seed(1)
-    for layer in adapters(model):
-        layer.lora_B.data.normal_(0, 0.05, generator=generator)
-    save_adapter(model, folder / "run/best", config, base=str(folder / "base"), revision=None)
-    return folder
-
-
-def evaluated(trained: Path, out: Path, *flags: str) -> dict:
-    """`evaluate.py` on the adapter; its one result."""
-    evaluate.main(["--adapter", str(trained / "run/best"), "--data", str(trained / "sums"),
-                   "--out", str(out), *COMMON, *flags])  # fmt: skip
-    (path,) = out.glob("evaluation/*/result.json")
-    return json.loads(path.read_text())
-
-
-def completions_of(out: Path) -> dict[str, dict]:
-    """Every line of every contestant, without the time it took."""
-    found = {}
-    for path in out.glob("evaluation/*/*.jsonl"):
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            found[path.stem, row["id"], row["sample"]] = (row["text"], row["cut_off"])
-    return found
-
-
-def problem(question: str, answer: str, id: str = "p") -> Problem:
-    return Problem(id, (Message("user", question), Message("assistant", answer)))
-
-
-def completion(text: str, id: str = "p", sample: int = 0) -> Completion:
-    return Completion(id, sample, text, tokens=1, cut_off=False, seconds=1.0)
-
+from run.base import Base
+from tests.evaluations import (
+    COMMON,
+    completion,
+    completions_of,
+    evaluated,
+    problem,
+    settings,
+)
 
 # Prompts
 
 
-def test_a_few_shot_prompt_is_lm_evaluation_harness_form(trained):
-    chat = ChatFormat.from_folder(trained / "base")
+def test_a_few_shot_prompt_equals_lm_evaluation_harness(tuned):
+    chat = ChatFormat.from_folder(tuned / "base")
     shots = [problem("What is 1 + 1?", "2\n#### 2"), problem("What is 2 + 2?", "4\n#### 4")]
     tokens = prompt_tokens(problem("What is 3 + 3?", "6"), chat, "few-shot", shots)
     assert chat.decode(tokens) == (
@@ -80,8 +44,8 @@ def test_a_few_shot_prompt_is_lm_evaluation_harness_form(trained):
     )
 
 
-def test_a_chain_of_thought_prompt_is_lm_evaluation_harness_form(trained):
-    chat = ChatFormat.from_folder(trained / "base")
+def test_a_chain_of_thought_prompt_equals_lm_evaluation_harness(tuned):
+    chat = ChatFormat.from_folder(tuned / "base")
     tokens = prompt_tokens(problem("What is 3 + 3?", "6"), chat, "chain-of-thought", [])
     assert chat.decode(tokens) == "Q: What is 3 + 3?\nA: Let's think step by step."
 
@@ -92,9 +56,9 @@ def test_an_answer_ends_where_the_model_begins_the_next_question():
     assert before_stop("Question: is kept", "chat") == "Question: is kept"
 
 
-def test_shots_are_never_among_the_problems_asked(trained, tmp_path):
-    config = evaluate.EvalConfig(data=(str(trained / "sums"),), split="train", shots=3)
-    (task,) = evaluate.find_tasks(config)
+def test_shots_are_never_among_the_problems_asked(tuned, tmp_path):
+    config = evaluate.EvalConfig(data=(str(tuned / "sums"),), split="train", shots=3)
+    (task,) = evaluate.select_tasks(config)
     assert len(task.shots) == 3
     assert not {p.question for p in task.shots} & {p.question for p in task.problems}
 
@@ -103,11 +67,11 @@ def test_shots_are_never_among_the_problems_asked(trained, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--temperature", "1", "--samples", "3", "--limit", "4")])
-def test_batch_size_does_not_change_an_answer(trained, tmp_path, flags):
+def test_batch_size_does_not_change_an_answer(tuned, tmp_path, flags):
     results = []
     for size in ("1", "2", "7", "16"):
         out = tmp_path / size
-        results.append(evaluated(trained, out, "--batch-size", size, *flags))
+        results.append(evaluated(tuned, out, "--batch-size", size, *flags))
         shutil.copytree(out, tmp_path / "all" / size)
     texts = [completions_of(tmp_path / "all" / size) for size in ("1", "2", "7", "16")]
     assert all(others == texts[0] for others in texts[1:])
@@ -115,17 +79,17 @@ def test_batch_size_does_not_change_an_answer(trained, tmp_path, flags):
     assert all(r["difference"] == results[0]["difference"] for r in results[1:])
 
 
-def test_order_and_merging_do_not_change_an_answer(trained):
-    chat = ChatFormat.from_folder(trained / "base")
-    problems = load_path(trained / "sums").test
-    asking = GenerationSettings(max_new_tokens=12, batch_size=3)
+def test_order_and_merging_do_not_change_an_answer(tuned):
+    chat = ChatFormat.from_folder(tuned / "base")
+    problems = load_path(tuned / "sums").test
+    asking = settings(12, batch_size=3)
 
     def texts(model, asked):
-        return {c.id: c.text for c in answers(model, chat, asked, asking, eos_ids=(toys.IM_END,))}
+        return {c.id: c.text for c in answers(model, chat, asked, asking)}
 
-    model = load_model(trained / "base", dtype=torch.float32)
+    model = load_model(tuned / "base", dtype=torch.float32)
     untouched = texts(model, problems)
-    evaluate.read_adapter(trained / "run/best", model)
+    read_adapter(tuned / "run/best", model)
     model.eval()
     adapted = texts(model, problems)
     assert texts(model, problems[::-1]) == adapted != untouched
@@ -135,18 +99,18 @@ def test_order_and_merging_do_not_change_an_answer(trained):
     assert texts(model, shuffled) == adapted
 
 
-def test_base_beside_tuned_is_the_base_by_itself(trained, tmp_path):
-    both = evaluated(trained, tmp_path / "both")
-    evaluate.main(["--model", str(trained / "base"), "--data", str(trained / "sums"),
+def test_the_base_of_an_adapter_answers_as_the_base_alone(tuned, tmp_path):
+    both = evaluated(tuned, tmp_path / "both")
+    evaluate.main(["--model", str(tuned / "base"), "--data", str(tuned / "sums"),
                    "--out", str(tmp_path / "one"), *COMMON])  # fmt: skip
     one = completions_of(tmp_path / "one")
     assert one == {k: v for k, v in completions_of(tmp_path / "both").items() if k[0] == "base"}
-    assert both["contestants"]["base"]["loss"] != both["contestants"]["tuned"]["loss"]
+    assert both["models"]["base"]["loss"] != both["models"]["tuned"]["loss"]
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was(trained, tmp_path, monkeypatch):
-    whole = evaluated(trained, tmp_path / "whole", "--batch-size", "2")
-    real, calls = evaluate.answers, []
+def test_an_interrupted_evaluation_resumes_where_it_stopped(tuned, tmp_path, monkeypatch):
+    whole = evaluated(tuned, tmp_path / "whole", "--batch-size", "2")
+    real, calls = generation.answers, []
 
     def dies(*args, **kwargs):
         for n, c in enumerate(real(*args, **kwargs)):
@@ -154,47 +118,47 @@ def test_a_stopped_evaluation_goes_on_where_it_was(trained, tmp_path, monkeypatc
                 raise KeyboardInterrupt
             yield c
 
-    monkeypatch.setattr(evaluate, "answers", dies)
+    monkeypatch.setattr(generation, "answers", dies)
     with pytest.raises(KeyboardInterrupt):
-        evaluated(trained, tmp_path / "part", "--batch-size", "2")
+        evaluated(tuned, tmp_path / "part", "--batch-size", "2")
     (log,) = (tmp_path / "part").glob("evaluation/*/base.jsonl")
     log.write_bytes(log.read_bytes() + b'{"id": "torn')
     monkeypatch.setattr(
-        evaluate, "answers", lambda *a, **k: calls.append(k["done"]) or real(*a, **k)
+        generation, "answers", lambda *a, **k: calls.append(k["done"]) or real(*a, **k)
     )
-    again = evaluated(trained, tmp_path / "part", "--batch-size", "2")
+    again = evaluated(tuned, tmp_path / "part", "--batch-size", "2")
     assert len(calls[0]) == 5 and not calls[1]
     assert completions_of(tmp_path / "part") == completions_of(tmp_path / "whole")
     assert again["difference"] == whole["difference"]
 
 
-def test_other_settings_lie_in_another_folder(trained, tmp_path):
-    evaluated(trained, tmp_path, "--limit", "2")
+def test_other_settings_have_another_folder(tuned, tmp_path):
+    evaluated(tuned, tmp_path, "--limit", "2")
     with pytest.raises(ValueError, match="too many values"):
-        evaluated(trained, tmp_path, "--limit", "3")
+        evaluated(tuned, tmp_path, "--limit", "3")
 
 
-def test_sampling_is_reproducible_from_the_seed(trained, tmp_path):
+def test_sampling_is_reproducible_from_the_seed(tuned, tmp_path):
     flags = ["--temperature", "1", "--limit", "3", "--seed"]
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        evaluated(trained, tmp_path / name, *flags, seed)
+        evaluated(tuned, tmp_path / name, *flags, seed)
     a, b, c = (completions_of(tmp_path / name) for name in "abc")
     assert a == b != c
 
 
-def test_the_validation_split_is_the_rows_that_training_held_out(trained, tmp_path):
+def test_the_validation_split_is_the_rows_that_training_held_out(tuned, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(trained / "run/best", run / "best")
-    held_out = load_path(trained / "sums").train[5:8]
+    shutil.copytree(tuned / "run/best", run / "best")
+    held_out = load_path(tuned / "sums").train[5:8]
     lines = [json.dumps(p.row()) for p in held_out]
     (run / "validation.jsonl").write_text("\n".join(lines) + "\n")
     config = evaluate.EvalConfig(adapter=str(run / "best"), split="validation")
-    (task,) = evaluate.find_tasks(config)
+    (task,) = evaluate.select_tasks(config)
     assert [p.messages for p in task.problems] == [p.messages for p in held_out]
 
 
-def test_both_answer_a_question_as_one_watches(trained, capsys):
-    evaluate.main(["--adapter", str(trained / "run/best"), "--ask", "What is 3 + 4?", *COMMON])
+def test_both_models_answer_a_question(tuned, capsys):
+    evaluate.main(["--adapter", str(tuned / "run/best"), "--ask", "What is 3 + 4?", *COMMON])
     printed = capsys.readouterr().out
     _, base, tuned = (
         part.strip() for part in printed.replace("\ntuned: ", "\nbase: ").split("\nbase: ")
@@ -202,11 +166,11 @@ def test_both_answer_a_question_as_one_watches(trained, capsys):
     assert base and tuned and base != tuned
 
 
-# Figures
+# Metrics
 
 
-def test_every_result_has_the_two_examples(trained, tmp_path):
-    result = evaluated(trained, tmp_path, "--limit", "1")
+def test_every_result_has_the_two_examples(tuned, tmp_path):
+    result = evaluated(tuned, tmp_path, "--limit", "1")
     assert [e["gold"] for e in result["examples"]] == ["#### 90", "#### 1200"]
     assert all({"base", "tuned"} <= e.keys() for e in result["examples"])
 
@@ -214,9 +178,10 @@ def test_every_result_has_the_two_examples(trained, tmp_path):
 def test_the_majority_of_the_samples_is_the_outcome():
     p = problem("q", "#### 7")
     samples = [completion(f"#### {n}", sample=i) for i, n in enumerate((1, 7, 7, 2))]
-    assert outcomes([p], {"p": samples}) == [True]
-    assert figures([p], {"p": samples})["right"]["numeric-equal"] == 0  # of the first sample
-    found = several_samples([p], {"p": samples})
+    assert outcomes(NUMBERS, [p], {"p": samples}) == [True]
+    metrics = answer_metrics(NUMBERS, [p], {"p": samples})
+    assert metrics["correct"]["numeric-equal"] == 0  # of the first sample
+    found = sample_metrics([p], {"p": samples})
     assert found["votes"] == {"maj@1": 0, "maj@2": 0, "maj@4": 1}
     assert found["pass"] == {"pass@1": 0.5, "pass@2": pytest.approx(1 - 1 / 6), "pass@4": 1.0}
 
@@ -230,34 +195,56 @@ def test_breakdowns_count_each_problem_once_in_each_class():
     assert tables["question holds"] == {"money": [1, 1], "none of these": [0, 1]}
 
 
-def test_transcripts_are_sorted_by_what_the_tuning_did():
+def test_transcripts_are_sorted_into_fixed_broken_and_still_wrong():
     problems = [problem("q", "#### 1", id) for id in "abcd"]
     given = {id: [completion(f"text {id}", id)] for id in "abcd"}
-    right = {"base": [True, False, False, True], "tuned": [False, True, False, True]}
-    kept = transcripts(problems, given, given, right)
+    correct = {"base": [True, False, False, True], "tuned": [False, True, False, True]}
+    kept = transcripts(problems, {"base": given, "tuned": given}, correct)
     assert {k: [t["id"] for t in v] for k, v in kept.items()} == {
         "broken": ["a"], "fixed": ["b"], "still wrong": ["c"]
     }  # fmt: skip
 
 
-def test_answers_that_are_no_numbers_are_compared_as_text():
+def test_answers_that_are_not_numbers_are_compared_as_text():
     p = problem("Capital of France?", "Paris")
-    found = figures([p], {"p": [completion(" Paris\n")]})
-    assert found["right"] == {"exact-text": 1} and found["mistakes"] == {}
+    assert judge_of([p]) is TEXT
+    found = answer_metrics(TEXT, [p], {"p": [completion(" Paris\n")]})
+    assert found["correct"] == {"exact-text": 1} and found["mistakes"] == {}
 
 
-def test_two_results_are_set_side_by_side(trained, tmp_path, capsys):
-    evaluated(trained, tmp_path / "a")
-    evaluated(trained, tmp_path / "b", "--cot")
+def test_two_results_are_compared(tuned, tmp_path, capsys):
+    evaluated(tuned, tmp_path / "a")
+    evaluated(tuned, tmp_path / "b", "--cot")
     paths = [str(next((tmp_path / name).glob("evaluation/*/result.json"))) for name in "ab"]
     evaluate.main(["--compare", ",".join(paths)])
     printed = capsys.readouterr().out
     assert "prompt: chat against chain-of-thought" in printed and "B against A: " in printed
 
 
-def test_results_of_different_problems_are_not_compared(trained, tmp_path):
-    evaluated(trained, tmp_path / "a", "--limit", "2")
-    evaluated(trained, tmp_path / "b", "--limit", "3")
+def test_a_result_of_an_earlier_version_is_compared_as_well(tuned, tmp_path, capsys):
+    result = evaluated(tuned, tmp_path)
+    (path,) = map(str, tmp_path.glob("evaluation/*/result.json"))
+    capsys.readouterr()
+    evaluate.main(["--compare", path, path])
+    today = capsys.readouterr().out
+    models = result.pop("models")
+    result["contestants"] = {name: {"right": m.pop("correct"), **m} for name, m in models.items()}
+    Path(path).write_text(json.dumps(result))
+    evaluate.main(["--compare", path, path])
+    assert capsys.readouterr().out == today and "B against A: +0.0 points" in today
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": {"problems_sha256": "a"}}'])
+def test_a_file_that_is_not_a_result_is_not_compared(tmp_path, content):
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    with pytest.raises(BadData, match="result.json"):
+        evaluate.main(["--compare", str(path), str(path)])
+
+
+def test_results_of_different_problems_are_not_compared(tuned, tmp_path):
+    evaluated(tuned, tmp_path / "a", "--limit", "2")
+    evaluated(tuned, tmp_path / "b", "--limit", "3")
     paths = [str(next((tmp_path / name).glob("evaluation/*/result.json"))) for name in "ab"]
     with pytest.raises(BadData, match="different problems"):
         evaluate.main(["--compare", ",".join(paths)])
@@ -267,7 +254,7 @@ def test_results_of_different_problems_are_not_compared(trained, tmp_path):
     "flags, cause",
     [
         ((), "neither --adapter nor --model"),
-        (("--model", "x", "--samples", "2"), "at temperature 0"),
+        (("--model", "x", "--samples", "2"), "equal at temperature 0"),
         (("--model", "x", "--shots", "2", "--cot"), "two different prompts"),
         (("--compare", "one.json"), "takes two files"),
     ],
@@ -277,16 +264,62 @@ def test_options_that_contradict_each_other_are_refused(flags, cause):
         evaluate.main(list(flags))
 
 
-def test_an_open_answer_is_sampled_by_its_place_and_not_its_batch(trained):
-    chat = ChatFormat.from_folder(trained / "base")
-    problems = load_path(trained / "sums").test[:3]
-    model = load_model(trained / "base", dtype=torch.float32)
-    asking = GenerationSettings(temperature=1.0, seed=3, samples=2, max_new_tokens=8)
-    ids = {"eos_ids": (toys.IM_END,)}
-    whole = {(c.id, c.sample): c.text for c in answers(model, chat, problems, asking, **ids)}
+def test_a_sampled_answer_depends_on_its_index_and_not_on_its_batch(tuned):
+    chat = ChatFormat.from_folder(tuned / "base")
+    problems = load_path(tuned / "sums").test[:3]
+    model = load_model(tuned / "base", dtype=torch.float32)
+    asking = settings(8, samples=2, temperature=1.0, seed=3)
+    whole = {(c.id, c.sample): c.text for c in answers(model, chat, problems, asking)}
     done = {(problems[0].id, 0), (problems[2].id, 1)}
-    rest = {
-        (c.id, c.sample): c.text for c in answers(model, chat, problems, asking, done=done, **ids)
-    }
+    rest = {(c.id, c.sample): c.text for c in answers(model, chat, problems, asking, done=done)}
     assert len(set(whole.values())) > 3
     assert rest == {key: text for key, text in whole.items() if key not in done}
+
+
+# Judging
+
+
+def test_a_task_is_judged_as_numbers_only_if_every_gold_answer_has_one():
+    numbers = [problem("q", "2\n#### 2"), problem("q", "3\n#### 3")]
+    assert judge_of(numbers) is NUMBERS
+    assert judge_of([*numbers, problem("q", "Paris")]) is TEXT
+    assert judge_of([*numbers, problem("q", "#### x")]) is TEXT
+    assert NUMBERS.is_correct("It is 2.", "#### 2") and not TEXT.is_correct("It is 2.", "#### 2")
+
+
+def test_how_a_task_is_judged_is_printed(tuned, tmp_path, capsys):
+    evaluated(tuned, tmp_path, "--limit", "2")
+    printed = capsys.readouterr().out
+    assert "2 problems; prompt chat; judged as numbers, by numeric-equal" in printed
+
+
+def test_exact_matches_are_the_answers_that_the_judge_calls_correct(tuned):
+    chat = ChatFormat.from_folder(tuned / "base")
+    model = load_model(tuned / "base", dtype=torch.float32)
+    asked, asking = load_path(tuned / "sums").test, settings(8)
+    said = {c.id: c.text for c in answers(model, chat, asked, asking)}
+    problems = [problem(p.question, said[p.id] if n % 2 else "no", p.id)
+                for n, p in enumerate(asked)]  # fmt: skip
+    assert exact_matches(model, chat, problems, asking, TEXT) == len(problems) // 2
+    assert model.training
+
+
+# Folders
+
+
+def test_the_settings_of_an_earlier_version_name_the_same_folder():
+    settings = {
+        "base": "demo", "base_commit": None, "adapter": "out/demo/best",
+        "adapter_sha256": "58834ab002a33405fa2c437307cc3565a9abd1581afe7b8e67dd0f3be9a000c9",
+        "data": "demo, test", "problems": 200,
+        "problems_sha256": "d22d73502e5bb5af1d629c9eadb8af7d759fa3ed762d0be35da732c411b2b7e8",
+        "precision": "bf16", "split": "test", "prompt": "chat", "shots": 0, "samples": 1,
+        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": 160,
+    }  # fmt: skip
+    config = evaluate.EvalConfig(model="demo", data=("demo",), out="here", max_new_tokens=160)
+    (task,) = evaluate.select_tasks(config)
+    base = Base.find("demo", precision="bf16", device="cpu")
+    found = evaluate.evaluation_settings(config, base, task)
+    assert found == settings | {"adapter": None, "adapter_sha256": None}
+    folder = evaluate.results_folder(config, task, settings)
+    assert folder == Path("here/evaluation/test-f9f21d9e")

@@ -144,7 +144,7 @@ def test_killed_in_any_file_call_of_publishing_the_best_the_old_or_the_new_one_l
         for p in parameters.values():
             p.data.fill_(step)
         progress = Progress(step=step, best_loss=1.0)
-        publish_best(model, config, base, Run(out), data="d", progress=progress)
+        publish_best(model, config, base, Run(out), progress)
 
     out = tmp_path / "run"
     out.mkdir()

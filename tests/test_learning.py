@@ -50,16 +50,16 @@ def outcome(task: list[str], out: Path, *flags: str) -> tuple[list[float], dict]
 
 def test_a_run_teaches_what_the_base_cannot_do(task, tmp_path):
     losses, result = outcome(task, tmp_path / "run", "--evals-per-epoch", "1")
-    base, tuned = (result["contestants"][name] for name in ("base", "tuned"))
+    base, tuned = (result["models"][name] for name in ("base", "tuned"))
     assert base["loss"] > 5 and losses[-1] < 0.4  # nats a token: 6.3 to 0.15
-    assert base["right"]["numeric-equal"] <= 2  # of 40 problems: 0
-    assert tuned["right"]["numeric-equal"] >= 32  # 39
+    assert base["correct"]["numeric-equal"] <= 2  # of 40 problems: 0
+    assert tuned["correct"]["numeric-equal"] >= 32  # 39
     assert result["in_words"].endswith(": better")
 
 
 def test_a_learning_rate_of_zero_teaches_nothing(task, tmp_path):
     losses, result = outcome(task, tmp_path / "run", "--learning-rate", "0", "--max-steps", "4")
-    base, tuned = (result["contestants"][name] for name in ("base", "tuned"))
+    base, tuned = (result["models"][name] for name in ("base", "tuned"))
     assert len(set(losses)) == 1 and tuned["loss"] == base["loss"]
     assert tuned["outcomes"] == base["outcomes"]
     assert "none of 40 answers changed" in result["in_words"]

@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.mistakes import (
-    KINDS,
-    TOPICS,
-    classify,
-    operations,
-    read_steps,
-    reasoning_steps,
-    topics,
-)
+from evaluation.mistakes import KINDS, TOPICS, classify, topics
 from evaluation.numbers import final_number
+from evaluation.steps import operations, read_steps, reasoning_steps
 
 CLIPS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
@@ -91,7 +84,7 @@ TRANSCRIPTS = [
 
 
 @pytest.mark.parametrize("kind, problem, completion", TRANSCRIPTS)
-def test_a_transcript_is_of_the_kind_a_person_gives_it(kind, problem, completion):
+def test_a_transcript_gets_the_kind_that_a_person_gave_it(kind, problem, completion):
     assert classify(*problem, completion, empty=not completion).kind == kind
 
 
@@ -101,14 +94,14 @@ def test_a_text_stopped_before_its_answer_is_cut_off(text):
     assert classify(*CLIPS, text, cut_off=False).kind != "cut off"
 
 
-def test_an_answer_before_the_run_on_is_judged_though_the_text_is_cut_off():
+def test_an_answer_is_judged_even_if_the_text_runs_on_and_is_cut_off():
     run_on = "\nHuman: 3 + 4 = 8, is it not?"
     assert classify(*CLIPS, "#### 72" + run_on, cut_off=True).kind == "correct"
     plan = classify(*CLIPS, "48*2 = 96\n#### 96" + run_on, cut_off=True)
     assert plan.kind == "wrong plan"
 
 
-def test_the_evidence_names_the_step_and_what_it_should_be():
+def test_the_evidence_names_the_step_and_the_correct_value():
     slip = classify(*CLIPS, "48/2 = <<48/2=25>>25\n#### 73")
     assert slip.evidence == "48/2 = 25: it is 24"
     copied = classify(*CLIPS, "84/2 = 42\n#### 42")
@@ -131,8 +124,8 @@ def verdicts(text: str) -> list[str]:
     It takes (3 + 4 = 7) days|6 of 9 + 3 = 12
     - 3 + 4 = 7|3*4 = 12 + 5 = 17|7 = 3 + 4|2 * 3 = \\boxed{6}""".replace("\n", "|").split("|"),
 )
-def test_right_arithmetic_is_read_as_right(text):
-    assert set(verdicts(text)) == {"right"}
+def test_correct_arithmetic_is_read_as_correct(text):
+    assert set(verdicts(text)) == {"correct"}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +152,7 @@ def test_wrong_arithmetic_is_read_as_wrong(text):
     X = 9 because - 18/-2 = 9|12 divided into 4 = 5|99999999999999999999999 + 1 = 3|6 = 2 + (3 + x)
     9 + 5 / 0 = 3|3 + 4 < 8|x = 5|3, 4, 5""".replace("\n", "|").split("|"),
 )
-def test_what_may_be_meant_otherwise_is_never_called_wrong(text):
+def test_ambiguous_steps_are_never_called_wrong(text):
     assert "wrong" not in verdicts(text)
 
 
@@ -182,16 +175,16 @@ def test_what_may_be_meant_otherwise_is_never_called_wrong(text):
         ("10 / 3 = 3.33...", "rounded"),
     ],
 )
-def test_rounding_is_allowed_to_the_written_decimals_and_no_further(text, verdict):
+def test_rounding_is_accepted_to_the_decimals_written_only(text, verdict):
     assert verdicts(text) == [verdict]
 
 
-def test_a_chain_may_go_on_with_an_approximation_but_not_with_another_value():
-    assert verdicts("2/3 * 30 = 0.67 * 30 = 20.1") == ["rounded", "right"]
-    assert verdicts("2/3 * 30 = 0.7 * 30 = 21") == ["wrong", "right"]
+def test_a_chain_may_continue_with_an_approximation_but_not_with_another_value():
+    assert verdicts("2/3 * 30 = 0.67 * 30 = 20.1") == ["rounded", "correct"]
+    assert verdicts("2/3 * 30 = 0.7 * 30 = 21") == ["wrong", "correct"]
 
 
-def test_steps_come_in_the_order_of_the_text_and_from_its_beginning_only():
+def test_steps_are_in_the_order_of_the_text_and_only_its_beginning_is_read():
     steps = read_steps("<<1+1=2>> 2 + 2 = 4 <<3+3=6>> 4 + 4 = 8")
     assert [step.value for step in steps] == [2, 4, 6, 8]
     assert len(read_steps("1 + 1 = 2\n" * 5000)) == 1000
@@ -209,18 +202,18 @@ def test_steps_come_in_the_order_of_the_text_and_from_its_beginning_only():
         ("They share 110 between 13.", "110 / 13 = 8.4615, 8.5 * 2 = 17"),
     ],
 )
-def test_a_number_in_another_form_is_not_a_foreign_one(question, steps):
+def test_a_number_of_the_question_in_another_form_is_not_unknown(question, steps):
     assert classify(question, "#### 987654321", steps).kind == "wrong plan"
     assert classify("How many?", "#### 987654321", steps).kind == "number copied wrong"
 
 
-def test_a_foreign_number_is_looked_for_in_the_first_hundred_steps():
+def test_unknown_numbers_are_searched_in_the_first_hundred_steps():
     for count, kind in ((99, "number copied wrong"), (100, "wrong plan")):
         text = "1 + 1 = 2\n" * count + "77 + 1 = 78"
         assert classify("How many?", "#### 987654321", text).kind == kind
 
 
-def test_a_step_knows_its_operands_its_exact_value_and_what_was_written():
+def test_a_step_has_its_operands_its_exact_value_and_the_written_result():
     (step,) = read_steps("so she pays 1,200.50 * 10% = $120 in all")
     assert [number.value for number in step.numbers] == [Fraction("1200.5"), Fraction(1, 10)]
     assert (step.value, step.written, step.verdict) == (Fraction("120.05"), 120, "rounded")
@@ -232,12 +225,12 @@ def test_a_result_with_the_wrong_sign_is_wrong_and_not_rounded():
 
 
 @given(st.lists(st.integers(0, 99), min_size=2, max_size=6), st.data())
-def test_a_random_expression_comes_to_what_python_says(values, data):
+def test_a_random_expression_has_the_value_that_python_computes(values, data):
     operators = [data.draw(st.sampled_from("+-*")) for _ in values[1:]]
     text = str(values[0]) + "".join(f" {o} {v}" for o, v in zip(operators, values[1:], strict=True))
     truth = eval(text)  # of this test's own digits and operators
     wrong = truth + data.draw(st.sampled_from([-10, -1, 1, 7]))
-    assert verdicts(f"{text} = {truth}") == ["right"]
+    assert verdicts(f"{text} = {truth}") == ["correct"]
     assert verdicts(f"{text} = {wrong}") == ["wrong"]
 
 
@@ -248,7 +241,7 @@ def test_a_random_expression_comes_to_what_python_says(values, data):
     | st.lists(st.sampled_from(PIECES)).map(" ".join),
     st.booleans(),
 )
-def test_any_text_gets_a_kind_and_right_is_what_the_scorer_calls_right(text, cut_off):
+def test_any_text_gets_a_kind_which_agrees_with_the_scorer(text, cut_off):
     kind = classify(text, CLIPS[1], text, cut_off=cut_off, empty=not text).kind
     assert kind in KINDS
     assert (kind in ("correct", "format only")) == (final_number(text) == 72)
@@ -257,13 +250,13 @@ def test_any_text_gets_a_kind_and_right_is_what_the_scorer_calls_right(text, cut
 
 
 @pytest.mark.parametrize("piece", ["(", "1+(", "-", "#", "1/", "<<", "1=1+", "9", "a ", "1,111"])
-def test_long_texts_of_one_piece_end_in_a_moment_and_in_a_kind(piece):
+def test_long_repetitive_texts_are_classified_quickly(piece):
     text = piece * (1_000_000 // len(piece))
     assert len(read_steps(text)) < 10_000
     assert classify(CLIPS[0], CLIPS[1], text).kind in KINDS
 
 
-def test_steps_and_operations_are_read_off_the_annotations():
+def test_steps_and_operations_are_read_from_the_annotations():
     assert reasoning_steps(CLIPS[1]) == 2 and operations(CLIPS[1]) == {"/", "+"}
     assert reasoning_steps("#### 5") == 0 and operations("4 + 5\n#### 5") == set()
     assert operations("<<-5*(3-1)=-10>> <<-5=-5>>") == {"*", "-"}
@@ -284,12 +277,12 @@ def test_steps_and_operations_are_read_off_the_annotations():
         ("I am the third of my name.", set()),
     ],
 )
-def test_topics_are_named_by_whole_words(question, held):
+def test_topics_are_recognized_by_whole_words(question, held):
     assert topics(question) == held
 
 
 @needs_golds
-def test_every_gold_solution_is_correct_by_its_own_measure():
+def test_every_gold_solution_is_classified_as_correct():
     assert len(GOLDS) == 8792
     for row in GOLDS:
         assert classify(row["question"], row["answer"], row["answer"]).kind == "correct"
@@ -297,7 +290,7 @@ def test_every_gold_solution_is_correct_by_its_own_measure():
 
 
 @needs_golds
-def test_of_the_steps_of_the_golds_one_in_a_thousand_is_called_wrong_at_most():
+def test_at_most_one_in_a_thousand_gold_steps_is_called_wrong():
     steps = [step for row in GOLDS[::10] for step in read_steps(row["answer"])]
     wrong = [step.text for step in steps if step.verdict == "wrong"]
     readable = [step for step in steps if step.verdict != "unclear"]
@@ -306,7 +299,7 @@ def test_of_the_steps_of_the_golds_one_in_a_thousand_is_called_wrong_at_most():
 
 
 @needs_golds
-def test_a_slip_put_into_a_gold_step_is_found():
+def test_a_slip_inserted_into_a_gold_step_is_found():
     found = tried = 0
     for row in GOLDS[::40]:
         steps = row["answer"].split("<<")

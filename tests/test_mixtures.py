@@ -27,6 +27,8 @@ from data.mixture import (
 )
 from data.split import normalize, split_problems
 from errors import BadOption, BadRun
+from run.console import validation_line
+from run.folder import default_folder
 from tests import toys
 from tests.campaign.harness import await_steps, finish, left_behind, start
 from tests.test_bad_input import TRAIN, refused, world  # noqa: F401
@@ -69,11 +71,11 @@ def test_a_run_from_before_rounding_is_refused_only_if_rounding_changes_its_sche
     weight, count, is_fraction
 ):
     audit = {"sources": {
-        "a": {"weight": 1.0, "rows": {"train": 5}}, "b": {"weight": weight, "rows": {"train": count}}
+        "a": {"weight": 1.0, "rows": {"train": 5}},
+        "b": {"weight": weight, "rows": {"train": count}},
     }}  # fmt: skip
     with pytest.raises(BadRun, match="of b in an epoch") if is_fraction else nullcontext():
         check_rounding(audit)
-
 
 
 # What an epoch takes
@@ -232,8 +234,8 @@ def test_the_audit_has_the_statistics_of_each_source_in_80_columns(sources, chec
 def test_source_names_are_read_from_a_list_or_from_the_single_string_of_old_runs():
     assert source_names("gsm8k") == source_names(["gsm8k:2"]) == ["gsm8k"]
     config = train.TrainConfig(model="x/Qwen2", data=("org/Rows:2", "b/mine.jsonl:0.5"))
-    assert train.default_out(config) == Path("out/qwen2-rows-mine")
-    assert train.default_out(train.TrainConfig(model="x/Qwen2")) == Path("out/qwen2-gsm8k")
+    assert default_folder(config.model, source_names(config.data)) == Path("out/qwen2-rows-mine")
+    assert default_folder("x/Qwen2", ["gsm8k"]) == Path("out/qwen2-gsm8k")
 
 
 # Whole runs
@@ -311,7 +313,7 @@ def test_the_log_has_the_loss_of_each_source_and_their_mean_weighted_by_tokens(
 def test_a_validation_line_of_several_sources_has_at_most_80_columns():
     found = {"val_loss": 123.4567, "val_token_accuracy": 1.0, "val_exact_match": 1.0}
     found["val_loss_by_source"] = {"x/" * 50: 1.0, "gsm8k": 12345.0}
-    assert max(map(len, train.validation_line(99999, found, True).splitlines()[1:])) <= 80
+    assert max(map(len, validation_line(99999, found, True).splitlines()[1:])) <= 80
 
 
 def test_a_run_whose_saved_data_option_is_a_single_string_resumes(whole, short, tmp_path):

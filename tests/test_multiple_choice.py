@@ -9,7 +9,6 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import evaluate
 from data import multiple_choice
 from data.chat import ChatFormat
 from data.multiple_choice import CHOICE_TASKS, load, parse_arc, parse_hellaswag, parse_mmlu
@@ -20,13 +19,15 @@ from evaluation.choices import (
     acc,
     acc_norm,
     by_subject,
-    choice_figures,
+    choice_metrics,
     encode,
     log_likelihoods,
-    read_scores,
     score,
     with_shots,
 )
+from evaluation.generative import TEXT
+from evaluation.log import read_log
+from evaluation.tasks import judge_of, run_sources
 from model.load import load_model
 from tests import toys
 
@@ -169,7 +170,7 @@ def prompted(name: str, shots: int) -> list:
 
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("name", TASKS)
-def test_contexts_and_continuations_are_the_harness_own(hub, name, shots):
+def test_contexts_and_continuations_equal_the_harness(hub, name, shots):
     theirs = [request.args for request in harness_task(name, shots).instances]
     ours = [
         (p.choices.context, " " + option)
@@ -180,7 +181,7 @@ def test_contexts_and_continuations_are_the_harness_own(hub, name, shots):
 
 
 @pytest.mark.parametrize("name, shots", [(name, shots) for name in TASKS for shots in (0, 2)])
-def test_scores_acc_and_acc_norm_are_the_harness_own(hub, harness, model, chat, name, shots):
+def test_scores_acc_and_acc_norm_equal_the_harness(hub, harness, model, chat, name, shots):
     task, problems = harness_task(name, shots), prompted(name, shots)
     theirs = iter(harness.loglikelihood(task.instances, disable_tqdm=True))
     scored = {s.id: s for s in score(model, chat, problems, batch_size=5)}
@@ -190,13 +191,13 @@ def test_scores_acc_and_acc_norm_are_the_harness_own(hub, harness, model, chat, 
         ours = scored[p.id].scores
         assert ours == pytest.approx([nats for nats, _ in answers], abs=1e-4)
         results.append(task.process_results(doc, answers))
-    found = choice_figures(problems, scored)["right"]
+    found = choice_metrics(judge_of(problems), problems, scored)["correct"]
     assert found == {key: sum(r[key] for r in results) for key in found}
     assert set(found) == set(results[0])
     assert 0 < found["acc"] < len(problems)
 
 
-def test_the_harness_weighs_subjects_by_size_and_so_is_the_whole_the_rate_of_all():
+def test_accuracy_over_all_problems_equals_the_harness_mean_weighted_by_subject_size():
     metrics = pytest.importorskip("lm_eval.api.metrics")
     rng = random.Random(0)
     problems = [parse_mmlu(mmlu_row(rng, i * i), f"t:{i}") for i in range(50)]
@@ -207,7 +208,7 @@ def test_the_harness_weighs_subjects_by_size_and_so_is_the_whole_the_rate_of_all
     assert sum(right) / len(right) == pytest.approx(theirs) and len(cells) > 1
 
 
-def test_areas_are_the_harness_groups():
+def test_areas_equal_the_groups_of_the_harness():
     tasks = pytest.importorskip("lm_eval.tasks")
     folder = Path(tasks.__file__).parent / "mmlu/default"
     for path in folder.glob("mmlu_*.yaml"):
@@ -234,7 +235,7 @@ def alone(model, question) -> list[float]:
 
 
 @torch.no_grad()
-def test_choices_that_share_their_context_score_as_each_does_by_itself(hub, model, chat):
+def test_choices_that_share_their_context_score_as_each_one_alone(hub, model, chat):
     questions = [encode(p, chat) for name in CHOICE_TASKS for p in load(name).test[:6]]
     together = log_likelihoods(model, questions)
     for question, scores in zip(questions, together):
@@ -242,7 +243,7 @@ def test_choices_that_share_their_context_score_as_each_does_by_itself(hub, mode
         assert log_likelihoods(model, [question])[0] == pytest.approx(scores, rel=1e-6)
 
 
-def test_a_context_is_computed_once_and_last_tokens_not_at_all(model, chat, monkeypatch):
+def test_a_context_is_computed_once_and_last_tokens_are_not_computed(model, chat, monkeypatch):
     p = parse_arc(arc_row(random.Random(1), 0), "t:1")
     question, seen = encode(p, chat), []
     real = model.model.forward
@@ -251,7 +252,7 @@ def test_a_context_is_computed_once_and_last_tokens_not_at_all(model, chat, monk
     assert seen == [len(question.context) + sum(len(c) - 1 for c in question.continuations)]
 
 
-def test_white_space_at_the_contexts_end_goes_to_the_choices(chat):
+def test_white_space_at_the_end_of_a_context_belongs_to_the_choices(chat):
     p = parse_hellaswag(
         hellaswag_row(random.Random(2), 0) | {"ctx_a": "Tea [x]", "ctx_b": ""}, "t:1"
     )
@@ -354,10 +355,10 @@ def test_a_training_question_is_never_shown_before_itself(hub):
     assert [len(s) for s in source.shots(source.test[:2], 99)] == [12, 12]  # all that there are
 
 
-# Figures
+# Metrics
 
 
-def test_the_first_of_the_largest_counts_and_nothing_that_is_no_number():
+def test_the_first_of_the_largest_scores_counts_and_nan_never_does():
     choices = parse_arc(ARC, "t:1").choices  # "x" and "y y", the second is right
     assert not acc([-2.0, -2.0], choices) and acc([-2.0, -1.0], choices)
     assert acc_norm([-2.0, -3.0], choices) and not acc([-2.0, -3.0], choices)
@@ -365,18 +366,26 @@ def test_the_first_of_the_largest_counts_and_nothing_that_is_no_number():
     assert acc([0.0, -1.0], first) and not acc([float("nan"), -1.0], first)
 
 
-def test_what_is_torn_off_a_log_of_scores_is_not_read(tmp_path):
+def test_a_log_of_scores_is_read_up_to_where_it_is_torn(tmp_path):
     line = json.dumps({"id": "t:1", "scores": [-1.0, -2.0], "seconds": 0.1}).encode() + b"\n"
     for torn in (line[:-9], line[:-1], b"\0\n", b"[" * 99_999 + b"\n", b"{}\n" + line):
         (tmp_path / "base.jsonl").write_bytes(line * 2 + torn)
-        kept, size = read_scores(tmp_path / "base.jsonl")
+        kept, size = read_log(tmp_path / "base.jsonl", Scored)
         assert kept == [Scored("t:1", [-1.0, -2.0], 0.1)] * 2 and size == 2 * len(line)
 
 
-def test_weights_of_a_mixture_are_no_part_of_its_sources_names():
+def test_weights_of_a_mixture_are_not_part_of_its_sources_names():
     specs = ["gsm8k", "arc-challenge:0.5", "a:b.jsonl:2"]
-    assert evaluate.run_sources({"data": specs}) == ["gsm8k", "arc-challenge", "a:b.jsonl"]
-    assert evaluate.run_sources({"data": "gsm8k"}) == evaluate.run_sources({}) == ["gsm8k"]
+    assert run_sources({"data": specs}) == ["gsm8k", "arc-challenge", "a:b.jsonl"]
+    assert run_sources({"data": "gsm8k"}) == run_sources({}) == ["gsm8k"]
     for odd in (None, [], 5, ["gsm8k", 5]):
         with pytest.raises(BadRun, match="names its data as"):
-            evaluate.run_sources({"data": odd})
+            run_sources({"data": odd})
+
+
+def test_choices_are_judged_by_likelihood_and_by_text_where_answers_are_generated(hub):
+    problems = load("arc-easy").test
+    judge = judge_of(problems)
+    assert (judge.name, judge.headline, judge.generated) == ("choices", "acc_norm", False)
+    assert judge_of(load("mmlu").test).headline == "acc"
+    assert judge_of(problems, generated=True) is TEXT

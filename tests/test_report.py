@@ -1,4 +1,4 @@
-"""Laws of the report: right names, inert text, and no exception for what is missing."""
+"""Laws of the report: correct figures, inert text, and no exception for any damage."""
 
 import json
 import random
@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from errors import BadRun, run_script
-from report import figures
-from report.__main__ import command, main, more_epochs, report_blocks, write_report
+from report import figures, write_report
+from report.__main__ import main
 from report.page import fenced, inert, to_html, to_markdown
 from report.records import read_run
+from report.sections import command, more_epochs, report_blocks
 from run.options import parse, to_json
 from train import TrainConfig
 
@@ -70,13 +71,13 @@ def log_lines(steps: int = 200, every: int = 25) -> list[dict]:
     return lines
 
 
-def contestant(right: int, text: str) -> dict:
+def model_result(correct: int, text: str) -> dict:
     return {
-        "right": {"numeric-equal": right, "strict-match": right - 1}, "had_format": 30,
+        "correct": {"numeric-equal": correct, "strict-match": correct - 1}, "had_format": 30,
         "cut_off": 1, "empty": 0, "completions": 40, "tokens": 4000, "seconds": 50.0, "loss": 0.5,
         "token_accuracy": 0.8, "votes": {}, "pass": {},
-        "mistakes": {"correct": right, "format only": 2, text: 38 - right},
-        "by": {"reasoning steps": {"2": [right, 30], "3": [0, 10]}, "operations": {text: [3, 9]}},
+        "mistakes": {"correct": correct, "format only": 2, text: 38 - correct},
+        "by": {"reasoning steps": {"2": [correct, 30], "3": [0, 10]}, "operations": {text: [3, 9]}},
     }  # fmt: skip
 
 
@@ -86,10 +87,11 @@ def result(text: str) -> dict:
     return {
         "settings": {"split": "test", "prompt": "chat", "data": text, "max_new_tokens": 512},
         "problems": 40,
-        "contestants": {"base": contestant(10, text), "tuned": contestant(14, text)},
+        "models": {"base": model_result(10, text), "tuned": model_result(14, text)},
         "difference": {
-            "fixed": 6, "broke": 2, "both_right": 8, "both_wrong": 24, "p_value": 0.29,
-            "low_points": -2.5, "high_points": 22.5, "confidence": 0.95,
+            "n": 40, "fixed": 6, "broke": 2, "both_right": 8, "both_wrong": 24,
+            "difference_points": 10.0, "p_value": 0.29, "low_points": -2.5, "high_points": 22.5,
+            "confidence": 0.95,
         },
         "in_words": f"+10.0 points: not distinguishable {text}",
         "transcripts": {"fixed": [texts], "broken": [texts], "still wrong": [texts]},
@@ -98,7 +100,7 @@ def result(text: str) -> dict:
 
 
 def write_run(folder: Path, text: str = "What is 2 + 2?") -> Path:
-    """A finished run of two hours with one evaluation, `text` in every place that takes it."""
+    """A finished run of two hours with one evaluation, and `text` wherever a file holds text."""
     options = to_json(TrainConfig(model=text)) if text == HOSTILE else to_json(TrainConfig())
     identity = {"base_commit": "abc123", "data_commit": None, "precision": "bf16", "ranks": 1}
     config = {"options": options, "identity": identity, "versions": {"torch": text}, "device": text}
@@ -111,7 +113,7 @@ def write_run(folder: Path, text: str = "What is 2 + 2?") -> Path:
     }
     audit = {
         "rows": {"train": 90, "validation": 10}, "left_out": [text], "tokens": {"total": 900},
-        "supervised": 450, "duplicates": {"within train": {"exact": 3}},
+        "supervised_count": 450, "duplicates": {"within train": {"exact": 3}},
     }  # fmt: skip
     write_json(folder / "config.json", config)
     write_json(folder / "audit.json", audit)
@@ -127,15 +129,15 @@ def write_run(folder: Path, text: str = "What is 2 + 2?") -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run with its report; not to be changed."""
+    """A finished run with its report, shared by tests that do not change it."""
     folder = write_run(tmp_path_factory.mktemp("out") / "tiny-sums")
     write_report(folder, price_per_hour=2.5)
     return folder
 
 
 @pytest.fixture
-def own_run(tmp_path):
-    """A finished run that a test may damage."""
+def fresh_run(tmp_path):
+    """A finished run that a test may change."""
     return write_run(tmp_path / "run")
 
 
@@ -144,7 +146,7 @@ def markdown(run: Path, price: float | None = None) -> str:
 
 
 def row(text: str, name: str) -> list[str]:
-    """The cells after `name` in the first row that begins with it."""
+    """The other cells of the first row that begins with `name`."""
     line = next(line for line in text.splitlines() if line.startswith(f"| {inert(name)} |"))
     return [cell.strip() for cell in line.split(" | ")[1:]]
 
@@ -173,7 +175,7 @@ def test_ids_on_the_page_are_unique_and_every_reference_has_one(run):
     }
 
 
-def test_every_picture_has_a_title_units_and_a_legend_where_there_are_two_series(run):
+def test_every_figure_has_a_title_and_units_and_a_legend_if_it_has_two_series(run):
     svgs = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(), re.DOTALL)
     texts = [" ".join(Page(svg).text.split()) for svg in svgs]
     wanted = {
@@ -188,7 +190,12 @@ def test_every_picture_has_a_title_units_and_a_legend_where_there_are_two_series
         "Learning rate and gradient norm": ("(per step)", "(before clipping)", "clipped at 1"),
         "Training speed": ("tokens per second", "each step", "mean of 5 steps"),
         "Answer accuracy (generated), 95 % intervals": ("% of problems", "base", "tuned"),
-        "Answer accuracy by reasoning steps": ("% answered right", "how many", "base", "tuned"),
+        "Answer accuracy by reasoning steps": (
+            "% of problems",
+            "steps (problems)",
+            "base",
+            "tuned",
+        ),
         "Kinds of mistakes": ("answers, of 40", "base", "tuned"),
     }
     assert len(texts) == len(wanted)
@@ -197,13 +204,13 @@ def test_every_picture_has_a_title_units_and_a_legend_where_there_are_two_series
         assert all(part in text for part in parts), (title, text)
 
 
-def test_pictures_take_every_colour_from_the_theme(run):
+def test_figures_take_every_color_from_the_theme(run):
     svgs = re.findall(r"<svg.*?</svg>", (run / "report.html").read_text(), re.DOTALL)
     assert svgs and not re.findall(r"(?:fill|stroke): ?#[0-9a-f]{6}", "".join(svgs))
     assert not any(place in "".join(svgs) for place in figures.VARIABLES)
 
 
-def test_accuracy_is_never_called_so_without_saying_which(run):
+def test_accuracy_is_never_mentioned_without_its_kind(run):
     for name in ("report.html", "report.md"):
         text = (run / name).read_text().lower()
         text = Page(text).text if name.endswith("html") else text.replace("\\", "")
@@ -213,7 +220,7 @@ def test_accuracy_is_never_called_so_without_saying_which(run):
         assert "accuracy" not in re.sub(r"[\w.]+-accuracy|accuracy-\d|\.accuracy", "", text)
 
 
-def test_the_figures_of_learning_are_the_worked_ones(run):
+def test_first_and_last_values_match_the_worked_example(run):
     text = markdown(run)
     assert row(text, "train loss")[:3] == ["1.9950", "1.0000", "−49.87 % |"]  # means over two steps
     assert row(text, "validation loss, first and last")[2] == "−46.67 % |"  # 1.875 to 1
@@ -222,33 +229,33 @@ def test_the_figures_of_learning_are_the_worked_ones(run):
     assert "It is not answer accuracy" in text
 
 
-def test_rates_have_wilsons_intervals_and_a_difference(run):
+def test_accuracies_have_wilson_intervals_and_a_difference(run):
     cells = row(markdown(run), "numeric-equal")
     assert cells == ["25.0 % (14.2–40.2)", "35.0 % (22.1–50.5)", "+10.0 |"]
 
 
-def test_a_point_gained_costs_training_time_over_points(run):
+def test_a_point_gained_costs_the_training_time_divided_by_the_points(run):
     text = markdown(run, price=2.5)
     assert "12.0 min, $0.500; but the gain itself is not" in text.replace("\\", "")
-    assert row(text, "training, with its validations") == ["2 h 00 min", "\\$5.00 |"]
+    assert row(text, "training, including validation") == ["2 h 00 min", "\\$5.00 |"]
     assert "Price per hour: not given" in markdown(run)
-    assert row(markdown(run), "training, with its validations") == ["2 h 00 min", "– |"]
+    assert row(markdown(run), "training, including validation") == ["2 h 00 min", "– |"]
 
 
-@pytest.mark.parametrize("fixed", [2, 1])  # as many as it broke, or fewer
-def test_without_a_gain_a_point_has_no_cost(own_run, fixed):
-    path = own_run / "evaluation/test-1/result.json"
+@pytest.mark.parametrize("fixed", [2, 1])  # as many as broken, or fewer
+def test_without_a_gain_a_point_has_no_cost(fresh_run, fixed):
+    path = fresh_run / "evaluation/test-1/result.json"
     found = json.loads(path.read_text())
     found["difference"]["fixed"] = fixed
     write_json(path, found)
-    assert "No point was gained" in markdown(own_run, price=2.5)
+    assert "No points were gained" in markdown(fresh_run, price=2.5)
 
 
 def test_a_dollar_in_a_label_is_a_dollar():
     assert "costs $\\frac$" in figures.mistakes({"base": {"costs $\\frac$": 1}}, 1, "m")
 
 
-def test_the_command_gives_back_every_option(tmp_path):
+def test_the_command_repeats_every_option(tmp_path):
     argv = "--targets=q_proj,v_proj --rslora --data=-x --no-show-example --out".split()
     config = parse(TrainConfig, [*argv, "a b'$(c)"], "")
     identity = {"base_commit": "abc", "ranks": 2}
@@ -256,7 +263,8 @@ def test_the_command_gives_back_every_option(tmp_path):
     words = shlex.split(command(read_run(tmp_path)).replace("\\\n", ""))
     assert words[:4] == ["torchrun", "--nproc-per-node", "2", "train.py"]
     again = to_json(parse(TrainConfig, words[4:], ""))
-    assert again == to_json(config) | {"revision": "abc", "out": "a b'$(c)-again"}
+    changed = {"revision": "abc", "out": "a b'$(c)-again", "rank": "8"}
+    assert again == to_json(config) | changed
 
 
 @pytest.mark.parametrize(
@@ -264,28 +272,58 @@ def test_the_command_gives_back_every_option(tmp_path):
     [
         ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "Likely"),
         ([1.0, 0.6, 0.5, 0.5, 0.55, 0.6], "Unlikely"),
-        ([1.0, 0.6, 0.5, 0.5001, 0.4999, 0.5, 0.5001, 0.4998], "Little"),
-        ([1.0, 0.5, 0.52, 0.48, 0.53, 0.47, 0.52, 0.48], "Little"),  # falls, within its scatter
-        ([1.0, 0.5, 0.5, 0.4999, 0.4998, 0.4997], "Little"),  # falls, by under 0.5 % of the best
-        ([1.0, 0.5, 0.4], "It cannot be said"),
-        ([], "It cannot be said"),
+        ([1.0, 0.6, 0.5, 0.5001, 0.4999, 0.5, 0.5001, 0.4998], "Not much"),
+        ([1.0, 0.5, 0.52, 0.48, 0.53, 0.47, 0.52, 0.48], "Not much"),  # falls, within its scatter
+        ([1.0, 0.5, 0.5, 0.4999, 0.4998, 0.4997], "Not much"),  # falls, by under 0.5 % of the best
+        ([1.0, 0.5, 0.4], "Unknown"),
+        ([], "Unknown"),
     ],
 )
-def test_more_epochs_by_the_rule(losses, verdict):
-    assert more_epochs(list(enumerate(losses))).startswith(verdict)
+def test_more_epochs_follow_the_rule(losses, verdict):
+    assert more_epochs(losses).startswith(verdict)
 
 
-def test_best_follows_what_training_stops_on(own_run):
-    config = json.loads((own_run / "config.json").read_text())
+def test_the_best_validation_is_chosen_by_the_metric_of_early_stopping(fresh_run):
+    config = json.loads((fresh_run / "config.json").read_text())
     rows = [
         {"step": s, "val_loss": v, "val_exact_match": e}
         for s, v, e in ((1, 2.0, 0.5), (2, 1.0, 0.25))
     ]
-    (own_run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (fresh_run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for stop_on, step in (("loss", 2), ("exact-match", 1)):
         config["options"]["stop_on"] = stop_on
-        write_json(own_run / "config.json", config)
-        assert read_run(own_run).best["step"] == step
+        write_json(fresh_run / "config.json", config)
+        assert read_run(fresh_run).best["step"] == step
+
+
+def test_the_rank_and_alpha_of_earlier_versions_are_given_by_their_current_options(fresh_run):
+    config = json.loads((fresh_run / "config.json").read_text())
+    earlier = {"r": 8, "rank": "q_proj=16", "alpha": 16.0, "alphas": None}
+    config["options"] = {"epochs": 2} | earlier | {"bias": "none", "init": "kaiming"}
+    write_json(fresh_run / "config.json", config)
+    found = read_run(fresh_run)
+    assert found.options == {"epochs": 2, "rank": "8,q_proj=16", "alpha": "16"}
+    assert "--rank 8,q_proj=16" in command(found) and "--init" not in command(found)
+    assert "LoRA rank 8,q\\_proj=16" in markdown(fresh_run)
+
+
+def test_results_and_audits_of_earlier_versions_give_the_same_report(fresh_run):
+    now = markdown(fresh_run)
+    renamed = {'"models": {': '"contestants": {', '"correct": {': '"right": {'}
+    renamed |= {'"supervised_count":': '"supervised":'}
+    for path in (fresh_run / "evaluation/test-1/result.json", fresh_run / "audit.json"):
+        text = path.read_text()
+        for current, earlier in renamed.items():
+            text = text.replace(current, earlier)
+        assert text != path.read_text()
+        path.write_text(text)
+    assert markdown(fresh_run) == now
+
+
+def test_counts_that_exceed_the_problems_make_a_result_unreadable(fresh_run):
+    path = fresh_run / "evaluation/test-1/result.json"
+    write_json(path, json.loads(path.read_text()) | {"problems": 9})
+    assert "answers so far: test-1 (none)" in markdown(fresh_run).replace("\\", "")
 
 
 def test_hostile_text_is_only_text_in_html(tmp_path):
@@ -293,7 +331,7 @@ def test_hostile_text_is_only_text_in_html(tmp_path):
     assert set(page.tags) <= TAGS
     assert {n for n, _ in page.attributes} & {"src", "onerror"} == set()
     assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
-    assert page.text.count("<script>alert(1)</script>") >= 20  # where it was, as it was
+    assert page.text.count("<script>alert(1)</script>") >= 20  # unchanged, as text
     assert "\x00" not in page.text and "\x1b" not in page.text
 
 
@@ -306,7 +344,7 @@ def test_hostile_text_is_only_text_in_markdown(tmp_path):
     assert set(page.tags) <= set(allowed.split())
     assert page.text.count("<script>alert(1)</script>") >= 20
     headings = re.findall(r"<h1>(.*?)</h1>", reader.render(text))
-    assert headings == ["run"]  # a "# title" of theirs is none
+    assert headings == ["run"]  # "# title" in the text is not a heading
     for table in re.findall(r"<table>.*?</table>", reader.render(text), re.DOTALL):
         rows = re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
         assert len({len(re.findall("<t[hd]", cells)) for cells in rows}) == 1, table
@@ -316,25 +354,28 @@ def test_a_fence_is_longer_than_any_run_of_backticks_inside():
     assert fenced("a").startswith("```text\n") and fenced("a ```` b").startswith("`````text\n")
 
 
-def test_bare_addresses_are_no_links_in_markdown():
+def test_bare_addresses_are_not_links_in_markdown():
     assert inert("https://a.b www.c.d") == "https:\\//a.b www\\.c.d"
 
 
 @pytest.mark.parametrize(
-    ("gone", "said"),
+    ("removed", "text"),
     [
-        ("metrics.jsonl", "No step is in metrics.jsonl yet."),
-        ("metrics.jsonl", "There was no validation yet."),
-        ("audit.json", "There is no audit of the data"),
+        ("metrics.jsonl", "metrics.jsonl has no steps yet."),
+        ("metrics.jsonl", "No validation has run yet."),
+        ("audit.json", "This folder has no audit of the data"),
         ("checkpoints/step-000200/progress.json", "there is no checkpoint yet"),
-        ("evaluation/test-1/result.json", "Not finished, with the answers so far: test-1 (none)"),
-        ("evaluation/test-1/result.json", "No evaluation is finished in this folder."),
+        (
+            "evaluation/test-1/result.json",
+            "Unfinished evaluations, with answers so far: test-1 (none)",
+        ),
+        ("evaluation/test-1/result.json", "This folder has no finished evaluation."),
     ],
 )
-def test_what_is_missing_is_said(own_run, gone, said):
-    (own_run / gone).unlink()
-    write_report(own_run)
-    assert said in (own_run / "report.md").read_text().replace("\\", "")
+def test_the_report_says_what_is_missing(fresh_run, removed, text):
+    (fresh_run / removed).unlink()
+    write_report(fresh_run)
+    assert text in (fresh_run / "report.md").read_text().replace("\\", "")
 
 
 @pytest.mark.parametrize("name", ["run", "a b'`<i>", "\udce9t\udce9"])  # the last: a Latin-1 name
@@ -343,7 +384,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path, name):
     assert "not measured" in write_report(tmp_path / name).read_text()
 
 
-def test_nulls_torn_lines_and_damaged_lines_are_read_around(own_run):
+def test_nulls_torn_lines_and_damaged_lines_are_skipped(fresh_run):
     rows = [{"step": 1, "train_loss": None, "grad_norm": True}, {"step": 1, "val_loss": None}]
     lines = [
         *map(json.dumps, rows),
@@ -352,23 +393,33 @@ def test_nulls_torn_lines_and_damaged_lines_are_read_around(own_run):
         '{"step": 2, "train_loss": NaN}',
         '{"step": 3, "tr',
     ]
-    (own_run / "metrics.jsonl").write_text("\n".join(lines))
-    found = read_run(own_run)
-    assert (len(found.steps), len(found.validations), found.torn) == (2, 1, 2)
+    (fresh_run / "metrics.jsonl").write_text("\n".join(lines))
+    found = read_run(fresh_run)
+    assert (len(found.steps), len(found.validations), found.damaged_lines) == (2, 1, 2)
     assert found.best == {} and found.train("train_loss") == found.train("grad_norm") == []
-    assert "2 lines of metrics.jsonl could not be read." in write_report(own_run).read_text()
+    assert "2 lines of metrics.jsonl could not be read." in write_report(fresh_run).read_text()
 
 
-def test_the_newest_readable_checkpoint_counts(own_run):
-    folder = own_run / "checkpoints"
+def test_progress_comes_from_the_newest_readable_checkpoint(fresh_run):
+    folder = fresh_run / "checkpoints"
     for name in ("step-3000000.new", "step-999999", "step-1000000", "step-x"):
         write_json(folder / name / "progress.json", {"progress": {"stopped": name}})
     (folder / "step-2000000").mkdir()
-    assert read_run(own_run).progress == {"stopped": "step-1000000"}
+    assert read_run(fresh_run).progress.stopped == "step-1000000"
+
+
+@pytest.mark.parametrize("depth", [30, 700, 100_000])
+def test_deep_nesting_is_cut_off(fresh_run, depth):
+    nested = "[" * depth + "]" * depth
+    path = fresh_run / "evaluation/test-1/result.json"
+    path.write_text(path.read_text().replace('"test"', nested, 1))
+    (fresh_run / "audit.json").write_text('{"rows": ' + nested + "}")
+    (fresh_run / "metrics.jsonl").write_text('{"step": 1, "train_loss": ' + nested + "}\n")
+    assert "Training" in markdown(fresh_run)
 
 
 def damaged(value: object, rng: random.Random) -> object:
-    """`value` with about one part in eight gone or of another kind."""
+    """`value` with about one part in eight missing or of another type."""
     if rng.random() < 0.12:
         other = [
             None,
@@ -394,7 +445,7 @@ def damaged(value: object, rng: random.Random) -> object:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_no_damage_makes_it_raise(tmp_path, seed):
+def test_no_damage_raises_an_exception(tmp_path, seed):
     folder, rng = write_run(tmp_path / "run"), random.Random(seed)
     for path in sorted(folder.rglob("*.json")):
         if path.name != "config.json":
@@ -409,19 +460,19 @@ def test_no_damage_makes_it_raise(tmp_path, seed):
     (to_html("a", blocks) + to_markdown(blocks)).encode()
 
 
-def test_a_folder_that_is_no_run_is_refused_with_exit_code_2(tmp_path, capsys):
+def test_a_folder_that_is_not_a_run_is_refused_with_exit_code_2(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     write_json(tmp_path / "model/config.json", {"architectures": ["Qwen2ForCausalLM"]})
     for folder in (tmp_path, tmp_path / "model", tmp_path / "none", tmp_path / "model/config.json"):
         assert run_script(lambda folder=folder: main([str(folder)])) == 2
-        assert "is no run folder" in capsys.readouterr().err
+        assert "is not a run folder" in capsys.readouterr().err
         assert not (folder / "report.html").exists()
 
 
-def test_a_report_that_cannot_be_written_is_a_users_error(own_run):
-    (own_run / "report.md").mkdir()
+def test_a_report_that_cannot_be_written_is_a_user_error(fresh_run):
+    (fresh_run / "report.md").mkdir()
     with pytest.raises(BadRun, match="cannot be written"):
-        write_report(own_run)
+        write_report(fresh_run)
 
 
 def test_a_negative_price_or_no_folder_is_refused(run):
@@ -429,40 +480,47 @@ def test_a_negative_price_or_no_folder_is_refused(run):
     assert run_script(lambda: main([])) == 2
 
 
-def test_torch_is_not_imported(own_run):
+def test_torch_is_not_imported(fresh_run):
     code = (
-        "import sys; from report.__main__ import main; main([sys.argv[1]]);"
+        "import sys; import report; assert 'matplotlib' not in sys.modules;"
+        "from report.__main__ import main; main([sys.argv[1]]);"
         "assert 'report.figures' in sys.modules; assert 'torch' not in sys.modules"
     )
-    done = python(code, own_run)
+    done = python(code, fresh_run)
     assert done.returncode == 0, done.stderr
 
 
-def test_without_matplotlib_there_are_tables_and_a_line_that_says_so(own_run):
-    code = "import sys; sys.modules['matplotlib'] = None; import report.__main__ as r; r.main(sys.argv[1:])"
-    done = python(code, own_run)
+def test_without_matplotlib_the_report_has_tables_and_says_why_there_are_no_figures(fresh_run):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None;"
+        "from report.__main__ import main; main(sys.argv[1:])"
+    )
+    done = python(code, fresh_run)
     assert done.returncode == 0, done.stderr
-    page = Page((own_run / "report.html").read_text())
+    page = Page((fresh_run / "report.html").read_text())
     assert "svg" not in page.tags and "table" in page.tags
     assert page.text.count("matplotlib") - page.text.count("pip install matplotlib") == 1
 
 
-def test_the_same_folder_gives_the_same_report(own_run):
-    texts = [write_report(own_run).read_text() + markdown(own_run) for _ in range(2)]
+def test_the_same_folder_gives_the_same_report(fresh_run):
+    texts = [write_report(fresh_run).read_text() + markdown(fresh_run) for _ in range(2)]
     assert texts[0] == texts[1]
 
 
-def test_the_vote_of_all_samples_is_the_headline(own_run):
-    path = own_run / "evaluation/test-1/result.json"
+def test_the_vote_of_all_samples_is_the_headline(fresh_run):
+    path = fresh_run / "evaluation/test-1/result.json"
     found = json.loads(path.read_text())
-    for name, right in (("base", 12), ("tuned", 20)):
-        found["contestants"][name]["votes"] = {"maj@1": 1, "maj@8": right}
+    for name, correct in (("base", 12), ("tuned", 20)):
+        found["models"][name]["votes"] = {"maj@1": 1, "maj@8": correct}
     write_json(path, found)
-    assert row(markdown(own_run), "Answer accuracy (generated), test, chat")[0] == "30.0 → 50.0 %"
-    assert "majority of all samples" in markdown(own_run)
+    assert (
+        row(markdown(fresh_run), "Answer accuracy (generated), What is 2 + 2?, test, chat")[0]
+        == "30.0 → 50.0 %"
+    )
+    assert "majority of all samples" in markdown(fresh_run)
 
 
-def test_of_equal_exact_matches_the_report_marks_the_lower_loss_as_training_does(tmp_path):
+def test_among_equal_exact_matches_the_lower_loss_is_best_as_in_training(tmp_path):
     options = {"options": {"stop_on": "exact-match"}}
     write_json(tmp_path / "config.json", options)
     lines = [{"step": s, "val_loss": v, "val_exact_match": 0.5} for s, v in ((1, 0.9), (2, 0.8))]

@@ -183,7 +183,9 @@ def test_the_learning_rate_rises_over_the_warm_up_and_then_has_its_shape(shape, 
 
 @given(st.integers(1, 50), st.integers(1, 60), st.integers(1, 160))
 def test_validation_comes_evenly_at_every_epochs_end_and_at_the_last_step(per_epoch, evals, last):
-    schedule = Schedule([], 1, 1, epochs=200, seed=0, max_steps=last, sources=(SourceRows(per_epoch, per_epoch),))
+    schedule = Schedule(
+        [], 1, 1, epochs=200, seed=0, max_steps=last, sources=(SourceRows(per_epoch, per_epoch),)
+    )
     steps = schedule.validation_steps(evals)
     assert last in steps and min(steps) > 0 and max(steps) == last
     assert {s for s in range(1, last + 1) if s % per_epoch == 0} <= steps

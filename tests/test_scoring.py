@@ -96,7 +96,7 @@ def cases(table: str) -> list[tuple[str, list[Fraction]]]:
     ]
 
 
-def test_each_text_of_the_table_holds_exactly_the_numbers_written_beside_it():
+def test_each_text_in_the_table_has_exactly_the_listed_numbers():
     wrong = {}
     for text, values in cases(NUMBERS):
         found = [number.value for number in numbers_in(text)]
@@ -106,7 +106,7 @@ def test_each_text_of_the_table_holds_exactly_the_numbers_written_beside_it():
     assert len(cases(NUMBERS)) >= 200
 
 
-def test_each_completion_of_the_table_answers_with_the_number_written_beside_it():
+def test_each_completion_in_the_table_answers_with_the_listed_number():
     wrong = {}
     for text, values in cases(FINALS):
         if final_number(text) != (values[0] if values else None):
@@ -114,7 +114,7 @@ def test_each_completion_of_the_table_answers_with_the_number_written_beside_it(
     assert not wrong
 
 
-def test_a_found_number_says_where_it_stands_and_whether_it_carries_a_unit():
+def test_a_found_number_has_its_position_and_whether_it_has_a_unit():
     text = "She paid -$1,250.50, 5 % of 3 1/2 €, or -18 in 2 4/2$; 5$6."
     found = [(text[n.start : n.end], n.has_unit) for n in numbers_in(text)]
     assert found == [
@@ -152,19 +152,19 @@ def test_each_run_of_digits_that_is_not_too_long_is_in_exactly_one_number(text):
 
 
 @given(awkward, awkward)
-def test_lines_are_read_apart_so_k_copies_hold_k_times_the_numbers(text, other):
+def test_lines_are_read_independently_so_k_copies_have_k_times_the_numbers(text, other):
     values = [[n.value for n in numbers_in(part)] for part in (text, other)]
     joined = "\n".join([text, other] * 3)
     assert [n.value for n in numbers_in(joined)] == (values[0] + values[1]) * 3
 
 
 @given(awkward, st.integers(1, 400))
-def test_the_last_number_is_the_last_of_all_however_long_the_text(text, copies):
+def test_last_number_is_the_last_of_all_numbers_in_texts_of_any_length(text, copies):
     numbers = numbers_in(text * copies)
     assert last_number(text * copies) == (numbers[-1].value if numbers else None)
 
 
-def test_the_longest_number_there_can_be_is_found_whole_at_the_end_of_a_text():
+def test_the_longest_possible_number_is_read_completely_at_the_end_of_a_text():
     integer = "111" + ",111" * 32
     longest = f"-$ -{integer} {integer}/{integer.replace('1', '9')} %"
     (number,) = numbers_in(longest)
@@ -175,7 +175,7 @@ def test_the_longest_number_there_can_be_is_found_whole_at_the_end_of_a_text():
 @given(
     st.integers(-(10**12), 10**12), st.sampled_from(["", ".", ".0", ".00", "%", " apples", "\n"])
 )
-def test_a_number_reads_back_in_each_way_of_writing_it(number, after):
+def test_a_number_is_read_in_each_way_of_writing_it(number, after):
     for text in (f"{number}", f"{number:,}", f"${number}", f"$ {number:,}", f"−{-number}"):
         if "−-" not in text:
             assert final_number(f"It is {text}{after}") == number
@@ -199,7 +199,7 @@ def gold_answers() -> list[str]:
     return [json.loads(line)["answer"] for line in lines]
 
 
-def test_every_gold_answer_reads_back_with_every_scorer():
+def test_every_scorer_accepts_every_gold_answer_and_no_answer_off_by_one():
     answers = gold_answers()
     assert len(answers) == 8792
     for answer in answers:
@@ -210,7 +210,7 @@ def test_every_gold_answer_reads_back_with_every_scorer():
         assert not any(scorer(off_by_one, answer) for scorer in SCORERS.values())
 
 
-def test_a_gold_answer_without_its_number_is_refused_and_never_equals_an_empty_completion():
+def test_a_gold_answer_without_a_number_is_refused():
     with pytest.raises(BadData, match="no number after '####'.*so it is 18"):
         numeric_equal("", "so it is 18")
 
@@ -240,13 +240,13 @@ AGAINST_18 = {
 
 
 @pytest.mark.parametrize("completion", AGAINST_18)
-def test_the_scorers_differ_as_they_are_defined_to(completion):
+def test_the_scorers_differ_as_documented(completion):
     right = [name for name, scorer in SCORERS.items() if scorer(completion, "6 * 3\n#### 18")]
     assert "".join(name[0] for name in right) == AGAINST_18[completion]
     assert SCORERS["numeric-equal"] is numeric_equal and SCORERS["openai"] is openai_match
 
 
-def test_the_format_is_what_strict_match_and_openai_can_read_right_or_wrong():
+def test_had_format_is_true_where_strict_match_and_openai_can_read_a_number():
     assert all(had_format(text) for text in ("6\n#### 18", "#### -3 or so", "#### 0\n#### x"))
     assert not any(had_format(text) for text in ("", "18", "####18", "#### $18", "#### **18**"))
 
@@ -326,7 +326,7 @@ def test_any_text_is_scored_as_the_harness_defines_it(text, gold):
         assert flexible_extract(completion, gold) == by_definition(completion, gold, FLEXIBLE, -1)
 
 
-def test_a_thousand_completions_are_scored_as_by_lm_evaluation_harness_itself():
+def test_a_thousand_completions_are_scored_as_by_lm_evaluation_harness():
     extraction = pytest.importorskip("lm_eval.filters.extraction")
     metrics = pytest.importorskip("lm_eval.api.metrics")
     filters = {
@@ -349,7 +349,7 @@ votes = st.lists(st.one_of(st.none(), st.integers(-2, 2).map(Fraction)), max_siz
 
 
 @given(votes)
-def test_the_majority_is_the_most_frequent_vote_and_of_those_the_first(answers):
+def test_the_majority_is_the_most_frequent_vote_and_ties_go_to_the_first(answers):
     cast = [answer for answer in answers if answer is not None]
     winner = majority_vote(answers)
     assert (winner is None) == (not cast)
@@ -358,7 +358,7 @@ def test_the_majority_is_the_most_frequent_vote_and_of_those_the_first(answers):
         assert counts[0] < counts[1] or counts[0] == counts[1] and cast.index(winner) <= rank
 
 
-def test_votes_are_over_values_not_spellings_and_silence_has_none():
+def test_votes_count_values_not_spellings_and_an_answer_without_a_number_does_not_vote():
     answers = [final_number(text) for text in ("20", "", "18.0", "", "", "#### $18")]
     assert majority_vote(answers) == 18
     assert [maj_at_k(answers, Fraction(18), k) for k in (1, 3, 6)] == [False, False, True]
@@ -366,7 +366,7 @@ def test_votes_are_over_values_not_spellings_and_silence_has_none():
 
 
 @pytest.mark.parametrize("n", range(1, 8))
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
     for right in range(n + 1):
         for k in range(1, n + 1):
             subsets = list(combinations([i < right for i in range(n)], k))
@@ -374,6 +374,6 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 6, 1), (5, -1, 1), (5, 2, 0), (5, 2, 6)])
-def test_pass_at_k_refuses_what_cannot_be(n, c, k):
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
     with pytest.raises(AssertionError):
         pass_at_k(n, c, k)

@@ -13,70 +13,66 @@ from data.custom import load_path
 from data.multiple_choice import CHOICE_TASKS
 from data.rows import read_problems
 from errors import BadData, BadOption
+from evaluation import answers as generation
+from evaluation import choices as scoring
 from evaluation.generative import had_format
-from evaluation.rejection import right_solutions
+from evaluation.rejection import correct_solutions
 from evaluation.statistics import wilson_interval
 from report.records import read_run
 from tests import test_hub
-from tests.test_evaluation import (  # noqa: F401  # `trained` is a fixture
-    COMMON,
-    completion,
-    completions_of,
-    problem,
-    trained,
-)
+from tests.evaluations import COMMON, completion, problem
 from tests.test_multiple_choice import hub, parquet, splits  # noqa: F401  # `hub` is a fixture
 
 CHOICES = ["arc-easy", "hellaswag", "mmlu"]
 
 
-def measured(trained: Path, out: Path, *flags: str) -> dict[str, dict]:  # noqa: F811
+def measured(tuned: Path, out: Path, *flags: str) -> dict[str, dict]:
     """`evaluate.py` of the adapter; its results by task."""
-    evaluate.main(["--adapter", str(trained / "run/best"), "--out", str(out), *COMMON, *flags])
+    evaluate.main(["--adapter", str(tuned / "run/best"), "--out", str(out), *COMMON, *flags])
     results = [json.loads(p.read_text()) for p in out.glob("evaluation/*/result.json")]
     return {
         Path(r["settings"]["data"].partition(" at ")[0].partition(",")[0]).name: r for r in results
     }
 
 
-def test_several_tasks_stand_in_one_table_each_with_its_verdict(hub, trained, tmp_path, capsys):  # noqa: F811
-    sums, out = str(trained / "sums"), tmp_path / "out"
-    found = measured(trained, out, "--data", sums, *CHOICES, "--limit", "6")
+def test_several_tasks_share_a_table_and_each_has_its_conclusion(hub, tuned, tmp_path, capsys):  # noqa: F811
+    sums, out = str(tuned / "sums"), tmp_path / "out"
+    found = measured(tuned, out, "--data", sums, *CHOICES, "--limit", "6")
     assert set(found) == {"sums", *CHOICES} and all(r["problems"] == 6 for r in found.values())
     told = capsys.readouterr().out
     lines = json.loads((out / "evaluation/summary.json").read_text())["tasks"]
     assert [line["task"] for line in lines] == [sums, *CHOICES]
     for line in lines:
         result = found[Path(line["task"]).name]
-        right = {name: sum(c["outcomes"]) for name, c in result["contestants"].items()}
-        assert line["right"] == right
-        assert line["intervals"]["tuned"] == list(wilson_interval(right["tuned"], 6))
+        correct = {name: sum(m["outcomes"]) for name, m in result["models"].items()}
+        assert line["correct"] == correct
+        assert line["intervals"]["tuned"] == list(wilson_interval(correct["tuned"], 6))
         assert f"{line['task']}, {line['judged_by']}: {result['in_words']}" in told
     assert [line["judged_by"] for line in lines] == ["numeric-equal", "acc_norm", "acc_norm", "acc"]
-    assert all(len(row) <= 80 for row in told[told.rindex("right, of") :].splitlines()[:5])
-    assert set(found["mmlu"]["contestants"]["tuned"]["by"]) == {"area", "subject"}
+    assert all(len(row) <= 80 for row in told[told.rindex("correct, by task") :].splitlines()[:5])
+    assert set(found["mmlu"]["models"]["tuned"]["by"]) == {"area", "subject"}
 
 
-def test_a_task_is_measured_alike_alone_and_beside_others(hub, trained, tmp_path, capsys):  # noqa: F811
-    several = measured(trained, tmp_path / "a", "--data", str(trained / "sums"), "arc-easy")
-    alone = measured(trained, tmp_path / "b", "--data", "arc-easy")
+def test_a_task_has_the_same_result_alone_and_with_others(hub, tuned, tmp_path, capsys):  # noqa: F811
+    several = measured(tuned, tmp_path / "a", "--data", str(tuned / "sums"), "arc-easy")
+    alone = measured(tuned, tmp_path / "b", "--data", "arc-easy")
     assert alone["arc-easy"]["settings"] == several["arc-easy"]["settings"]
     for name in ("base", "tuned"):
-        one, other = (r["arc-easy"]["contestants"][name] for r in (alone, several))
+        one, other = (r["arc-easy"]["models"][name] for r in (alone, several))
         assert one["outcomes"] == other["outcomes"]
         assert one["right_choice_nats"] == other["right_choice_nats"]
     paths = [str(next(tmp_path.glob(f"{x}/evaluation/arc-easy-*/result.json"))) for x in "ab"]
     evaluate.main(["--compare", *paths])
     told = capsys.readouterr().out
-    assert "choices right, acc_norm" in told and "B against A: +0.0 points" in told
-    both = alone["arc-easy"]["contestants"]
+    assert "choices correct, acc_norm" in told and "B against A: +0.0 points" in told
+    both = alone["arc-easy"]["models"]
     assert both["base"]["right_choice_nats"] != both["tuned"]["right_choice_nats"]
 
 
-def test_stopped_within_a_task_each_goes_on_where_it_was(hub, trained, tmp_path, monkeypatch):  # noqa: F811
+def test_an_evaluation_stopped_within_a_task_resumes_there(hub, tuned, tmp_path, monkeypatch):  # noqa: F811
     flags = ["--data", "arc-easy", "hellaswag", "--batch-size", "2"]
-    whole = measured(trained, tmp_path / "whole", *flags)
-    real, calls = evaluate.score, []
+    whole = measured(tuned, tmp_path / "whole", *flags)
+    real, calls = scoring.score, []
 
     def counted(model, chat, problems, batch_size, done):
         calls.append(len(done))
@@ -85,32 +81,32 @@ def test_stopped_within_a_task_each_goes_on_where_it_was(hub, trained, tmp_path,
                 raise KeyboardInterrupt
             yield scored
 
-    monkeypatch.setattr(evaluate, "score", counted)
+    monkeypatch.setattr(scoring, "score", counted)
     with pytest.raises(KeyboardInterrupt):
-        measured(trained, tmp_path / "part", *flags)
+        measured(tuned, tmp_path / "part", *flags)
     (log,) = (tmp_path / "part").glob("evaluation/hellaswag-*/base.jsonl")
     log.write_bytes(log.read_bytes() + b'{"id": "torn')
-    again = measured(trained, tmp_path / "part", *flags)
+    again = measured(tuned, tmp_path / "part", *flags)
     assert calls[3:] == [12, 12, 5, 0]
     for name in whole:
         assert again[name]["difference"] == whole[name]["difference"]
         assert log.read_bytes().count(b"\n") == 12
 
 
-def test_sampling_options_do_not_move_the_results_of_choices(hub, trained, tmp_path, capsys):  # noqa: F811
+def test_sampling_options_do_not_change_the_folder_of_choices(hub, tuned, tmp_path, capsys):  # noqa: F811
     flags = ["--samples", "2", "--temperature", "0.5", "--seed", "3"]
-    measured(trained, tmp_path, "--data", "arc-easy")
-    measured(trained, tmp_path, "--data", "arc-easy", *flags)
+    measured(tuned, tmp_path, "--data", "arc-easy")
+    measured(tuned, tmp_path, "--data", "arc-easy", *flags)
     assert len(list(tmp_path.glob("evaluation/*"))) == 1
-    assert "--temperature are not for arc-easy: its choices are scored" in capsys.readouterr().out
+    assert "do not apply to arc-easy: choices are scored" in capsys.readouterr().out
 
 
-def test_by_default_a_run_is_measured_on_all_that_it_learned_from(hub, trained, tmp_path, capsys):  # noqa: F811
+def test_by_default_a_run_is_measured_on_everything_it_was_trained_on(hub, tuned, tmp_path, capsys):  # noqa: F811
     run = tmp_path / "run"
-    shutil.copytree(trained / "run/best", run / "best")
+    shutil.copytree(tuned / "run/best", run / "best")
     own = tmp_path / "own.jsonl"  # a file by itself has no test problems
-    own.write_bytes((trained / "sums/test.jsonl").read_bytes())
-    options = {"data": [str(trained / "sums"), "arc-easy:0.5", f"{own}:2"]}
+    own.write_bytes((tuned / "sums/test.jsonl").read_bytes())
+    options = {"data": [str(tuned / "sums"), "arc-easy:0.5", f"{own}:2"]}
     (run / "config.json").write_text(json.dumps({"options": options, "identity": {}}))
     evaluate.main(["--adapter", str(run / "best"), "--limit", "4", *COMMON])
     told = capsys.readouterr().out
@@ -123,30 +119,30 @@ def test_by_default_a_run_is_measured_on_all_that_it_learned_from(hub, trained, 
         evaluate.main(["--adapter", str(run / "best"), "--data", str(own), "arc-easy", *COMMON])
 
 
-# A model's own solutions
+# A model's own correct solutions
 
 
-def test_right_distinct_whole_answers_are_kept_and_end_as_gold_ones_do():
+def test_correct_distinct_whole_answers_are_kept_and_end_like_gold_ones():
     p = problem("3 + 4?", "3+4=7\n#### 7", "t:1")
     texts = ["It is 7.", "It  is\n7. ", "It is 8.", "3+4=7\n#### 7", "7 <cut>", "", "so\n#### $7"]
     given = [completion(text, "t:1", i) for i, text in enumerate(texts)]
     given[4] = given[4].__class__(**{**given[4].__dict__, "text": "is 7", "cut_off": True})
-    rows = list(right_solutions([p], {"t:1": given}))
+    rows = list(correct_solutions([p], {"t:1": given}))
     assert [row["sample"] for row in rows] == [0, 3, 6]
     answers = [row["messages"][-1]["content"] for row in rows]
     assert answers == ["It is 7.\n#### 7", "3+4=7\n#### 7", "so\n#### $7\n#### 7"]
     assert all(had_format(answer) for answer in answers) and {row["id"] for row in rows} == {"t:1"}
 
 
-def test_right_answers_are_kept_and_learned_from(trained, tmp_path, monkeypatch, capsys):  # noqa: F811
-    def solver(model, chat, problems, asking, *, eos_ids, done):  # right on every second problem
+def test_correct_answers_are_kept_and_trained_on(tuned, tmp_path, monkeypatch, capsys):
+    def solver(model, chat, problems, settings, *, done):  # correct on every second problem
         for n, p in enumerate(problems):
             for sample, before in enumerate(("", " ", "so ")):
                 text = before + (p.answer.partition("\n")[0] if n % 2 else "I do not know.")
                 yield completion(text, p.id, sample)
 
-    monkeypatch.setattr(evaluate, "answers", solver)
-    own, data = tmp_path / "own.jsonl", ["--data", str(trained / "sums")]
+    monkeypatch.setattr(generation, "answers", solver)
+    own, data = tmp_path / "own.jsonl", ["--data", str(tuned / "sums")]
     flags = [
         "--split",
         "train",
@@ -157,15 +153,15 @@ def test_right_answers_are_kept_and_learned_from(trained, tmp_path, monkeypatch,
         "--keep-correct",
         str(own),
     ]
-    found = measured(trained, tmp_path, *data, *flags)
-    assert "kept 40 right, distinct answers to 20 of 40 problems" in capsys.readouterr().out
-    assert list(found["sums"]["contestants"]) == ["tuned"]  # the base's would not be kept
+    found = measured(tuned, tmp_path, *data, *flags)
+    assert "kept 40 correct, distinct answers to 20 of 40 problems" in capsys.readouterr().out
+    assert list(found["sums"]["models"]) == ["tuned"]  # the base's would not be kept
     kept, bad = read_problems(own)
-    gold = {p.question: p.answer for p in load_path(trained / "sums").train}
+    gold = {p.question: p.answer for p in load_path(tuned / "sums").train}
     assert not bad and all(p.answer.endswith(gold[p.question]) for p in kept)
     run = [
         "--model",
-        trained / "base",
+        tuned / "base",
         "--data",
         own,
         "--out",
@@ -175,34 +171,34 @@ def test_right_answers_are_kept_and_learned_from(trained, tmp_path, monkeypatch,
     ]
     train.main([*map(str, run), "--device", "cpu"])
     assert (tmp_path / "again/best/adapter_model.safetensors").exists()
-    with pytest.raises(BadOption, match="exists already, and is not written over"):
-        measured(trained, tmp_path, *data, *flags)
+    with pytest.raises(BadOption, match="exists already and is not overwritten"):
+        measured(tuned, tmp_path, *data, *flags)
 
 
 @pytest.mark.parametrize(
     "flags, cause",
     [
-        (("--split", "test"), "of the test problems"),
-        (("--split", "validation"), "of the validation problems"),
-        (("--keep-correct", "own.txt"), "is no .jsonl file"),
-        (("--keep-correct", "nowhere/own.jsonl"), "in a folder that exists"),
-        (("--data", "arc-easy"), "takes one task whose answers have a '#### N', not arc-easy"),
+        (("--split", "test"), "with --split test"),
+        (("--split", "validation"), "with --split validation"),
+        (("--keep-correct", "own.txt"), "is not a .jsonl file"),
+        (("--keep-correct", "nowhere/own.jsonl"), "in an existing folder"),
+        (("--data", "arc-easy"), "needs a single task whose answers end in '#### N', not arc-easy"),
     ],
 )
-def test_solutions_that_cannot_be_kept_are_refused_before_any_is_made(
-    hub, trained, tmp_path, monkeypatch, flags, cause  # noqa: F811
+def test_solutions_that_cannot_be_kept_are_refused_before_any_is_generated(
+    hub, tuned, tmp_path, monkeypatch, flags, cause  # noqa: F811
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
     flags = ["--split", "train", "--keep-correct", "own.jsonl", *flags]
     with pytest.raises(BadOption, match=cause):
-        measured(trained, tmp_path, "--data", str(trained / "sums"), *flags)
+        measured(tuned, tmp_path, "--data", str(tuned / "sums"), *flags)
     assert not (tmp_path / "evaluation").exists()
 
 
 # From the Hub
 
 
-def test_every_task_is_fetched_learned_from_and_evaluated(tmp_path, lively_checkpoint, monkeypatch):
+def test_every_task_is_fetched_trained_on_and_evaluated(tmp_path, lively_checkpoint, monkeypatch):
     files = {"models/toy/qwen2": {f.name: f.read_bytes() for f in lively_checkpoint.iterdir()}}
     for name, form in CHOICE_TASKS.items():
         of = files.setdefault(f"datasets/{form.repo}", {"README.md": b"not asked for"})

@@ -1,6 +1,7 @@
 """Laws of conversations with several turns: what is supervised, and how they are evaluated."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from data.encode import IGNORE, encode_problems
 from data.rows import Message, Problem, read_problems
 from data.socratic import parse_turns
 from data.split import split_problems
-from evaluation.answers import GenerationSettings, answers
-from evaluation.conversation import next_turn
-from model.generate import Decoding, generate
+from evaluation.answers import GenerationSettings, answers, next_turn
+from model.generate import generate
 from model.load import load_model
 from tests import toys
+from tests.evaluations import settings
 from tests.test_custom_data import parquet
 from tests.test_hub import hub, python  # noqa: F401
 
@@ -136,7 +137,6 @@ def conversation(turns: int, id: str) -> Problem:
 
 
 PROBLEMS = [conversation(turns, f"p{i}") for i, turns in enumerate((3, 1, 2, 3, 1))]
-ENDS = {"eos_ids": (toys.IM_END,)}
 
 
 def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int) -> list[str]:
@@ -144,10 +144,7 @@ def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int
     messages, said = [], []
     for user in problem.messages[::2]:
         messages.append(user)
-        decoding = Decoding(
-            max_new_tokens=asking.max_new_tokens, vocab_size=chat.vocab_size, **ENDS,
-            temperature=asking.temperature, seed=asking.seed + len(said) * 2**40,
-        )  # fmt: skip
+        decoding = replace(asking.decoding, seed=asking.decoding.seed + len(said) * 2**40)
         prompt = chat.prompt(tuple(messages))
         (answer,) = generate(model, [prompt], decoding, sequence_ids=[place])
         said.append(chat.decode(answer.tokens))
@@ -158,11 +155,8 @@ def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 @pytest.mark.parametrize("samples, temperature", [(1, 0.0), (2, 1.0)])
 def test_each_turn_hears_the_models_own_answers(model, chat, batch_size, samples, temperature):
-    asking = GenerationSettings(
-        temperature=temperature, seed=3, samples=samples, max_new_tokens=6,
-        batch_size=batch_size,
-    )  # fmt: skip
-    given = {(c.id, c.sample): c for c in answers(model, chat, PROBLEMS, asking, **ENDS)}
+    asking = settings(6, samples=samples, temperature=temperature, seed=3, batch_size=batch_size)
+    given = {(c.id, c.sample): c for c in answers(model, chat, PROBLEMS, asking)}
     assert len(given) == len(PROBLEMS) * samples
     for row, problem in enumerate(PROBLEMS):
         for sample in range(samples):
@@ -173,11 +167,11 @@ def test_each_turn_hears_the_models_own_answers(model, chat, batch_size, samples
 
 
 def test_the_gold_answers_of_earlier_turns_change_nothing(model, chat):
-    asking = GenerationSettings(max_new_tokens=6)
+    asking = settings(6)
     other = [Problem(p.id, tuple(m if m.role == "user" else Message("assistant", "no")
                                  for m in p.messages)) for p in PROBLEMS]  # fmt: skip
     texts = [
-        {c.id: (c.text, c.turns) for c in answers(model, chat, some, asking, **ENDS)}
+        {c.id: (c.text, c.turns) for c in answers(model, chat, some, asking)}
         for some in (PROBLEMS, other)
     ]
     assert texts[0] == texts[1]
@@ -192,11 +186,11 @@ def test_what_is_shown_before_a_turn_holds_no_gold():
 def test_conversations_that_are_done_are_not_held_again_and_the_rest_comes_out_the_same(
     model, chat
 ):
-    asking = GenerationSettings(temperature=1.0, samples=2, max_new_tokens=5, batch_size=1)
+    asking = settings(5, samples=2, temperature=1.0, batch_size=1)
     whole = {(c.id, c.sample): (c.text, c.turns)
-             for c in answers(model, chat, PROBLEMS, asking, **ENDS)}  # fmt: skip
+             for c in answers(model, chat, PROBLEMS, asking)}  # fmt: skip
     done = {("p0", 1), ("p1", 0), ("p2", 0)}
-    rest = answers(model, chat, PROBLEMS, asking, done=done, **ENDS)
+    rest = answers(model, chat, PROBLEMS, asking, done=done)
     rest = {(c.id, c.sample): (c.text, c.turns) for c in rest}
     assert rest == {key: value for key, value in whole.items() if key not in done}
 
@@ -209,9 +203,9 @@ def test_one_may_leave_in_the_middle_of_a_conversation(model, chat):
         if len(looks) == 20:
             raise KeyboardInterrupt
 
-    asking = GenerationSettings(max_new_tokens=6, batch_size=2)
+    asking = settings(6, batch_size=2)
     with pytest.raises(KeyboardInterrupt):
-        list(answers(model, chat, PROBLEMS, asking, poll=poll, **ENDS))
+        list(answers(model, chat, PROBLEMS, asking, poll=poll))
     assert len(looks) == 20
 
 

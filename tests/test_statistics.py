@@ -17,7 +17,7 @@ def outcomes(*, fixed: int, broke: int, right: int, wrong: int) -> tuple[list[bo
     return [bool(b) for b, _ in cells], [bool(t) for _, t in cells]
 
 
-def test_wilson_of_one_success_in_two_is_the_worked_example():
+def test_wilson_interval_of_one_success_in_two_equals_the_worked_example():
     # p = 1/2, n = 2, z² = 3.8415: middle 1/2, half = z / (2 sqrt(n + z²)) = 1.95996 / 4.83384
     half = 1.959964 / (2 * sqrt(2 + 1.959964**2))
     assert wilson_interval(1, 2) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
@@ -25,7 +25,7 @@ def test_wilson_of_one_success_in_two_is_the_worked_example():
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 1319])
-def test_wilson_is_scipys(n, confidence):
+def test_wilson_interval_equals_scipys(n, confidence):
     binomtest = pytest.importorskip("scipy.stats").binomtest
     for successes in {0, 1, n // 3, n // 2, n - 1, n}:
         low, high = wilson_interval(successes, n, confidence)
@@ -33,12 +33,14 @@ def test_wilson_is_scipys(n, confidence):
         assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
-def test_wilson_of_nothing_is_everything_possible():
+def test_wilson_interval_without_trials_is_the_whole_range():
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.floats(0.01, 0.999))
-def test_wilson_holds_the_rate_and_stays_between_zero_and_one(successes, failures, confidence):
+def test_wilson_interval_contains_the_proportion_and_stays_within_zero_and_one(
+    successes, failures, confidence
+):
     n = successes + failures
     low, high = wilson_interval(successes, n, confidence)
     assert 0.0 <= low <= high <= 1.0
@@ -46,7 +48,7 @@ def test_wilson_holds_the_rate_and_stays_between_zero_and_one(successes, failure
     assert (low == 0.0) == (successes == 0) and (high == 1.0) == (failures == 0)
 
 
-def test_mcnemar_of_small_counts_is_the_coin_counted_by_hand():
+def test_mcnemar_p_of_small_counts_equals_the_binomial_sum_by_hand():
     assert mcnemar_p(0, 0) == 1.0
     assert mcnemar_p(1, 0) == 1.0  # 2 · 1/2
     assert mcnemar_p(5, 0) == 2 / 32
@@ -55,7 +57,7 @@ def test_mcnemar_of_small_counts_is_the_coin_counted_by_hand():
 
 
 @pytest.mark.parametrize("fixed, broke", [(1, 3), (9, 2), (40, 41), (120, 80), (700, 619)])
-def test_mcnemar_is_scipys_binomial_test(fixed, broke):
+def test_mcnemar_p_equals_scipys_binomial_test(fixed, broke):
     binomtest = pytest.importorskip("scipy.stats").binomtest
     assert mcnemar_p(fixed, broke) == pytest.approx(binomtest(fixed, fixed + broke).pvalue)
     assert mcnemar_p(fixed, broke) == mcnemar_p(broke, fixed)
@@ -81,7 +83,7 @@ def test_the_bootstrap_is_reproducible_from_its_seed():
     assert low != other and low == pytest.approx(other, abs=0.3)
 
 
-def test_the_bootstrap_is_the_plain_loop_over_resampled_problems():
+def test_the_bootstrap_equals_a_plain_loop_over_resampled_problems():
     base, tuned = outcomes(fixed=40, broke=20, right=70, wrong=70)
     gains = np.array(tuned, dtype=int) - np.array(base, dtype=int)  # (200,) of -1, 0, 1
     rng = np.random.default_rng(11)
@@ -100,27 +102,27 @@ def test_the_bootstrap_has_the_width_of_the_normal_approximation():
     assert (high + low) / 2 == pytest.approx(0.02, abs=0.0005)
 
 
-def test_more_confidence_is_a_wider_interval():
+def test_higher_confidence_gives_a_wider_interval():
     cells = outcomes(fixed=30, broke=20, right=30, wrong=20)
     narrow, wide = paired(*cells, confidence=0.8), paired(*cells, confidence=0.99)
     assert wide.low_points < narrow.low_points < narrow.high_points < wide.high_points
 
 
-def test_nothing_to_compare_is_said_and_not_computed():
+def test_without_problems_there_is_nothing_to_compare():
     result = paired([], [])
     assert astuple(result) == (0, 0, 0, 0, 0, 0.0, 1.0, -100.0, 100.0, 0.95)
     assert in_words(result) == "no problems in common: nothing to compare"
 
 
 @pytest.mark.parametrize("right, wrong", [(1, 0), (0, 1), (500, 0), (0, 500), (250, 250)])
-def test_two_models_that_always_agree_differ_by_nothing(right, wrong):
+def test_two_models_that_always_agree_have_no_difference(right, wrong):
     result = paired(*outcomes(fixed=0, broke=0, right=right, wrong=wrong))
     assert (result.low_points, result.high_points, result.p_value) == (0.0, 0.0, 1.0)
     n = right + wrong
     assert in_words(result) == f"+0.0 points: none of {n} answers changed between right and wrong"
 
 
-def test_no_figure_is_minus_zero():
+def test_no_number_is_printed_as_minus_zero():
     words = in_words(paired(*outcomes(fixed=0, broke=1, right=2500, wrong=2500)))
     assert words.startswith("+0.0 points, 95 % between -0.1 and +0.0:")
 
@@ -132,20 +134,20 @@ def test_one_problem_proves_nothing():
     )
 
 
-def test_a_difference_within_the_noise_is_called_so():
+def test_a_difference_within_the_noise_is_reported_as_not_distinguishable():
     words = in_words(paired(*outcomes(fixed=60, broke=50, right=400, wrong=490)))
     assert words.startswith("+1.0 points, 95 % between -")
     assert words.endswith("not distinguishable from no change at this size")
 
 
-def test_a_clear_difference_is_better_and_its_mirror_image_worse():
+def test_a_clear_difference_is_better_and_the_reverse_is_worse():
     base, tuned = outcomes(fixed=150, broke=60, right=400, wrong=390)
     better, worse = in_words(paired(base, tuned)), in_words(paired(tuned, base))
     assert better.startswith("+9.0 points, 95 % between +") and better.endswith(": better")
     assert worse.startswith("-9.0 points, 95 % between -") and worse.endswith(": worse")
 
 
-def test_an_interval_that_excludes_zero_needs_mcnemars_consent():
+def test_an_interval_that_excludes_zero_is_not_enough_without_mcnemar():
     result = paired(*outcomes(fixed=4, broke=0, right=3, wrong=3))
     assert result.low_points > 0 and result.p_value == 0.125
     assert in_words(result).endswith("(4 of 10 changed, exact p = 0.12)")
@@ -153,7 +155,7 @@ def test_an_interval_that_excludes_zero_needs_mcnemars_consent():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40), st.integers(0, 2**32))
-def test_every_figure_is_finite_and_the_difference_is_the_difference_of_the_rates(pairs, seed):
+def test_all_results_are_finite_and_the_difference_is_that_of_the_accuracies(pairs, seed):
     base, tuned = [b for b, _ in pairs], [t for _, t in pairs]
     result = paired(base, tuned, seed=seed, resamples=200)
     assert all(isfinite(figure) for figure in astuple(result)) and in_words(result)

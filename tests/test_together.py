@@ -6,8 +6,8 @@ import evaluate
 import train
 from data.rows import Message, Problem, parse_row
 from data.split import normalize, split_problems
-from evaluation.answers import Completion
-from evaluation.rejection import right_solutions
+from evaluation.generative import Completion
+from evaluation.rejection import correct_solutions
 from tests import toys
 from tests.test_data import write_lines
 from tests.test_multiple_choice import hub  # noqa: F401  # a fixture
@@ -48,7 +48,7 @@ def test_a_row_held_out_from_one_source_is_in_no_train_split(tmp_path):
     for split in ("train", "validation"):
         for data in ((), (str(many),)):
             config = evaluate.EvalConfig(adapter=str(tmp_path / "best"), data=data, split=split)
-            tasks = evaluate.find_tasks(config)
+            tasks = evaluate.select_tasks(config)
             found[split, len(tasks)] = {normalize(p.question) for t in tasks for p in t.problems}
             assert tasks[-1].name == str(many)
     assert found["train", 2] and found["train", 1] == found["train", 2]
@@ -60,10 +60,12 @@ def test_a_row_held_out_from_one_source_is_in_no_train_split(tmp_path):
 
 def test_a_kept_conversation_holds_the_turns_of_the_model_and_has_the_same_question():
     messages = ("user", "a?"), ("assistant", "gold"), ("user", "b?"), ("assistant", "so\n#### 7")
-    problem = Problem("t:1", tuple(Message(*turn) for turn in messages), original_question="a and b")
+    problem = Problem(
+        "t:1", tuple(Message(*turn) for turn in messages), original_question="a and b"
+    )
     turns = [["own", "7\n#### 7"], ["own ", "7 #### 7"], ["other", "7\n#### 7"], ["", "#### 7"]]
     given = [Completion("t:1", n, t[-1], 9, False, 0.1, t) for n, t in enumerate(turns)]
-    rows = list(right_solutions([problem], {"t:1": given}))
+    rows = list(correct_solutions([problem], {"t:1": given}))
     assert [row["sample"] for row in rows] == [0, 2]
     for row, first in zip(rows, ("own", "other")):
         read = parse_row(json.loads(json.dumps(row)), "own.jsonl:1")

@@ -381,7 +381,7 @@ def test_a_task_that_can_be_learned_is_learned_and_answered(tmp_path, lively_che
     (result,) = (tmp_path / "run").rglob("result.json")
     right = {
         name: sum(found["outcomes"])
-        for name, found in json.loads(result.read_text())["contestants"].items()
+        for name, found in json.loads(result.read_text())["models"].items()
     }
     assert right["base"] == 0 and right["tuned"] >= 14  # of 20
 

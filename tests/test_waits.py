@@ -16,7 +16,9 @@ from evaluation.teacher_forced import teacher_forced
 from lora.inject import LoRAConfig, inject
 from model.attention import FlatAttention
 from model.qwen2 import Qwen2, Qwen2Config
+from run.base import Base
 from run.distributed import World
+from run.folder import Run
 from run.stopping import Stop
 
 META = torch.device("meta")
@@ -63,12 +65,11 @@ def test_a_step_waits_for_the_device_once(monkeypatch, tmp_path, model, scaled):
     monkeypatch.setattr(train, "validate", lambda *_: None)  # as if a stop were requested
     monkeypatch.setattr(train, "save_checkpoint", lambda *_, **__: None)
     schedule = Schedule(examples(12), batch_size=2, grad_accum=2, epochs=1, seed=0)
+    config = train.TrainConfig(epochs=1, evals_per_epoch=1)
+    data = train.Data(schedule, validation={}, held_out=[], judge=None)
+    base = Base("", None, tmp_path, SIZES, None, (), META, "fp16" if scaled else "fp32", "")
     with Stop(None) as stop, Waits() as waits:
-        train.train(
-            train.TrainConfig(epochs=1, evals_per_epoch=1), schedule, None,
-            model=model, lora=LoRAConfig(), checkpoint=None, scaled=scaled,
-            device=META, world=World(), out=tmp_path, stop=stop,
-        )  # fmt: skip
+        train.train(config, data, base, model, Run(tmp_path), World(), stop)
     assert waits.count == schedule.total_steps == 3
 
 
