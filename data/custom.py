@@ -165,9 +165,10 @@ def _by_configuration(data: list[PurePosixPath]) -> Found:
 
 
 def _only_file(data: list[PurePosixPath]) -> Found:
-    """A single file is the training file, whatever its name."""
+    """A single file without a split in its name is the training file."""
+    found = _by_configuration(data) if len(data) == 1 else {}
     return {
-        str(path.parent): {"train": {path.name: [str(path)]}} for path in data[:1] if not data[1:]
+        folder: {"train": splits["none"]} for folder, splits in found.items() if "none" in splits
     }
 
 

@@ -31,7 +31,7 @@ from run.console import validation_line
 from run.folder import default_folder
 from tests import toys
 from tests.campaign.harness import await_steps, finish, left_behind, start
-from tests.test_bad_input import TRAIN, refused, world  # noqa: F401
+from tests.test_bad_input import refused, training, world  # noqa: F401
 from tests.test_data import some_examples, write_lines
 from tests.toys import read_log
 
@@ -358,4 +358,4 @@ def test_an_impossible_mixture_is_refused_before_anything_starts(
     world, capsys, flags  # noqa: F811
 ):  # fmt: skip
     (world / "empty.jsonl").write_text("")
-    assert REFUSED[flags] in refused(train.main, TRAIN + flags, capsys)
+    assert REFUSED[flags] in refused(train.main, training(flags), capsys)
