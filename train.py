@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     held_out = [problem for source in sources for problem in source.held_out]
     validation = {source.name: source.validation for source in sources}
-    data = Data(schedule, validation, held_out, judge_of(held_out, generated=True))
+    data = Data(schedule, validation, held_out, judge_of(held_out, [*validation], generated=True))
     audit = audit_mixture(sources)
     if world.is_main:
         console.print_audit(audit)
@@ -314,7 +314,9 @@ def train(
             found = validate(config, progress, data, base, model, world, stop)
             stopping = found is None  # a stop was requested; the validation is repeated on resuming
             if found:
-                is_best = progress.record_validation(**found)
+                is_best = progress.record_validation(
+                    found["val_loss"], found.get("val_exact_match")
+                )
                 progress.stopped = progress.reason_finished(*goal)
                 if is_best and world.is_main:
                     publish_best(model, lora, base, run, progress)

@@ -95,7 +95,6 @@ ADVICE = {  # what to do -> names elsewhere: no option here is the same
     "leave it out: the kind of attention follows from the device":
         ("flash_attn", "attn_implementation", "use_flash_attention_2"),
     "leave it out: the optimizer is AdamW": ("optim", "optimizer"),
-    "leave it out: nothing in a checkpoint is ever run as code": ("trust_remote_code",),
     'leave it out: the assistant\'s turns are trained on, except for those with "weight": 0':
         ("train_on_inputs", "train_on_prompt", "completion_only_loss", "assistant_only_loss",
          "mask_prompt", "mask_history"),

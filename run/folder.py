@@ -69,9 +69,7 @@ class Progress:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
 
-    def record_validation(
-        self, val_loss: float, val_exact_match: float | None = None, **others: object
-    ) -> bool:
+    def record_validation(self, val_loss: float, val_exact_match: float | None = None) -> bool:
         """Record a validation at the current cursor; True if it is the best so far.
 
         The best has the lowest loss or, where answers are generated, the highest exact match and

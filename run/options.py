@@ -121,12 +121,11 @@ def with_known_flags(
             unknown[flag] = _advice(flag, known, renamed)
         result.append(arg)
     if unknown:
-        advice = [f"{flag}: {text}" if len(unknown) > 1 else text for flag, text in unknown.items()
-                  if text]  # fmt: skip
-        raise BadOption(
-            f"there is no option {', '.join(unknown)}",
-            "; ".join([*advice, f"python {prog} --help lists the options"]),
-        )
+        several, to_help = len(unknown) > 1, not all(unknown.values())
+        advice = [f"{flag}: {text}" if several else text for flag, text in unknown.items() if text]
+        if to_help or any(text.startswith("did you") for text in unknown.values()):
+            advice.append(f"python {prog} --help lists the options")
+        raise BadOption(f"there is no option {', '.join(unknown)}", "; ".join(advice))
     return result
 
 
