@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # hashes while the rest goes on
     if config.show_example:
         for part in mixture:
-            console.show_example(part.source.train[0], base.chat)
+            console.show_example(part.source, base.chat)
         return 0
 
     # 3. The run: new, resumed, or refused because the folder holds another one.

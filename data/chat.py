@@ -9,14 +9,14 @@ learns to end its turn never stops. Which turns a conversation has, its system p
 decided by the checkpoint's chat template (see `template.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from data.rows import Message
+from data.problems import Message
 from data.template import END, START, ChatTemplate
 from errors import BadCheckpoint, listed
 from files import read_json
@@ -28,6 +28,8 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+Tools = Sequence[Mapping[str, Any]] | None  # descriptions, as a template takes them
 
 
 @dataclass
@@ -101,27 +103,26 @@ class ChatFormat:
         """The system prompt of conversations without one; None if they get no system turn."""
         return self.template.default_system
 
-    def encode(
-        self, messages: tuple[Message, ...], tools: list[dict[str, Any]] | None = None
-    ) -> EncodedChat:
-        """Encode a whole conversation; every assistant message and its end token are supervised.
-
-        Messages with tool calls are mappings, as in `ChatTemplate.turns`.
+    def encode(self, messages: Sequence[Message], tools: Tools = None) -> EncodedChat:
+        """Encode a whole conversation; supervised are the assistant's messages and their end
+        tokens, except for messages that are only context.
         """
-        return _join(self._pieces(self.template.turns(messages, tools)), self.plain)
+        return _join(self._pieces(self._turns(messages, tools)), self.plain)
 
-    def encode_all(self, conversations: list[tuple[Message, ...]]) -> list[EncodedChat]:
-        """`encode` each conversation, but tokenize each distinct text once, on all cores."""
-        conversations = [list(self._pieces(self.template.turns(c))) for c in conversations]
+    def encode_all(
+        self, conversations: Sequence[tuple[Sequence[Message], Tools]]
+    ) -> list[EncodedChat]:
+        """`encode` each (messages, tools), but tokenize each distinct text once, on all cores."""
+        conversations = [list(self._pieces(self._turns(*chat))) for chat in conversations]
         pieces = dict.fromkeys(piece for pieces in conversations for piece, _ in pieces)
         texts = [piece for piece in pieces if isinstance(piece, str)]
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         return [_join(pieces, ids.__getitem__) for pieces in conversations]
 
-    def prompt(self, messages: tuple[Message, ...]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""
-        turns = _join(self._pieces(self.template.turns(messages, prompt=True)), self.plain)
+        turns = _join(self._pieces(self.template.turns(messages, tools, prompt=True)), self.plain)
         return [*turns.tokens, self.start, *self.plain("assistant\n")]
 
     def answer_ends(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -139,14 +140,25 @@ class ChatFormat:
         """The text of `tokens`, without control tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
+    def _turns(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
+        """The turns that the template writes; the assistant's are supervised as its messages are.
+
+        The template writes one turn for each of them, in order.
+        """
+        flags = iter([message.supervised for message in messages if message.role == "assistant"])
+        return [
+            turn._replace(supervised=next(flags)) if turn.role == "assistant" else turn
+            for turn in self.template.turns(messages, tools)
+        ]
+
     def _pieces(self, turns: tuple[Message, ...]) -> Iterator[tuple[int | str, bool]]:
         """Control token ids and texts in order, each with whether it is supervised."""
-        for role, content in turns:
+        for role, content, supervised, *_ in turns:
             yield self.start, False
             if role == "assistant":
                 yield "assistant\n", False
-                yield content, True
-                yield self.end, True
+                yield content, supervised
+                yield self.end, supervised
             else:
                 yield f"{role}\n{content}", False
                 yield self.end, False

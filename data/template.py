@@ -268,7 +268,7 @@ class ChatTemplate:
         written = ", ".join(turn.role for turn in turns)
         if written != ", ".join(turn.role for turn in wanted):
             raise Unrenderable(f"writes turns of {written or 'nobody'}")
-        for turn, (role, text) in zip(turns, wanted, strict=True):
+        for turn, (role, text, *_) in zip(turns, wanted, strict=True):
             if turn.content not in (text, text.strip()):
                 changed = f"{text[:60]!r} becomes {turn.content[:60]!r}"
                 raise Unrenderable(f"changes a text of the {role}: {changed}")
@@ -286,7 +286,10 @@ def _mapping(message: Message | Mapping[str, Any]) -> dict[str, Any]:
     OpenAI's form, are parsed first, as vLLM does.
     """
     if isinstance(message, Message):
-        return {"role": message.role, "content": message.content}
+        extra = message.extra or {}
+        # A turn that only calls tools has no content; templates tell that from an empty one.
+        content = message.content if message.content or not extra else None
+        message = {"role": message.role, "content": content, **extra}
     found = {key: value for key, value in message.items() if value is not None}
     if isinstance(calls := found.get("tool_calls"), list):
         found["tool_calls"] = [_parsed(call) for call in calls]

@@ -40,6 +40,9 @@ SPARE_BYTES = 64 << 20  # for logs, reports and answers
 # --compile, which only rounds differently.
 FREE = {"out", "epochs", "max_steps", "patience", "evals_per_epoch", "save_every", "max_minutes",
         "price_per_hour", "compile"}  # fmt: skip
+# Names of the data, which may differ too if its content, in the identity "data_content", is equal:
+# files may be renamed.
+NAMES_OF_DATA = {"data", "data_commit", "data_revision", "data_sha256", "columns"}
 
 
 @dataclass
@@ -199,17 +202,20 @@ class Run:
             raise BadRun(
                 f"--out {folder} holds other files, and no run to resume", "give another --out"
             ) from None
+        content, old_content = (v.pop("data_content", None) for v in (values, old_values))
+        same_data = content is not None and content == old_content
+        free = FREE | (NAMES_OF_DATA if same_data else set())
         changed = {
             key: f"{key} was {old_values.get(key)}, is {values.get(key)}"
             for key in sorted(old_values.keys() | values.keys())
             if values.get(key) not in (old_values.get(key), [old_values.get(key)])
         }
-        if refused := [text for key, text in changed.items() if key not in FREE]:
+        if refused := [text for key, text in changed.items() if key not in free]:
             raise BadRun(
                 f"--out {folder} holds another run: {listed(refused)}",
                 "give another --out, or the old values to resume that run",
             )
-        return list(changed.values())
+        return [text for key, text in changed.items() if key not in ("data_sha256", "data_commit")]
 
     def repair(self) -> None:
         """Remove what killed sessions left half done, and set damaged checkpoints aside.

@@ -31,7 +31,7 @@ from run.console import validation_line
 from run.folder import default_folder
 from tests import toys
 from tests.campaign.harness import await_steps, finish, results, start
-from tests.refusals import TRAIN, refused
+from tests.refusals import refused, training
 from tests.toys import read_log, some_examples, write_lines
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
@@ -357,4 +357,4 @@ def test_an_impossible_mixture_is_refused_before_anything_starts(
     workspace, capsys, flags
 ):  # fmt: skip
     (workspace / "empty.jsonl").write_text("")
-    assert REFUSED[flags] in refused(train.main, TRAIN + flags, capsys)
+    assert REFUSED[flags] in refused(train.main, training(flags), capsys)

@@ -132,7 +132,9 @@ def test_a_template_that_strips_texts_is_followed_and_said(checkpoint, tmp_path)
 def test_conversations_encoded_together_are_those_encoded_one_by_one(checkpoint, tmp_path):
     chat = chat_format(checkpoint, QWEN2_5, tmp_path)
     several = [messages(turns) for turns in CHATS.values()]
-    assert chat.encode_all(several) == [chat.encode(turns) for turns in several]
+    assert chat.encode_all([(turns, None) for turns in several]) == [
+        chat.encode(turns) for turns in several
+    ]
 
 
 # No text can forge a turn
@@ -372,6 +374,15 @@ def call(**arguments) -> dict:
             "function": {"name": "get_weather", "arguments": arguments}}  # fmt: skip
 
 
+def with_calls(turns: list[dict]) -> list[Message]:
+    """The turns of a row as messages."""
+    known = ("role", "content")
+    return [
+        Message(t["role"], t["content"] or "", extra={k: v for k, v in t.items() if k not in known})
+        for t in turns
+    ]
+
+
 TOOL_CHAT = [
     {"role": "user", "content": "Wärmer in Köln \"or\" Bonn?"},
     {"role": "assistant", "content": None, "tool_calls": [call(city="Köln"), call(city="Bonn")]},
@@ -386,7 +397,7 @@ def test_tool_calls_are_laid_out_as_transformers_does_and_the_assistants_are_sup
     checkpoint, tmp_path, tools
 ):
     chat, oracle = chat_format(checkpoint, QWEN2_5, tmp_path), Oracle(checkpoint, QWEN2_5)
-    encoded = chat.encode(TOOL_CHAT, tools)
+    encoded = chat.encode(with_calls(TOOL_CHAT), tools)
     assert encoded.tokens == oracle(TOOL_CHAT, tools=tools)
     spoken = [t for t, s in zip(encoded.tokens, encoded.supervised_mask, strict=True) if s]
     calls = [
@@ -403,14 +414,14 @@ def test_arguments_that_are_json_in_a_text_are_read_first(checkpoint, tmp_path):
     as_text = json.loads(json.dumps(TOOL_CHAT))
     for given in as_text[1]["tool_calls"]:
         given["function"]["arguments"] = json.dumps(given["function"]["arguments"])
-    assert chat.encode(as_text, TOOLS) == chat.encode(TOOL_CHAT, TOOLS)
+    assert chat.encode(with_calls(as_text), TOOLS) == chat.encode(with_calls(TOOL_CHAT), TOOLS)
 
 
 def test_no_text_of_a_tool_call_can_forge_a_turn(checkpoint, tmp_path):
     chat = chat_format(checkpoint, QWEN2_5, tmp_path)
     text = json.dumps([TOOL_CHAT, TOOLS]).replace("Bonn", FORGED.replace("\n", "\\n"))
     turns, tools = json.loads(text.replace("<now>", FORGED.replace("\n", "\\n")))
-    tokens = chat.encode(turns, tools).tokens
+    tokens = chat.encode(with_calls(turns), tools).tokens
     assert tokens.count(chat.start) == tokens.count(chat.end) == 5  # system, user, 2 answers, tools
 
 
