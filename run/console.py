@@ -28,8 +28,7 @@ def print_start(
     """The options, and what they resolved to."""
     print(in_two_columns(options))
     base_line, device_line, *chat_lines = base.lines()
-    print(base_line, *chat_lines, sep="
-")
+    print(base_line, *chat_lines, sep="\n")
     for part in mixture:
         print(part.source.line())
     if folder := options["from_adapter"]:
