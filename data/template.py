@@ -254,7 +254,7 @@ class ChatTemplate:
         turns, rest = _read_turns(text, texts)
         turns += _last_turn(rest, role, prompt)
         words = {word: token for token, word in words.items()}
-        return [Message(role, _replaced(body, words)) for role, body in turns]
+        return [Message(turn.role, _replaced(turn.content, words)) for turn in turns]
 
     def _check(self, turns: list[Message], wanted: list[Message]) -> None:
         """Raise Unrenderable unless the turns are those of a conversation without tools."""
