@@ -116,6 +116,10 @@ class TrainConfig:
     warmup: float = option(0.03, "fraction of steps spent on linear warm-up", least=0, below=1)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "largest gradient norm", above=0)
+    system: str | None = option(
+        None, "system prompt of rows without one, '' for an empty one (default: the template's)"
+    )
+    chat_template: str | None = option(None, "file of a chat template to use instead of the base's")
     max_length: int = option(2048, "longest example in tokens; longer rows are left out", least=2)
     limit: int | None = option(None, "use only the first N rows of each source", least=2)
     max_steps: int | None = option(None, "stop after this many steps", least=1)
@@ -191,7 +195,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. What is read: data and base. Everything that can be wrong is found before weights are read.
     mixture = load_mixture(config.data, config.data_revision, config.columns)
-    base = Base.find(config.model, config.revision, precision=config.precision, device=device)
+    base = Base.find(
+        config.model, config.revision, precision=config.precision, device=device,
+        system=config.system, chat_template=config.chat_template,
+        adapter=Path(config.from_adapter) if config.from_adapter else None,
+    )  # fmt: skip
     with torch.device("meta"):
         network = Qwen2(base.config)
     if config.from_adapter:
@@ -200,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # hashes while the rest goes on
     if config.show_example:
         for part in mixture:
-            console.show_example(part.source.train[0], base.chat)
+            console.show_example(part.source, base.chat)
         return 0
 
     # 3. The run: new, resumed, or refused because the folder holds another one.
@@ -213,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
         "precision": base.precision,
         "ranks": world.size,
     }
+    if template := base.chat.template.fingerprint():
+        identity["chat_template_sha256"] = template
     if config.from_adapter:
         files = [Path(config.from_adapter) / name for name in (CONFIG, WEIGHTS)]
         identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])
@@ -242,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     held_out = [problem for source in sources for problem in source.held_out]
     validation = {source.name: source.validation for source in sources}
-    data = Data(schedule, validation, held_out, judge_of(held_out, generated=True))
+    data = Data(schedule, validation, held_out, judge_of(held_out, [*validation], generated=True))
     audit = audit_mixture(sources)
     if world.is_main:
         console.print_audit(audit)
@@ -317,7 +327,9 @@ def train(
             found = validate(config, progress, data, base, model, world, stop)
             stopping = found is None  # a stop was requested; the validation is repeated on resuming
             if found:
-                is_best = progress.record_validation(**found)
+                is_best = progress.record_validation(
+                    found["val_loss"], found.get("val_exact_match")
+                )
                 progress.stopped = progress.reason_finished(*goal)
                 if is_best and world.is_main:
                     publish_best(model, lora, base, run, progress)

@@ -1,33 +1,34 @@
 """The built-in tasks, by name. Any other `--data` is custom data."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from data import demo, gsm8k, multiple_choice, socratic
 from data.custom import is_hub_id, load_hub, load_path
+from data.row_files import SUFFIXES
 from data.rows import NOT_RENAMED, Columns, Source
 from errors import BadData, BadOption
+
+Scorer = Callable[[str, str], bool]  # (completion, gold answer) -> whether it is correct
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """How a built-in task is loaded."""
+    """How a built-in task is loaded, and how its answers are scored."""
 
     load: Callable[[str | None], Source]  # takes the revision of its dataset
     from_hub: bool = True
-    has_choices: bool = False  # whether its test problems are multiple-choice questions
+    # The task's own scorers by name, the headline first; None: its answers decide how it is judged.
+    scorers: Mapping[str, Scorer] | None = None
 
 
 TASKS = {
     "gsm8k": BuiltIn(gsm8k.load),
     "gsm8k-socratic": BuiltIn(socratic.load),
-    **{
-        name: BuiltIn(partial(multiple_choice.load, name), has_choices=True)
-        for name in multiple_choice.CHOICE_TASKS
-    },
+    **{name: BuiltIn(partial(multiple_choice.load, name)) for name in multiple_choice.CHOICE_TASKS},
     "demo": BuiltIn(demo.load, from_hub=False),
 }
 
@@ -54,7 +55,7 @@ def load_source(name: str, revision: str | None = None, columns: Columns = NOT_R
         raise BadData(
             f"--data {name} is neither a task ({', '.join(TASKS)}) nor a file or folder, nor a"
             " dataset on the Hub (owner/name)",
-            "give a .jsonl or .parquet file, or a folder with train.jsonl and test.jsonl",
+            f"give a {', '.join(SUFFIXES)} file, or a folder with train.jsonl and test.jsonl",
         )
     if revision is not None:
         raise BadData(f"--data-revision makes no sense for the path {name}", "leave it out")

@@ -5,7 +5,7 @@ the same columns. A split of training data is divided as the run divided it, so 
 adapter was trained on is among its validation problems.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,18 @@ class Selection:
     include_held_out: bool = False  # the train split then has the validation problems as well
 
 
-def judge_of(problems: list[Problem], *, generated: bool = False) -> Judge:
-    """How answers to `problems` are judged; the one place where this is decided.
+def judge_of(
+    problems: list[Problem], sources: Sequence[str] = (), *, generated: bool = False
+) -> Judge:
+    """How answers to `problems` of these sources are judged; the one place where this is decided.
 
+    A single source that is a built-in task with its own scorers is judged by them.
     Problems with choices are judged by the likelihood of each choice, unless `generated` asks for
     the judge of generated answers. Those are judged as numbers if every gold answer has a `#### N`
     that all scorers can read, and otherwise as text.
     """
+    if len(sources) == 1 and sources[0] in TASKS and TASKS[sources[0]].scorers:
+        return Judge(sources[0], TASKS[sources[0]].scorers)
     if not generated and any(p.choices for p in problems):
         return Judge("choices", choice_scorers(problems), generated=False)
     golds = [p.answer for p in problems]
@@ -80,7 +85,7 @@ def find_tasks(selection: Selection, run: Mapping[str, Any], held_out_file: Path
         if len(names) == 1 and names[0] not in CHOICE_TASKS and held_out_file.exists():
             problems = read_problems(held_out_file)[0][: selection.limit]
             description = f"{names[0]}, the rows held out by the adapter's run"
-            return [Task(names[0], description, problems, [], judge_of(problems))]
+            return [Task(names[0], description, problems, [], judge_of(problems, names))]
 
     given = {"data_commit": selection.data_revision, "columns": selection.columns}
     options = ({} if selection.data else dict(run)) | {k: v for k, v in given.items() if v}
@@ -102,6 +107,8 @@ def make_task(selection: Selection, name: str, source: Source, problems: list[Pr
     """The task of one source; `problems` are all of its problems in the selected split."""
     at = f" at {source.commit}" if source.commit else ""
     description = f"{name}{at}, {selection.split}"
+    if source.note:
+        print(source.line())
     if source.bad:
         print(f"{name}: {len(source.bad)} rows are left out: {listed(source.bad, 3)}")
     if source.shots is None:
@@ -122,7 +129,7 @@ def make_task(selection: Selection, name: str, source: Source, problems: list[Pr
             f"{description} has fewer than {selection.shots} other problems to show before each",
             "use another --split, fewer --shots, or other --data",
         )
-    return Task(name, description, problems, shots, judge_of(problems))
+    return Task(name, description, problems, shots, judge_of(problems, [name]))
 
 
 def select_problems(

@@ -68,7 +68,7 @@ def save_adapter(
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None) -> LoRAConfig:

@@ -19,7 +19,8 @@ from model.qwen2 import Qwen2Config
 
 SHIPPED = {"demo": Path(__file__).parent / "demo"}  # base models included in this repository
 PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-            "chat_template.jinja", "*.safetensors", "*.safetensors.index.json"]  # fmt: skip
+            "chat_template.jinja", "additional_chat_templates/*.jinja", "*.safetensors",
+            "*.safetensors.index.json"]  # fmt: skip
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Largest accepted sizes. Layers are built before the weights are checked, so few are allowed.
 MAX_LAYERS, MAX_SIZE = 2**9, 2**24

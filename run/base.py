@@ -19,7 +19,6 @@ from model.load import load_model
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
 
-
 # Parts of the names of quantized checkpoints, which adapters of other trainers often name.
 QUANTIZED = ("4bit", "8bit", "int4", "int8", "gptq", "awq", "gguf")
 GIVE_MODEL = "give yours with --model"
@@ -42,41 +41,34 @@ class Base:
     @classmethod
     def find(
         cls,
-        name: str,
+        name: str | Checkpoint,
         revision: str | None = None,
         *,
         precision: str = "auto",
         device: str | torch.device = "auto",
+        system: str | None = None,
+        chat_template: str | None = None,
+        adapter: Path | None = None,
     ) -> "Base":
         """Find the checkpoint, fetching it if `name` is a Hub id, and read all but its weights.
 
+        A `name` that is a Checkpoint has been found already, as by `checkpoint_of_adapter`.
+
+        `system`, `chat_template` and `adapter` are those of `ChatFormat.from_folder`.
+
         Raises BadCheckpoint, HubError, or BadOption for a device that is not available.
         """
-        return cls._read(find_checkpoint(name, revision), precision, device)
-
-    @classmethod
-    def of_adapter(
-        cls,
-        adapter: str | Path,
-        name: str | None = None,
-        revision: str | None = None,
-        *,
-        precision: str = "auto",
-        device: str | torch.device = "auto",
-    ) -> "Base":
-        """The base to put an adapter on: `name` if it is given, else the one the adapter names.
-
-        Raises what `find` and `checkpoint_of_adapter` raise.
-        """
-        checkpoint = checkpoint_of_adapter(adapter, name, revision)
-        return cls._read(checkpoint, precision, device)
-
-    @classmethod
-    def _read(cls, checkpoint: Checkpoint, precision: str, device: str | torch.device) -> "Base":
         device = pick_device(device) if isinstance(device, str) else device
         precision, reason = pick_precision(precision, device)
+        checkpoint = find_checkpoint(name, revision) if isinstance(name, str) else name
         config = read_config(checkpoint.folder)
-        chat = ChatFormat.from_folder(checkpoint.folder, config.vocab_size)
+        chat = ChatFormat.from_folder(
+            checkpoint.folder,
+            config.vocab_size,
+            system=system,
+            chat_template=chat_template,
+            adapter=adapter,
+        )
         prepare_memory(device)  # before the first large tensor
         return cls(
             name=checkpoint.name,
@@ -84,7 +76,7 @@ class Base:
             folder=checkpoint.folder,
             config=config,
             chat=chat,
-            eos_ids=read_eos_ids(checkpoint.folder),
+            eos_ids=chat.answer_ends(read_eos_ids(checkpoint.folder)),
             device=device,
             precision=precision,
             precision_reason=reason,
@@ -98,7 +90,8 @@ class Base:
         """SHA-256 of every file that a run reads of a base without a commit; None with one."""
         if self.commit:
             return None
-        patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja")
+        patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja",
+                    "additional_chat_templates/*.jinja")  # fmt: skip
         return hash_files([path for pattern in patterns for path in self.folder.glob(pattern)])
 
     def lines(self) -> list[str]:
@@ -106,6 +99,7 @@ class Base:
         return [
             f"base {self.name} at {self.commit or self.folder}",
             f"device {describe(self.device)}; precision {self.precision}: {self.precision_reason}",
+            *self.chat.template.lines(),
         ]
 
 

@@ -9,16 +9,19 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from errors import BadOption, listed, run_script
+from data.chat import ChatFormat
+from errors import BadCheckpoint, BadOption, listed, run_script
 from lora.inject import merge, unwrapped_state
 from lora.peft_format import read_adapter
-from model.checkpoint import read_config
+from model.checkpoint import read_config, read_eos_ids
 from model.load import load_model
 from run.base import checkpoint_of_adapter
+from run.best import copy_tokenizer
 from run.device import DTYPES
 from run.folder import check_place
 from run.options import option, parse
@@ -46,7 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     if not config.adapter:
         raise BadOption("--adapter is not given", "give an adapter's folder, such as out/.../best")
     checkpoint = checkpoint_of_adapter(config.adapter, config.model)
-    read_config(checkpoint.folder)
+    sizes = read_config(checkpoint.folder)
+    try:
+        adapter = Path(config.adapter)
+        chat = ChatFormat.from_folder(checkpoint.folder, sizes.vocab_size, adapter=adapter)
+    except BadCheckpoint as error:  # merging needs no chat
+        print(f"the base's chat template and eos ids are kept as they are: {error.cause}")
+        chat = None
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
@@ -62,7 +71,16 @@ def main(argv: list[str] | None = None) -> None:
     shutil.copytree(
         checkpoint.folder, new, ignore=lambda _, names: [n for n in names if "safetensors" in n]
     )
-    _set_dtype(new / "config.json", str(dtype).removeprefix("torch."))
+    if chat:
+        copy_tokenizer(checkpoint.folder, chat.template, new)
+        eos_ids = chat.answer_ends(read_eos_ids(checkpoint.folder))
+        _set(new / "generation_config.json", "eos_token_id", list(eos_ids))
+    key = (
+        "dtype"
+        if "dtype" in json.loads((new / "config.json").read_text("utf-8"))
+        else "torch_dtype"
+    )
+    _set(new / "config.json", key, str(dtype).removeprefix("torch."))
     save_file(state, new / "model.safetensors", metadata={"format": "pt"})
     (new / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
     os.rename(new, out)
@@ -73,15 +91,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def _saved_dtype(path: Path) -> str | None:
     """The dtype that `config.json` gives the weights, under either key."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text("utf-8"))
     return config.get("dtype", config.get("torch_dtype"))
 
 
-def _set_dtype(path: Path, dtype: str) -> None:
-    """Write the dtype of the weights into `config.json`, under whichever key it uses."""
-    config = json.loads(path.read_text())
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def _set(path: Path, key: str, value: Any) -> None:
+    """Write one value into a JSON file, which may not exist yet."""
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(config | {key: value}, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,18 @@ def test_a_key_that_spells_out_a_name_matches_the_layers_that_it_matches_in_peft
     assert [name == end if is_full else ends_in(name, end) for name in NAMES] == expected
 
 
-EXPRESSIONS = ["(a+)+b", r".*\.layers\.1\..*(q_proj|v_proj)$", r".*\.(q|v)_proj", "q_.*", "[qv]_proj", "q_proj|v_proj", ".", "", "*", "("]
+EXPRESSIONS = [
+    "(a+)+b",
+    r".*\.layers\.1\..*(q_proj|v_proj)$",
+    r".*\.(q|v)_proj",
+    "q_.*",
+    "[qv]_proj",
+    "q_proj|v_proj",
+    ".",
+    "",
+    "*",
+    "(",
+]
 
 
 @pytest.mark.parametrize("key", EXPRESSIONS)
@@ -523,7 +534,7 @@ def test_the_revision_of_an_adapter_does_not_hinder_a_local_base(folder, plain, 
     assert checkpoint_of_adapter(names_base(plain, "demo", revision)).name == "demo"
     with pytest.raises(UserError, match="--revision main makes no sense"):
         checkpoint_of_adapter(names_base(plain, str(folder), revision), None, "main")
-    assert Base.of_adapter(plain, device="cpu").folder == folder
+    assert Base.find(checkpoint_of_adapter(plain), device="cpu").folder == folder
 
 
 def test_the_revision_of_an_adapter_counts_for_its_own_base_on_the_hub(plain, monkeypatch):
