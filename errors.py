@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -84,6 +83,9 @@ def run_script(main: Callable[[], int | None]) -> int:
 
     A full disk is reported in the same way, and a closed pipe (`| head -1`) ends quietly.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal need not know every character
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="replace")
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -97,7 +99,7 @@ def run_script(main: Callable[[], int | None]) -> int:
         _say("interrupted")
         return 130
     except BrokenPipeError:
-        return 128 + signal.SIGPIPE
+        return 128 + 13  # SIGPIPE, which Windows does not define
     except OSError as error:
         if not is_full(error):
             raise

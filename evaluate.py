@@ -43,11 +43,11 @@ from evaluation.tasks import Selection, Task, find_tasks
 from evaluation.teacher_forced import teacher_forced_metrics
 from files import write_json
 from lora import disabled, read_adapter
-from lora.peft_format import CONFIG, WEIGHTS, read_adapter_config
+from lora.peft_format import CONFIG, WEIGHTS
 from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
-from run.base import Base
+from run.base import Base, checkpoint_of_adapter
 from run.device import DTYPES
 from run.folder import Run, check_place, lock
 from run.options import in_two_columns, option, parse, to_json
@@ -80,6 +80,13 @@ class EvalConfig:
     top_p: float = option(1.0, "sample from the top tokens with this total probability", above=0)
     seed: int = option(0, "random seed of sampling and of the bootstrap", least=0)
     max_new_tokens: int = option(512, "longest answer in tokens; GSM8K's longest has 455", least=1)
+
+    system: str | None = option(
+        None, "system prompt of problems without one, '' for an empty one (default: as in training)"
+    )
+    chat_template: str | None = option(
+        None, "file of a chat template to use instead of the adapter's or the base's"
+    )
 
     out: str | None = option(None, "folder for the results (default: the adapter's run folder)")
     keep_correct: str | None = option(
@@ -204,13 +211,14 @@ def check(config: EvalConfig) -> None:
 
 def find_base(config: EvalConfig) -> Base:
     """The base that was asked for, or else the one that the adapter was trained on."""
-    name, revision = config.model, config.revision
-    if name is None:
-        _, name, trained_on = read_adapter_config(Path(config.adapter))
-        revision = revision or trained_on
-    if not name:
-        raise BadOption(f"{config.adapter} names no base model", "give it with --model")
-    return Base.find(name, revision, precision=config.precision, device=config.device)
+    base = config.model
+    if config.adapter:
+        base = checkpoint_of_adapter(config.adapter, config.model, config.revision)
+    return Base.find(
+        base, config.revision, precision=config.precision, device=config.device,
+        system=config.system, chat_template=config.chat_template,
+        adapter=Path(config.adapter) if config.adapter else None,
+    )  # fmt: skip
 
 
 def decoding(config: EvalConfig, base: Base) -> Decoding:
@@ -267,6 +275,8 @@ def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str,
         asked = {name: getattr(config, name) for name in names}
     else:
         asked = {"split": config.split, "prompt": "choices", "shots": config.shots}
+    if template := base.chat.template.fingerprint():
+        asked["chat_template_sha256"] = template
     return {
         "base": base.name,
         "base_commit": base.commit,

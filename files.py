@@ -5,6 +5,8 @@ visible under its final name was complete before it got that name; whether it st
 written, `damage` checks against the sizes and hashes in the folder's manifest.
 """
 
+import errno
+import functools
 import hashlib
 import json
 import math
@@ -19,6 +21,9 @@ from typing import Any, NamedTuple
 from errors import UserError
 
 MANIFEST = "manifest.json"
+# Answers of file systems and systems on which a folder cannot be synced: CIFS, FUSE, Windows.
+FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
+                      errno.EACCES, errno.EPERM)  # fmt: skip
 LARGEST_JSON = 2**26  # bytes; the largest published files, tokenizers, have a sixth of that
 
 
@@ -194,16 +199,29 @@ def damage(folder: Path) -> str | None:
 
 def sync_folder(folder: Path) -> None:
     """Force a folder's directory entries to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in FOLDERS_NOT_SYNCED:
+            raise
+        _say_folders_are_not_synced(error.strerror)
+
+
+@functools.cache
+def _say_folders_are_not_synced(reason: str) -> None:
+    print(f"this file system cannot sync folders ({reason}): a power cut may undo the last renames")
 
 
 def sync_files(folder: Path) -> None:
     """Force a folder's files and its directory entries to the disk."""
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(folder)

@@ -2,13 +2,38 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 
 def progress_bar(items: Iterable | None = None, **options: Any) -> tqdm:
     """tqdm, but off a terminal it is quieter: work of under 5 seconds prints nothing."""
-    if not sys.stderr.isatty():
-        options = {"mininterval": 30, "delay": 5, "ascii": True, "ncols": 78, **options}
-    return tqdm(items, **options)
+    if sys.stderr.isatty():
+        return tqdm(items, **options)
+    quiet = {"mininterval": 30, "delay": 5, "ascii": True, "ncols": 78}
+    return _LogBar(items, **{**quiet, "file": _WholeLines(sys.stderr), **options})
+
+
+class _LogBar(tqdm):
+    """A bar in a log file, where nothing can be overwritten."""
+
+    @classmethod
+    def write(cls, s: str, file: TextIO | None = None, end: str = "\n", nolock: bool = False):
+        print(s, end=end, file=file, flush=True)  # tqdm's own draws all bars again after it
+
+
+class _WholeLines:
+    """A stream on which each drawing of a bar is a line of its own."""
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self.stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()

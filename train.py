@@ -41,7 +41,7 @@ from files import JsonLines, hash_files
 from lora.config import added_parameters
 from lora.inject import count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options, upgrade_options
-from lora.peft_format import CONFIG, WEIGHTS, read_adapter
+from lora.peft_format import CONFIG, WEIGHTS, check_adapter, read_adapter
 from lora.plus import rate_groups
 from model.compile import check_compiler, compile_layers
 from model.generate import Decoding
@@ -117,6 +117,10 @@ class TrainConfig:
     warmup: float = option(0.03, "fraction of steps spent on linear warm-up", least=0, below=1)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     clip: float = option(1.0, "largest gradient norm", above=0)
+    system: str | None = option(
+        None, "system prompt of rows without one, '' for an empty one (default: the template's)"
+    )
+    chat_template: str | None = option(None, "file of a chat template to use instead of the base's")
     max_length: int = option(2048, "longest example in tokens; longer rows are left out", least=2)
     limit: int | None = option(None, "use only the first N rows of each source", least=2)
     max_steps: int | None = option(None, "stop after this many steps", least=1)
@@ -192,13 +196,20 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2. What is read: data and base. Everything that can be wrong is found before weights are read.
     mixture = load_mixture(config.data, config.data_revision, config.columns)
-    base = Base.find(config.model, config.revision, precision=config.precision, device=device)
+    base = Base.find(
+        config.model, config.revision, precision=config.precision, device=device,
+        system=config.system, chat_template=config.chat_template,
+        adapter=Path(config.from_adapter) if config.from_adapter else None,
+    )  # fmt: skip
     with torch.device("meta"):
-        trainable = added_parameters(Qwen2(base.config), lora)  # BadOption if they do not fit
+        network = Qwen2(base.config)
+    if config.from_adapter:
+        check_adapter(Path(config.from_adapter), network)
+    trainable = added_parameters(network, lora)  # BadOption if the options do not fit the base
     fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # hashes while the rest goes on
     if config.show_example:
         for part in mixture:
-            console.show_example(part.source.train[0], base.chat)
+            console.show_example(part.source, base.chat)
         return 0
 
     # 3. The run: new, resumed, or refused because the folder holds another one.
@@ -211,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         "precision": base.precision,
         "ranks": world.size,
     }
+    if template := base.chat.template.fingerprint():
+        identity["chat_template_sha256"] = template
     if config.from_adapter:
         files = [Path(config.from_adapter) / name for name in (CONFIG, WEIGHTS)]
         identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])

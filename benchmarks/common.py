@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.batches import Step
 from errors import UserError
@@ -49,15 +46,16 @@ class Ours:
         )
         self.scaler = torch.amp.GradScaler(model.head_weight.device.type, enabled=False)
 
-    def step(self, step: Step) -> None:
-        """One optimizer step."""
-        self.backward(step)
+    def step(self, step: Step) -> float:
+        """Make one optimizer step; returns its mean loss, in nats per supervised token."""
+        loss = self.backward(step)
         nn.utils.clip_grad_norm_(self.parameters.values(), DEFAULTS.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss
 
     def backward(self, step: Step) -> float:
-        """Add the gradients of the step's mean loss; returns that loss."""
+        """Add the gradients of a step's mean loss; returns that loss."""
         sums = torch.zeros(2, device=self.model.head_weight.device)  # nats, correct tokens
         for examples in step.micro_batches:
             sums += forward_backward(self.model, examples, step, seed=self.seed, scaler=self.scaler)
@@ -219,7 +217,7 @@ class StepTimer:
         synchronize(self.device)
         self.started = time.perf_counter()
 
-    def time(self, step: Callable[[], None]) -> None:
+    def time(self, step: Callable[[], object]) -> None:
         self.begin()
         step()
         self.end()

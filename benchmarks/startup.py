@@ -1,19 +1,20 @@
-"""Start-up: the seconds from the start of a `train.py` process to its first step, by part.
+"""Startup: the seconds from the start of a `train.py` process to its first step, by part.
 
     python benchmarks/startup.py --model FOLDER --data FOLDER --json startup.json
     python benchmarks/startup.py --model FOLDER --data FOLDER --other CHECKOUT   # taking turns
 
-The one idea: each sample is a whole process, which runs `train.main` as it stands. The functions
-that `main` calls by name are wrapped from outside to note when they begin and end, so nothing in
-the product is there for the benchmark. A part's time is the main thread's: what another thread does
-meanwhile costs only where it is waited for. After its first step the process leaves. One sample
-that is not counted goes first, and brings files into the page cache.
+Each sample is a whole process that runs `train.main` unchanged. The functions in PARTS are wrapped
+from outside and record when they begin and end, so the product contains nothing for the benchmark.
+Only the main thread is timed: what another thread does in parallel counts where the main thread
+waits for it. The process ends after its first step. One process that is not counted runs first and
+brings the files into the page cache.
 """
 
 import functools
 import inspect
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -25,58 +26,59 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-if __name__ == "__main__":  # or what the child imports would be counted before its clock starts
+if __name__ == "__main__":  # before the imports that the child process measures
     STARTED = time.monotonic()
 
-# What train.py calls, by its own names: (name, part). What a part calls in turn is taken off it.
+# "module:function" -> the part that its time belongs to. The time of a function in PARTS that it
+# calls belongs to that one's part. Functions that train.py imports are replaced in train.py.
 PARTS = {
-    "parse": "command line",
-    "load_mixture": "read rows",
-    "find_checkpoint": "find the base",
-    "read_config": "find the base",
-    "check_adapters": "names of layers",
-    "ChatFormat.from_folder": "tokenizer",
-    "fingerprint_base": "hash of the base",
-    "mixture_identity": "hash of the rows",
-    "check_run": "run folder",
-    "encode_mixture": "split and encode",
-    "audit_mixture": "audit",
-    "load_model": "weights",
-    "inject": "adapters",
-    "count": "adapters",
-    "write_run": "run folder",
-    "torch.optim.AdamW": "optimizer",
+    "train:parse": "command line",
+    "train:load_mixture": "read rows",
+    "train:Base.find": "find the base",
+    "run.base:ChatFormat.from_folder": "tokenizer",
+    "train:added_parameters": "find the layers to adapt",
+    "concurrent.futures:Future.result": "wait for the hash of the base",
+    "train:mixture_identity": "hash of the rows",
+    "train:Run.check": "run folder",
+    "train:encode_mixture": "split and encode",
+    "train:audit_mixture": "audit",
+    "train:Base.load": "weights",
+    "train:inject": "adapters",
+    "train:count": "adapters",
+    "train:Run.write_start": "run folder",
+    "train:torch.optim.AdamW": "optimizer",
 }
-STEP_BEGINS, STEP_ENDS = "Schedule.step", "JsonLines.write"  # the first and last call of a step
+# What the first step begins and ends with: taking its rows, and writing its line of the log.
+STEP_BEGINS, STEP_ENDS = "train:Schedule.step", "train:JsonLines.write"
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor", "pyarrow",
          "matplotlib", "huggingface_hub", "transformers")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Start processes one after the other, and say where their time goes."""
+    """Start processes one after the other, and print where their time goes."""
     sys.path.insert(0, str(HERE.parents[1]))
     from benchmarks.common import shown, spread, write_result
     from run.options import option, parse, to_json
 
     @dataclass(frozen=True)
-    class StartConfig:
-        model: str = option("Qwen/Qwen2-0.5B-Instruct", "folder or Hub id of the base")
+    class StartupConfig:
+        model: str = option("Qwen/Qwen2-0.5B-Instruct", "base model: folder or Hub id")
         data: str = option("gsm8k", "a task, a folder, or a .jsonl or .parquet file")
         batch_size: int = option(16, "sequences of the first step", least=1)
         repeat: int = option(5, "processes that are counted", least=1)
         other: str | None = option(None, "another checkout of this repository, to take turns with")
         json: str | None = option(None, "file to write the result to")
 
-    config = parse(StartConfig, argv, "Time the start of train.py, by part.")
+    config = parse(StartupConfig, argv, "Measure the startup of train.py, by part.")
     checkouts = {"here": HERE.parents[1]}
     if config.other:
         checkouts["other"] = Path(config.other).resolve()
-    asked = ["--model", config.model, "--data", config.data]
-    asked += ["--batch-size", str(config.batch_size)]
+    options = ["--model", config.model, "--data", config.data]
+    options += ["--batch-size", str(config.batch_size)]
     samples = {name: [] for name in checkouts}
     for i in range(config.repeat + 1):
         for name, checkout in checkouts.items():
-            sample = measure(checkout, asked)
+            sample = measure(checkout, options)
             if i > 0:
                 samples[name].append(sample)
                 print(f"{name} {i} of {config.repeat}: {sample['to the first step']:.2f} s")
@@ -92,11 +94,12 @@ def main(argv: list[str] | None = None) -> None:
     write_result(config.json, result)
 
 
-def measure(checkout: Path, asked: list[str]) -> dict[str, Any]:
-    """Seconds of one process by part, in the order that parts begin, and which modules it had."""
+def measure(checkout: Path, options: list[str]) -> dict[str, Any]:
+    """Seconds of one process by part, in the order in which parts begin; and its heavy modules."""
     with tempfile.TemporaryDirectory() as folder:
         times, log = Path(folder) / "times.json", Path(folder) / "log"
-        command = [sys.executable, HERE, "--child", times, checkout, *asked, "--out", f"{folder}/o"]
+        command = [sys.executable, HERE, "--child", times, checkout, *options]
+        command += ["--out", f"{folder}/o"]
         with log.open("w") as output:
             started = time.monotonic()
             subprocess.run(command, cwd=checkout, stdout=output, stderr=output, check=False)
@@ -105,13 +108,13 @@ def measure(checkout: Path, asked: list[str]) -> dict[str, Any]:
         found = json.loads(times.read_text())
     parts = {"interpreter": found["entered"] - started} | own_seconds(found["spans"])
     to_step = found["step_began"] - started
-    parts["all else"] = to_step - sum(parts.values())
+    parts["everything else"] = to_step - sum(parts.values())
     parts |= {"to the first step": to_step, "first step": found["ended"] - found["step_began"]}
     return parts | {"heavy": found["heavy"]}
 
 
 def own_seconds(spans: list[tuple[str, float, float]]) -> dict[str, float]:
-    """Seconds of each part without those of the parts that it called."""
+    """Seconds of each part, without those of the parts that it called."""
     seconds: dict[str, float] = {}
     within: list[tuple[str, float, float]] = []
     for part, begin, end in sorted(spans, key=lambda span: (span[1], -span[2])):
@@ -125,7 +128,7 @@ def own_seconds(spans: list[tuple[str, float, float]]) -> dict[str, float]:
 
 
 def child(times: str, checkout: str, *argv: str) -> None:
-    """Run a checkout's train.py to the end of its first step, and leave the times in a file."""
+    """Run a checkout's train.py to the end of its first step, and write the times to a file."""
     spans: list[tuple[str, float, float]] = []
     sys.path[0] = checkout
     importing = time.monotonic()
@@ -134,9 +137,9 @@ def child(times: str, checkout: str, *argv: str) -> None:
     spans.append(("import torch", importing, time.monotonic()))
     import train
 
-    spans.append(("import the rest", spans[0][2], time.monotonic()))
+    spans.append(("other imports", spans[0][2], time.monotonic()))
     for name, part in PARTS.items():
-        wrap(train, name, functools.partial(_timed, part, spans))
+        wrap(name, functools.partial(_timed, part, spans))
     began: list[float] = []
 
     def begins(function: Callable) -> Callable:
@@ -155,18 +158,25 @@ def child(times: str, checkout: str, *argv: str) -> None:
 
         return write
 
-    wrap(train, STEP_BEGINS, begins)
-    wrap(train, STEP_ENDS, ends)
+    wrap(STEP_BEGINS, begins)
+    wrap(STEP_ENDS, ends)
     sys.argv = ["train.py", *argv]
     sys.exit(train.run_script(train.main))
 
 
-def wrap(module: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Put `wrapper(function)` where `module` finds `function`."""
-    *path, last = name.split(".")
-    owner = functools.reduce(getattr, path, module)
-    assert hasattr(owner, last), f"train.py knows no {name}: put PARTS right"
-    function = getattr(owner, last)
+def wrap(name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Replace the function of this name by `wrapper(function)`.
+
+    Another checkout may not have it; its time is then part of "everything else".
+    """
+    module, _, path = name.partition(":")
+    owner_path, _, last = path.rpartition(".")
+    try:
+        owner = pkgutil.resolve_name(f"{module}:{owner_path}")
+        function = getattr(owner, last)
+    except (AttributeError, ImportError) as error:
+        print(f"{name}: {error}")
+        return
     wrapped = wrapper(function)
     setattr(owner, last, staticmethod(wrapped) if inspect.ismethod(function) else wrapped)
 

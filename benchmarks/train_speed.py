@@ -2,7 +2,7 @@
 
     python benchmarks/train_speed.py --model FOLDER --data FOLDER --batch-size 8 --json speed.json
 
-    # TRL + PEFT with its default settings, on a CPU; there the default is its fastest
+    # the default for TRL is its fastest on a CPU; here it has its own loss and whole batches
     python benchmarks/train_speed.py --batch-size 8 --peer-loss trl --peer-micro-batch 8
 
 A machine's speed drifts, so only steps that were timed next to each other are compared. Both
@@ -100,11 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     checks = check_equal_work(config, base, steps[0]) if has_peer else []
     result = measure(config, base, steps, has_peer)
     print(table(result, config))
-    result |= {
-        "equal_work": checks, "options": to_json(config), "device": describe(base.device),
-        "precision": base.precision, "peer_versions": versions(PEER_PACKAGES),
-        "row_ids": [step.row_ids for step in steps],
-    }  # fmt: skip
+    result |= {"equal_work": checks, "row_ids": [step.row_ids for step in steps]}
+    result |= {"options": to_json(config), "device": describe(base.device)}
+    result |= {"precision": base.precision, "peer_versions": versions(PEER_PACKAGES)}
     write_result(config.json, result)
 
 
@@ -131,7 +129,7 @@ def with_peer_defaults(config: SpeedConfig, base: Base) -> SpeedConfig:
 
 
 def prepare_steps(config: SpeedConfig, base: Base) -> list[Step]:
-    """Warm-up and timed steps over the first rows, shuffled; BadData if there are too few rows."""
+    """Warm-up and timed steps over the first rows, shuffled; BadData if there are too few."""
     count = config.warm_up + config.steps
     needed = count * config.batch_size
     source = load_source(config.data)
@@ -180,11 +178,10 @@ def load_peer(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="(trl|transformers|torch|accelerate)")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        base.folder, dtype=DTYPES[base.precision], attn_implementation=config.peer_attention,
-        local_files_only=True,
-    )  # fmt: skip
+        base.folder, dtype=DTYPES[base.precision], attn_implementation=config.peer_attention
+    )
     peer = Peer(
         model=model,
         args=peer_arguments(config, base, len(steps)),
@@ -244,8 +241,7 @@ def peer_rows(steps: list[Step]) -> Any:
     return Dataset.from_list([
         {"input_ids": e.tokens.tolist(), "labels": [IGNORE, *e.targets[:-1].tolist()]}
         for step in steps
-        for micro_batch in step.micro_batches
-        for e in micro_batch
+        for e in step.micro_batches[0]
     ])  # fmt: skip
 
 
@@ -293,16 +289,14 @@ def check_equal_work(config: SpeedConfig, base: Base, step: Step) -> list[dict[s
 
 
 def our_work(config: SpeedConfig, base: Base, step: Step) -> tuple[float, Tensor]:
-    """(loss, all adapters' gradients as one vector) of our step without dropout."""
+    """(loss, gradients of all adapters as one vector) of our step without dropout."""
     ours = load_ours(config, base)
     ours.model.eval()
     return ours.backward(step), flat_gradient(ours.parameters)
 
 
 def peer_work(config: SpeedConfig, base: Base, step: Step) -> tuple[float, Tensor]:
-    """The same of the peer's step, in its own loop. Its gradients are clipped, which changes no
-    cosine.
-    """
+    """The same for the peer's step in its own loop, which clips: that changes no cosine."""
     from transformers import TrainerCallback
 
     peer = load_peer(config, base, [step], load_ours(config, base), dropout=0.0)
@@ -326,10 +320,7 @@ def flat_gradient(parameters: dict[str, nn.Parameter]) -> Tensor:
 
 
 def measure(config: SpeedConfig, base: Base, steps: list[Step], has_peer: bool) -> dict[str, Any]:
-    """Time our steps, the peer's if there is one, and the GEMM peak, in turns.
-
-    Returns the figures as JSON values.
-    """
+    """Time our steps, the peer's if it is installed, and the GEMM peak, in turns; the figures."""
     ours = load_ours(config, base)
     timer = StepTimer(base.device, config.warm_up)
     gemm, peaks = GemmPeak(ours.model, steps, base.device), []
@@ -400,8 +391,8 @@ def table(result: dict[str, Any], config: SpeedConfig) -> str:
         memory = result[who]["peak_memory_above_loading_gb"]
         lines.append(f"{name:<11}{speed:>22}{fraction:>28}{memory:>18.2f}")
     peak = shown(result["gemm_peak_gflop_per_second"], ",.0f")
-    lines += [settings, "memory: peak in the first step, above that after loading"]
-    lines.append(f"GEMM peak, matrix products alone: {peak} GFLOP/s")
+    lines += [settings, "memory: peak in the first step, above that after loading",
+              f"GEMM peak, matrix products alone: {peak} GFLOP/s"]  # fmt: skip
     return "\n".join(lines)
 
 

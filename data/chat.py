@@ -5,22 +5,22 @@ r"""ChatML as token ids. Control tokens are inserted as ids, so no text can forg
     <|im_start|>assistant\n...<|im_end|>\n
 
 Only the assistant's text is supervised, and the `<|im_end|>` that follows it: a model that never
-learns to end its turn never stops. The default system prompt is read from the checkpoint's chat
-template.
+learns to end its turn never stops. Which turns a conversation has, its system prompt included, is
+decided by the checkpoint's chat template (see `template.py`).
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from data.rows import Message
+from data.problems import Message
+from data.template import END, START, ChatTemplate
 from errors import BadCheckpoint, listed
 from files import read_json
 
-START, END = "<|im_start|>", "<|im_end|>"
 # All that a `tokenizer.json` may contain: Qwen2's components, and Qwen2's pre-tokenization pattern.
 # An arbitrary pattern can take exponential time, and other components can crash the process.
 COMPONENTS = ("NFC", "Sequence", "Split", "ByteLevel", "BPE")
@@ -28,9 +28,8 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A literal system prompt in a template, where a newline may still be written as Jinja's escape.
-DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^{}'\"]{1,2000}?)<\|im_end\|>")
-MAX_TEMPLATE = 2**17  # characters of a template that are searched; published ones have about 5,000
+
+Tools = Sequence[Mapping[str, Any]] | None  # descriptions, as a template takes them
 
 
 @dataclass
@@ -42,26 +41,33 @@ class EncodedChat:
 
 
 class ChatFormat:
-    """A tokenizer, and the system prompt of conversations without one (None: they get none)."""
+    """A tokenizer and a chat template, which together turn a conversation into token ids."""
 
-    def __init__(self, tokenizer: Tokenizer, default_system: str | None):
-        self.tokenizer, self.default_system = tokenizer, default_system
-        ids = [tokenizer.token_to_id(token) for token in (START, END)]
-        if None in ids:
-            raise BadCheckpoint(
-                f"the tokenizer has no {START} or {END}", "use a checkpoint with a ChatML tokenizer"
-            )
-        self.start, self.end = ids
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate):
+        self.tokenizer, self.template = tokenizer, template
+        self.start, self.end = _control_ids(tokenizer)
+        tokenizer.add_special_tokens([START, END])  # some declare them as ordinary added tokens
         tokenizer.encode_special_tokens = True  # a control token inside a text is encoded as text
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
     @classmethod
-    def from_folder(cls, folder: Path, embedding_rows: int | None = None) -> "ChatFormat":
+    def from_folder(
+        cls,
+        folder: Path,
+        embedding_rows: int | None = None,
+        *,
+        system: str | None = None,
+        chat_template: str | None = None,
+        adapter: Path | None = None,
+    ) -> "ChatFormat":
         """Read a checkpoint's `tokenizer.json` and chat template.
 
-        Raises BadCheckpoint for a tokenizer that is not of Qwen2's kind, or that has an id outside
-        the embedding table of `embedding_rows` rows.
+        Conversations without a system turn get the prompt `system`, or the template's own if it is
+        None. A template in the file `chat_template`, or else in the folder `adapter`, is used
+        instead of the checkpoint's. Raises BadCheckpoint for a template that does not write
+        ChatML, and for a tokenizer that is not of Qwen2's kind, or that has an id outside the
+        embedding table of `embedding_rows` rows.
         """
         path = folder / "tokenizer.json"
         remedy = "use a checkpoint with a tokenizer.json of Qwen2's kind"
@@ -71,7 +77,13 @@ class ChatFormat:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BadCheckpoint(f"{path} cannot be read: {str(error)[:100]}", remedy) from None
-        chat = cls(tokenizer, read_default_system(folder))
+        _control_ids(tokenizer)  # without them, no template helps
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = dict.fromkeys((START, END, *(token.content for token in added if token.special)))
+        template = ChatTemplate.find(
+            folder, system=system, file=chat_template, adapter=adapter, special=tuple(special)
+        )
+        chat = cls(tokenizer, template)
         largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
         if embedding_rows is not None and largest >= embedding_rows:
             raise BadCheckpoint(
@@ -86,22 +98,39 @@ class ChatFormat:
         """How many tokens the tokenizer has; the embedding table is padded to more rows."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, messages: tuple[Message, ...]) -> EncodedChat:
-        """Encode a whole conversation; every assistant message and its end token are supervised."""
-        return _join(self._pieces(messages), self.plain)
+    @property
+    def default_system(self) -> str | None:
+        """The system prompt of conversations without one; None if they get no system turn."""
+        return self.template.default_system
 
-    def encode_all(self, conversations: list[tuple[Message, ...]]) -> list[EncodedChat]:
-        """`encode` each conversation, but tokenize each distinct text once, on all cores."""
-        conversations = [list(self._pieces(messages)) for messages in conversations]
+    def encode(self, messages: Sequence[Message], tools: Tools = None) -> EncodedChat:
+        """Encode a whole conversation; supervised are the assistant's messages and their end
+        tokens, except for messages that are only context.
+        """
+        return _join(self._pieces(self._turns(messages, tools)), self.plain)
+
+    def encode_all(
+        self, conversations: Sequence[tuple[Sequence[Message], Tools]]
+    ) -> list[EncodedChat]:
+        """`encode` each (messages, tools), but tokenize each distinct text once, on all cores."""
+        conversations = [list(self._pieces(self._turns(*chat))) for chat in conversations]
         pieces = dict.fromkeys(piece for pieces in conversations for piece, _ in pieces)
         texts = [piece for piece in pieces if isinstance(piece, str)]
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         return [_join(pieces, ids.__getitem__) for pieces in conversations]
 
-    def prompt(self, messages: tuple[Message, ...]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""
-        return [*self.encode(messages).tokens, self.start, *self.plain("assistant\n")]
+        turns = _join(self._pieces(self.template.turns(messages, tools, prompt=True)), self.plain)
+        return [*turns.tokens, self.start, *self.plain("assistant\n")]
+
+    def answer_ends(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that end an answer: a checkpoint's `eos_ids`, and the end of a turn.
+
+        A base model names only `<|endoftext|>`, but turns are trained to end with `<|im_end|>`.
+        """
+        return tuple(dict.fromkeys((*eos_ids, self.end)))
 
     def plain(self, text: str) -> list[int]:
         """Token ids of a text alone, without control tokens."""
@@ -111,20 +140,38 @@ class ChatFormat:
         """The text of `tokens`, without control tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _pieces(self, messages: tuple[Message, ...]) -> Iterator[tuple[int | str, bool]]:
+    def _turns(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
+        """The turns that the template writes; the assistant's are supervised as its messages are.
+
+        The template writes one turn for each of them, in order.
+        """
+        flags = iter([message.supervised for message in messages if message.role == "assistant"])
+        return [
+            turn._replace(supervised=next(flags)) if turn.role == "assistant" else turn
+            for turn in self.template.turns(messages, tools)
+        ]
+
+    def _pieces(self, turns: tuple[Message, ...]) -> Iterator[tuple[int | str, bool]]:
         """Control token ids and texts in order, each with whether it is supervised."""
-        if self.default_system is not None and messages[0].role != "system":
-            messages = (Message("system", self.default_system), *messages)
-        for role, content in messages:
+        for role, content, supervised, *_ in turns:
             yield self.start, False
             if role == "assistant":
                 yield "assistant\n", False
-                yield content, True
-                yield self.end, True
+                yield content, supervised
+                yield self.end, supervised
             else:
                 yield f"{role}\n{content}", False
                 yield self.end, False
             yield "\n", False
+
+
+def _control_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    start, end = (tokenizer.token_to_id(token) for token in (START, END))
+    if start is None or end is None:
+        raise BadCheckpoint(
+            f"the tokenizer has no {START} or {END}", "use a checkpoint with a ChatML tokenizer"
+        )
+    return start, end
 
 
 def _join(
@@ -153,20 +200,3 @@ def _foreign(value: object) -> Iterator[str]:
     if isinstance(value, list):
         for part in value:
             yield from _foreign(part)
-
-
-def read_default_system(folder: Path) -> str | None:
-    """The system prompt that a checkpoint's template inserts if a conversation has none."""
-    template, path = None, folder / "chat_template.jinja"  # the file that transformers 5 writes
-    try:
-        if path.exists():
-            with path.open() as file:
-                template = file.read(MAX_TEMPLATE)
-        elif (path := folder / "tokenizer_config.json").exists():
-            template = read_json(path, BadCheckpoint, "copy it again").get("chat_template")
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error}", "copy it again") from None
-    if not isinstance(template, str):
-        return None
-    found = DEFAULT_SYSTEM.search(template, 0, MAX_TEMPLATE)
-    return found.group(1) if found else None

@@ -43,7 +43,9 @@ def encode_problems(
         for start in range(0, len(problems), ROWS_PER_CALL):
             chunk = problems[start : start + ROWS_PER_CALL]
             ids = row_ids[start : start + ROWS_PER_CALL]
-            encoded_chats = chat.encode_all([problem.messages for problem in chunk])
+            encoded_chats = chat.encode_all(
+                [(problem.messages, problem.tools) for problem in chunk]
+            )
             for problem, row_id, encoded in zip(chunk, ids, encoded_chats):
                 if len(encoded.tokens) > max_length:
                     left_out.append(f"{problem.id}: {len(encoded.tokens)} tokens")

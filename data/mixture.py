@@ -15,7 +15,7 @@ from data.batches import SourceRows
 from data.chat import ChatFormat
 from data.custom import parse_columns
 from data.encode import Example, encode_problems
-from data.rows import Problem, Source, fingerprint
+from data.problems import Problem, Source, content_fingerprint, fingerprint
 from data.split import split_sources
 from data.tasks import TASKS, is_on_hub, load_source
 from errors import BadData, BadOption, BadRun
@@ -134,15 +134,23 @@ def _prefixed(source: Source) -> Source:
 def mixture_identity(mixture: list[WeightedSource], limit: int | None) -> dict[str, object]:
     """Commits and fingerprints, which must be the same when a run resumes.
 
-    A single source has one of each; several have dictionaries by name.
+    A single source has one of each; several have dictionaries by name. If "data_content", the rows
+    and weights without any names, is the same, then the others may differ: files may be renamed.
     """
     sources = [weighted.source for weighted in mixture]
+    content = [
+        f"{content_fingerprint(part.source.train[:limit])}:{part.weight:g}" for part in mixture
+    ]
     commits = {source.name: source.commit for source in sources}
     hashes = {source.name: fingerprint(source.train[:limit]) for source in sources}
     if len(sources) > 1:
-        return {"data_commit": commits, "data_sha256": hashes}
+        return {"data_commit": commits, "data_sha256": hashes, "data_content": content}
     (name,) = commits
-    return {"data_commit": commits[name], "data_sha256": hashes[name]}
+    return {
+        "data_commit": commits[name],
+        "data_sha256": hashes[name],
+        "data_content": content,
+    }
 
 
 def encode_mixture(

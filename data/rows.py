@@ -1,305 +1,327 @@
-"""Rows of JSONL and parquet files become problems: conversations whose last message is the answer.
+"""Rows become problems: the columns of a row say in which of these formats it is.
 
-A row is in one of four formats, recognized by its columns:
-
+    {"messages": [{"role": ..., "content": ...}, ...]}
+    {"conversations": [{"from": ..., "value": ...}, ...]}    ShareGPT's; or role and content
     {"question": ..., "answer": ...}
     {"prompt": ..., "completion": ...}    two texts, or two lists of messages as in TRL
     {"instruction": ..., "input": ..., "output": ...}    Alpaca's; "input" may be empty or missing
-    {"messages": [{"role": ..., "content": ...}, ...]}
+    {"input": ..., "output": ...}
 
-It may also have a "category". Bad rows are never repaired: each is left out and reported, and if
-they are more than 1 % of a file, reading it is an error.
+A row may also have a "system" prompt, a "history" of earlier [question, answer] pairs if it is a
+question and an answer, and a "category". A column that would change the conversation, such as
+"tools" or "context", is honoured, or the row is refused; any other column is reported as not used.
+Null, NaN and empty values count as missing.
+
+Bad rows are never repaired: each is left out and reported, and if they are more than 1 % of a file,
+reading it is an error.
 """
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
-from errors import BadData, listed, printable
+from data.problems import (
+    Choices,
+    Message,
+    Problem,
+    Shots,
+    Source,
+    content_fingerprint,
+    fingerprint,
+)
+from data.row_faults import (
+    PREFERENCE_REMEDY,
+    refuse_other_data,
+    remedy_for_non_object,
+    suggestion,
+    way_in,
+)
+from data.row_files import is_table, read_rows
+from data.turns import (
+    BadRow,
+    Notes,
+    check_order,
+    from_json,
+    is_blank,
+    name_list,
+    read_turns,
+    text,
+    up_to_the_last_supervised,
+)
+from errors import BadData, listed
 
-ROLES = ("system", "user", "assistant")
+__all__ = [
+    "BAD_ROWS_ALLOWED",
+    "NOT_RENAMED",
+    "ROW_FORMATS",
+    "Choices",
+    "Columns",
+    "Message",
+    "Problem",
+    "RowParser",
+    "Shots",
+    "Source",
+    "content_fingerprint",
+    "find_format",
+    "fingerprint",
+    "parse_row",
+    "read_problems",
+    "read_rows",
+]
+
 ROW_FORMATS = {  # name -> columns
     "messages": ("messages",),
+    "conversations": ("conversations",),
     "question/answer": ("question", "answer"),
     "prompt/completion": ("prompt", "completion"),
     "instruction/input/output": ("instruction", "input", "output"),
+    "input/output": ("input", "output"),
 }
-OPTIONAL_COLUMN = "input"
-# Maps a column of a row format to the name it has in the data, as in {"question": "problem"}.
+TURNS = ("messages", "conversations")  # formats of one column, a list of turns
+ADDED_COLUMNS = ("system", "history")  # which rows of several formats may have
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+# Maps a column of a row format to the name it has in the data, as in {"question": "problem"}; a
+# column of the data that is mapped to nothing, as in {"tools": ""}, is not read.
 Columns = Mapping[str, str]
 NOT_RENAMED: Columns = MappingProxyType({})
+# Columns that other trainers put into the conversation: rows in which they hold something are
+# refused, unless they are renamed or mapped to nothing. The second line only beside texts.
+CONVERSATION_COLUMNS = (
+    *SYSTEM_COLUMNS, "history", "tools", "functions", "tool_calls", "documents", "image", "images",
+    "video", "videos", "audio", "audios", "reasoning_content", "chat_template_kwargs",
+)  # fmt: skip
+PAIR_COLUMNS = ("instruction", "input", "context", "passage", "choices", "options", "reasoning",
+                "thinking")  # fmt: skip
+PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 BAD_ROWS_ALLOWED = 0.01  # fraction of a file; if more are bad, the file is not what it should be
-# A tiny parquet file can encode a billion equal rows. So no more than MAX_EXPANSION bytes of rows
-# are read for each byte of a file, or MIN_LIMIT bytes if that is more; text compresses to a tenth.
-MAX_EXPANSION, MIN_LIMIT = 100, 2**28
-ROW_OVERHEAD = 200  # bytes that a Python row takes in addition to its text
-
-
-class Message(NamedTuple):
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A multiple-choice question as lm-evaluation-harness asks it, in plain text."""
-
-    context: str  # which a space and one of the options continue
-    options: tuple[str, ...]
-    gold: int  # index of the correct option
-    head: str = ""  # precedes the context and any solved questions before it
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One row: where it comes from, and a conversation whose last message is the answer."""
-
-    id: str  # such as "train.jsonl:12", where 12 is the line (in parquet the row) from 1
-    messages: tuple[Message, ...]
-    category: str | None = None  # the kind of problem, if the row names it
-    original_question: str | None = None  # if the user's messages contain more than the question
-    choices: Choices | None = None  # if it is scored by the most likely option
-
-    @property
-    def question(self) -> str:
-        """The original question, or else all user and system messages; it identifies a problem."""
-        if self.original_question is not None:
-            return self.original_question
-        return "\n".join(m.content for m in self.messages if m.role != "assistant")
-
-    @property
-    def answer(self) -> str:
-        return self.messages[-1].content
-
-    def row(self) -> dict:
-        """The problem as a row in the messages format."""
-        row = {"id": self.id, "messages": [m._asdict() for m in self.messages]}
-        # Fingerprints hash this: another key than "stem" would make saved runs look different.
-        optional = {"category": self.category, "stem": self.original_question}
-        return row | {k: v for k, v in optional.items() if v is not None}
-
-
-# (problems, count) -> for each problem, up to `count` solved problems to show before it
-Shots = Callable[[list[Problem], int], list[list[Problem]]]
-
-
-@dataclass
-class Source:
-    """The problems of one data source."""
-
-    name: str
-    train: list[Problem] = field(default_factory=list)  # for training and validation
-    test: list[Problem] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)  # such as "train.jsonl:12: question is empty"
-    commit: str | None = None  # of a dataset on the Hub
-    shots: Shots | None = None  # of a multiple-choice task
-    note: str = ""  # how custom data were read: row format, renamed columns, files
-
-
-def fingerprint(problems: list[Problem]) -> str:
-    """SHA-256 of the problems, in order."""
-    rows = json.dumps([p.row() for p in problems])
-    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def read_problems(
     path: Path, parse: Callable[[object, str], Problem] | None = None
 ) -> tuple[list[Problem], list[str]]:
-    """Read a .jsonl or .parquet file: (problems, what is wrong with each row left out).
+    """Read a file of rows: (problems, what is wrong with each row left out).
 
     `parse(row, id)` returns the problem in a row or raises ValueError; the default is `parse_row`.
-    Raises BadData if the file cannot be read, has no rows, or too many bad ones.
+    Raises BadData if the file cannot be read, has no rows, or too many bad ones; the remedy is that
+    of the most frequent fault.
     """
     parse = parse or parse_row
-    problems, bad = [], []
+    problems, bad, remedies = [], [], Counter()
     for number, row in read_rows(path):
         try:
             problems.append(parse(row, f"{path.name}:{number}"))
         except ValueError as error:
             bad.append(f"{path.name}:{number}: {error}")
+            remedies[getattr(error, "remedy", "")] += 1
     if not problems and not bad:
         raise BadData(f"{path} has no rows", "give a file with at least one row")
     if len(bad) > BAD_ROWS_ALLOWED * (len(problems) + len(bad)):
+        (remedy, _), *_ = remedies.most_common(1)
+        needed = "its first line must name the columns; " if is_table(path) else ""
+        needed += f"each row needs the columns of one format ({', '.join(ROW_FORMATS)})"
         raise BadData(
             f"{path}: {len(bad)} of {len(problems) + len(bad)} rows are bad: {listed(bad, 3)}",
-            f"each row needs the columns of one format ({', '.join(ROW_FORMATS)}) as non-empty"
-            " text; map other names with --columns question=problem,answer=solution",
+            remedy
+            or f"{needed} as non-empty text; map other names with --columns"
+            " question=problem,answer=solution",
         )
     return problems, bad
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line or row number from 1, row); a line that is not JSON yields its ValueError."""
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise BadData(
-            f"{path} is neither .jsonl nor .parquet", "convert it to .jsonl, one row per problem"
-        )
-    try:
-        yield from readers[path.suffix](path)
-    except OSError as error:
-        raise BadData(
-            f"{path} cannot be read: {error.strerror or error}", "check the path"
-        ) from None
+def parse_row(
+    row: object, id: str, columns: Columns = NOT_RENAMED, notes: Notes | None = None
+) -> Problem:
+    """The problem in a row; BadRow, a ValueError, if it is not in a row format.
 
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, ValueError(f"not JSON in UTF-8 ({str(error)[:60]})")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow  # not at the top: it takes half a second, and JSONL does not need it
-    import pyarrow.parquet
-
-    limit = max(MIN_LIMIT, MAX_EXPANSION * path.stat().st_size)
-    size, number = 0, 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=16):
-                size += batch.nbytes
-                for row in batch.to_pylist() if size <= limit else ():
-                    size += len(str(row)) + ROW_OVERHEAD
-                    number += 1
-                    yield number, row
-                if size > limit:
-                    raise ValueError("its rows are far larger than the file")
-    except (pyarrow.ArrowException, ValueError) as error:  # ValueError: also text that is not UTF-8
-        reason = str(error).partition("\n")[0][:80]
-        raise BadData(
-            f"{path} is not a readable parquet file: {reason}", "download it or write it again"
-        ) from None
-
-
-def parse_row(row: object, id: str, columns: Columns = NOT_RENAMED) -> Problem:
-    """The problem in a row; ValueError with the reason if it is in none of the row formats.
-
-    With `columns` the row must be in the format that has these columns.
+    With `columns` the row must be in the format that has these columns. `notes` records how the
+    row was understood.
     """
+    notes = notes or Notes()
     if isinstance(row, ValueError):  # from `read_rows`
         raise row
     if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object")
+        raise BadRow(f"a {type(row).__name__}, not an object", remedy_for_non_object(row))
     row_format = find_format(row, columns)
-    values = {name: row.get(columns.get(name, name)) for name in ROW_FORMATS[row_format]}
+    names = {name: columns.get(name, name) for name in ROW_FORMATS[row_format]}  # in the row
+    used = set(names.values())
+    messages, is_pair = _conversation(row, row_format, names, notes)
+    if is_pair:
+        messages = (*_history(row, columns, used), *messages)
+    messages = (*_system(row, columns, messages, used, notes), *messages)
+    _refuse_columns(row, columns, used, is_pair=is_pair)
+    check_order(messages)
+    messages = up_to_the_last_supervised(messages, notes)
+
     category = row.get("category")  # only used for counts: a bad one does not make the row bad
     category = category if isinstance(category, str) and category.strip() else None
-    if row_format == "messages":
-        question = row.get("stem")  # as `Problem.row` writes it
-        question = question if isinstance(question, str) else None
-        return Problem(id, _parse_messages(values["messages"]), category, question)
-    if row_format == "prompt/completion" and any(isinstance(v, list) for v in values.values()):
-        return Problem(id, _parse_prompt_completion(**values), category)
-    if _is_blank(values.get(OPTIONAL_COLUMN)):
-        values.pop(OPTIONAL_COLUMN, None)
-    *question, answer = (_text(v, columns.get(name, name)) for name, v in values.items())
-    messages = (Message("user", "\n\n".join(question)), Message("assistant", answer))
-    return Problem(id, messages, category)
+    original = row.get("stem") if row_format == "messages" else None  # as `Problem.row` writes it
+    used |= {"category", "stem"} if row_format == "messages" else {"category"}
+    notes.formats[row_format] += 1
+    notes.unused |= {
+        name for name, value in row.items() if name not in used and not is_blank(value)
+    }
+    return Problem(id, messages, category, original if isinstance(original, str) else None)
 
 
 def find_format(row: dict, columns: Columns = NOT_RENAMED) -> str:
-    """The key in `ROW_FORMATS` of a row's format; ValueError if it is in several or in none.
+    """The key in `ROW_FORMATS` of a row's format; BadRow if it is in several or in none.
 
     If columns are missing, it is the format of which the row has most columns.
     """
+    renamed = {name for name, other in columns.items() if other} - set(ADDED_COLUMNS)
     candidates = {
-        row_format: [columns.get(name, name) for name in names if name != OPTIONAL_COLUMN]
+        row_format: [
+            columns.get(name, name) for name in names if not _is_optional(row_format, name)
+        ]
         for row_format, names in ROW_FORMATS.items()
-        if columns.keys() <= set(names)
+        if renamed <= set(names)
     }
-    complete = [f for f, names in candidates.items() if all(row.get(n) is not None for n in names)]
+    complete = [
+        f for f, names in candidates.items() if not any(is_blank(row.get(n)) for n in names)
+    ]
+    if "instruction/input/output" in complete and "input/output" in complete:
+        complete.remove("input/output")
     if len(complete) > 1:
-        raise ValueError(f"it fits {' and '.join(complete)}: choose one with --columns")
+        raise BadRow(
+            f"it fits {' and '.join(complete)}: choose one with --columns",
+            f"choose one of them, as in --columns {_as_renamed(candidates[complete[0]])}",
+        )
     present = {f: sum(name in row for name in names) for f, names in candidates.items()}
     best = complete[0] if complete else max(present, key=present.__getitem__)
+    if not complete and not renamed:
+        refuse_other_data(row)
     if not present[best]:
-        raise ValueError(f"its columns ({_column_list(row)}) match no row format")
+        raise BadRow(f"its columns ({name_list(row)}) match no row format", suggestion(row))
     return best
 
 
 class RowParser:
-    """`parse_row` with `columns`; it records formats and unused columns, to be reported."""
+    """`parse_row` with `columns`; it records how rows were understood, to be reported."""
 
     def __init__(self, columns: Columns = NOT_RENAMED):
         self.columns = columns
-        self.formats: Counter[str] = Counter()
-        self.unused: set[str] = set()
+        self.notes = Notes(columns={other: name for name, other in columns.items() if other})
 
     def __call__(self, row: object, id: str) -> Problem:
-        problem = parse_row(row, id, self.columns)
-        row_format = find_format(row, self.columns)
-        self.formats[row_format] += 1
-        used = {self.columns.get(name, name) for name in ROW_FORMATS[row_format]} | {"category"}
-        used |= {"stem"} if row_format == "messages" else set()
-        self.unused |= row.keys() - used
-        return problem
+        return parse_row(row, id, self.columns, self.notes)
 
     def note(self) -> str:
-        """The rows' formats, the renamed columns and the unused ones."""
-        counts = self.formats.items()
-        formats = [f"{name} ({n:,} rows)" if len(counts) > 1 else name for name, n in counts]
-        renamed = [f"{column} read from {name}" for column, name in self.columns.items()]
-        unused = [f"columns not used: {_column_list(self.unused)}"] if self.unused else []
-        return "; ".join(filter(None, [" and ".join(formats), ", ".join(renamed), *unused]))
+        """The rows' formats, the renamed columns and roles, and what is not used."""
+        return "; ".join(self.notes.lines())
 
 
-def _column_list(columns: Iterable[str]) -> str:
-    return printable(listed(sorted(str(name)[:30] for name in columns)).replace(";", ","))
+def _is_optional(row_format: str, name: str) -> bool:
+    return row_format == "instruction/input/output" and name == "input"
 
 
-def _is_blank(value: object) -> bool:
-    return not (value.strip() if isinstance(value, str) else value)
+def _conversation(
+    row: dict, row_format: str, names: Mapping[str, str], notes: Notes
+) -> tuple[tuple[Message, ...], bool]:
+    """(the messages in the format's own columns, whether they are one question and answer)."""
+    values = {name: row.get(other) for name, other in names.items()}
+    if row_format in TURNS:
+        return read_turns(values[row_format], names[row_format], notes), False
+    if row_format == "prompt/completion":
+        both = {name: from_json(value) for name, value in values.items()}
+        if any(isinstance(value, list) for value in both.values()):
+            return _prompt_completion(notes=notes, **both), False
+    values = {k: v for k, v in values.items() if not (_is_optional(row_format, k) and is_blank(v))}
+    try:
+        *question, answer = (text(value, names[name]) for name, value in values.items())
+    except BadRow as fault:
+        if any(is_blank(value) for value in values.values()):
+            fault.remedy = suggestion(row) or fault.remedy
+        elif any(isinstance(value, list | dict) for value in values.values()):
+            fault.remedy = (
+                "write one row per problem, as pandas does with to_json(orient='records',"
+                " lines=True)"
+            )
+        raise
+    return (Message("user", "\n\n".join(question)), Message("assistant", answer)), True
 
 
-def _parse_prompt_completion(prompt: object, completion: object) -> tuple[Message, ...]:
+def _prompt_completion(prompt: object, completion: object, notes: Notes) -> tuple[Message, ...]:
     """TRL's conversational format, in which only the completion is trained on, as it is here."""
     if not isinstance(prompt, list) or not isinstance(completion, list):
-        raise ValueError("one of prompt and completion is a list of messages, the other is not")
-    messages = _parse_messages([*prompt, *completion])
-    if any(m.role == "assistant" for m in messages[: len(prompt)]):
-        raise ValueError(
-            "its prompt contains assistant messages, which would be trained on too; if that is"
-            " intended, use the messages format"
+        raise BadRow(
+            "one of prompt and completion is a list of messages, the other is not",
+            "write both as text, or both as lists of messages",
         )
-    return messages
+    context = [m._replace(supervised=False) if m.role == "assistant" else m
+               for m in read_turns(prompt, "prompt", notes)]  # fmt: skip
+    return (*context, *read_turns(completion, "completion", notes))
 
 
-def _parse_messages(value: object) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError("messages is not a list of objects")
-    messages = tuple(Message(m.get("role"), _text(m.get("content"), "content")) for m in value)
-    roles = [m.role for m in messages]
-    if unknown := [r for r in roles if r not in ROLES]:
-        raise ValueError(f"role {unknown[0]!r} is not one of {', '.join(ROLES)}")
-    dialogue = roles[1:] if roles[:1] == ["system"] else roles
-    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
-        raise ValueError(
-            "the roles do not alternate between user and assistant, ending with assistant"
+def _history(row: dict, columns: Columns, used: set[str]) -> tuple[Message, ...]:
+    """The turns in the column "history", a list of [question, answer] pairs; none without it."""
+    name = columns.get("history", "history")
+    value = from_json(row.get(name))
+    if not name or is_blank(value):
+        return ()
+    used.add(name)
+    if not isinstance(value, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in value
+    ):
+        raise BadRow(
+            f"{name} is not a list of [question, answer] pairs",
+            f"write {name} as such a list, or train without it: --columns {name}=",
         )
-    return messages
+    roles = ("user", "assistant")
+    return tuple(
+        Message(role, text(said, f"a text in {name}"))
+        for pair in value
+        for role, said in zip(roles, pair)
+    )
 
 
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {'missing' if value is None else type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{name} is empty")
-    if "\0" in value:
-        raise ValueError(f"{name} contains a NUL character")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is not valid Unicode (a lone surrogate)") from None
-    return value
+def _system(
+    row: dict, columns: Columns, messages: tuple[Message, ...], used: set[str], notes: Notes
+) -> tuple[Message, ...]:
+    """The system turn in a column of its own; () if there is none, or an equal one already."""
+    given = [columns["system"]] if "system" in columns else SYSTEM_COLUMNS
+    found = {n: row[n] for n in given if n and columns.get(n) != "" and not is_blank(row.get(n))}
+    used.update(found)
+    prompts = {text(value, name) for name, value in found.items()}
+    inside = [message.content for message in messages[:1] if message.role == "system"]
+    if len(prompts | set(inside)) > 1:
+        places = [*found, *(["a system turn"] if inside else [])]
+        raise BadRow(
+            f"it has several system prompts: {', '.join(places)}",
+            f"keep one of them, or train without the column: --columns {next(iter(found))}=",
+        )
+    for name in found:
+        if name != "system":
+            notes.columns.setdefault(name, "system")
+    return () if inside else tuple(Message("system", prompt) for prompt in prompts)
+
+
+def _refuse_columns(row: dict, columns: Columns, used: set[str], *, is_pair: bool) -> None:
+    """Raise BadRow if a column that is not used would change the conversation."""
+    dropped = {name for name, other in columns.items() if not other}
+
+    def says(name: str) -> bool:
+        return name not in used | dropped and not is_blank(from_json(row.get(name)))
+
+    names = CONVERSATION_COLUMNS + (PAIR_COLUMNS if is_pair else ())
+    if found := [name for name in names if says(name)]:
+        without = ",".join(f"{name}=" for name in found)
+        raise BadRow(
+            f"its {' and '.join(found)} would change the conversation, and cannot be read",
+            way_in(row, found) + f"to train without it: --columns {without}",
+        )
+    preferred = set(PREFERENCE_COLUMNS) & used
+    if not preferred and (found := [name for name in PREFERENCE_COLUMNS if says(name)]):
+        raise BadRow(
+            f"its column {found[0]} makes it preference data",
+            f"{PREFERENCE_REMEDY} give --columns {','.join(f'{name}=' for name in found)}",
+        )
+    if row.get("label") is False and says("label"):
+        raise BadRow(
+            "its label is false: in KTO's format, that marks an answer not to learn",
+            "leave these rows out; if label means something else, --columns label=",
+        )
+
+
+def _as_renamed(names: list[str]) -> str:
+    return ",".join(f"{name}={name}" for name in names)

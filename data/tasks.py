@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data import demo, gsm8k, multiple_choice, socratic
 from data.custom import is_hub_id, load_hub, load_path
+from data.row_files import SUFFIXES
 from data.rows import NOT_RENAMED, Columns, Source
 from errors import BadData, BadOption
 
@@ -54,7 +55,7 @@ def load_source(name: str, revision: str | None = None, columns: Columns = NOT_R
         raise BadData(
             f"--data {name} is neither a task ({', '.join(TASKS)}) nor a file or folder, nor a"
             " dataset on the Hub (owner/name)",
-            "give a .jsonl or .parquet file, or a folder with train.jsonl and test.jsonl",
+            f"give a {', '.join(SUFFIXES)} file, or a folder with train.jsonl and test.jsonl",
         )
     if revision is not None:
         raise BadData(f"--data-revision makes no sense for the path {name}", "leave it out")

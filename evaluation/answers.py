@@ -74,12 +74,12 @@ def before_stop(text: str, prompt: str) -> str:
 
 def count_turns(problem: Problem, prompt: str) -> int:
     """The number of answers to generate; 1 for plain-text prompts, which have no turns."""
-    return sum(m.role == "assistant" for m in problem.messages) if prompt == "chat" else 1
+    return len(problem.answer_turns) if prompt == "chat" else 1
 
 
 def next_turn(problem: Problem, said: list[str]) -> Problem:
     """`problem` up to the turn after `said`, the model's answers that replace the gold ones."""
-    places = [i for i, m in enumerate(problem.messages) if m.role == "assistant"]
+    places = problem.answer_turns
     messages = list(problem.messages[: places[len(said)] + 1])
     for place, text in zip(places, said):
         messages[place] = Message("assistant", text)

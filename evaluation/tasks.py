@@ -107,6 +107,8 @@ def make_task(selection: Selection, name: str, source: Source, problems: list[Pr
     """The task of one source; `problems` are all of its problems in the selected split."""
     at = f" at {source.commit}" if source.commit else ""
     description = f"{name}{at}, {selection.split}"
+    if source.note:
+        print(source.line())
     if source.bad:
         print(f"{name}: {len(source.bad)} rows are left out: {listed(source.bad, 3)}")
     if source.shots is None:

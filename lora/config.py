@@ -5,7 +5,7 @@ Layers are selected by the end of their full name, in whole dotted parts: `q_pro
 `layers.0.self_attn.q_proj` selects only the first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -47,13 +47,46 @@ class LoRAConfig:
 
     def __str__(self) -> str:
         """For people: `rank 8 (q_proj 16), alpha 16, dropout 0.1, on attention, DoRA`."""
-        ranks, alphas = (
-            f" ({', '.join(f'{name} {v:g}' for name, v in by_name.items())})" if by_name else ""
-            for by_name in (self.ranks, self.alphas)
-        )
+        ranks, alphas = (_by_name_text(by_name) for by_name in (self.ranks, self.alphas))
         text = f"rank {self.r}{ranks}, alpha {self.alpha:g}{alphas}, dropout {self.dropout:g}"
-        text += f", on {', '.join(self.targets)}"
+        text += f", on {layers_text(self.targets)}"
         return text + ", rsLoRA" * self.rslora + ", DoRA" * self.dora
+
+
+def layers_text(names: Iterable[str]) -> str:
+    """Layer names for people: `q_proj, v_proj of layers 0-3, 7` instead of ten full names."""
+    others, numbers = [], {}  # numbers: last part of a name -> numbers of the layers
+    for name in names:
+        number = next((part for part in name.split(".") if part.isdecimal()), None)
+        if number is None:
+            others.append(name)
+        else:
+            numbers.setdefault(last_part(name), []).append(int(number[:9]))
+    ends: dict[str, list[str]] = {}  # the same, the other way around
+    for end, found in numbers.items():
+        ends.setdefault(_ranges(found), []).append(end)
+    grouped = [f"{', '.join(names)} of layers {places}" for places, names in ends.items()]
+    return "; ".join([", ".join(others)] * bool(others) + grouped)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 7` of 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs)
+
+
+def _by_name_text(by_name: Mapping[str, float]) -> str:
+    """` (q_proj 16, up_proj 4)`: at most four of them."""
+    if not by_name:
+        return ""
+    texts = [f"{name} {value:g}" for name, value in by_name.items()]
+    rest = f", and {len(texts) - 4} more" if len(texts) > 4 else ""
+    return f" ({', '.join(texts[:4])}{rest})"
 
 
 def target_names(model: nn.Module, targets: tuple[str, ...]) -> list[str]:

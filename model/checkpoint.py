@@ -26,7 +26,8 @@ from model.tensor_files import has_own_head, tensor_files
 
 SHIPPED = {"demo": Path(__file__).parent / "demo"}  # base models included in this repository
 PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-            "chat_template.jinja", "*.safetensors", "*.safetensors.index.json"]  # fmt: skip
+            "chat_template.jinja", "additional_chat_templates/*.jinja", "*.safetensors",
+            "*.safetensors.index.json"]  # fmt: skip
 # Largest accepted sizes. Layers are built before the weights are checked, so few are allowed.
 MAX_LAYERS, MAX_SIZE = 2**9, 2**24
 
@@ -83,7 +84,7 @@ def find_snapshot(folder: Path, revision: str) -> Path:
     """The snapshot in the Hub cache's folder of a repository; BadCheckpoint if it is not there."""
     snapshots = {path.name: path for path in sorted((folder / "snapshots").iterdir())}
     try:
-        commit = (folder / "refs" / revision).read_text(errors="replace")[:64].strip()
+        commit = (folder / "refs" / revision).read_text("utf-8", "replace")[:64].strip()
     except (OSError, ValueError):
         commit = revision  # which may be a commit itself
     if commit not in snapshots:

@@ -76,7 +76,8 @@ def refuse_name(name: str) -> None:
             )
     path = Path(name).expanduser()
     if os.path.isfile(path):
-        refuse_files(name, [path.name])
+        if path.name not in (*WEIGHTS, *TOKENIZER):  # which only their folder's files explain
+            refuse_files(name, [path.name])
         raise BadCheckpoint(f"{name} is a file, {NEITHER}", f"give its folder: {path.parent}")
 
 
@@ -125,7 +126,7 @@ FILES = (
          "give the folder inside: {place}/{inner}"),
     Sign(CONFIG, "*/" + ADAPTER, "{place} is not a base model, but holds the adapter {inner}",
          GIVE_ADAPTER),
-    Sign(CONFIG, "tokenizer.json model.safetensors model.safetensors.index.json",
+    Sign(CONFIG, "model.safetensors model.safetensors.index.json tokenizer.json",
          "{place} holds {file}, but it has no config.json: a part of it is missing",
          "download or copy the whole checkpoint again, or give its Hub id"),
     Sign(WEIGHTS, "*/*.gguf", "{place} is in GGUF, a format for inference: {file}", ORIGINAL),

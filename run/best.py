@@ -2,16 +2,20 @@
 
 import os
 import shutil
+from pathlib import Path
 
 from torch import nn
 
-from files import sync_files, sync_folder
+from data.template import ChatTemplate
+from errors import BadCheckpoint
+from files import json_bytes, read_json, sync_files, sync_folder
 from lora.config import LoRAConfig
 from lora.peft_format import WEIGHTS, save_adapter
 from run.base import Base
 from run.folder import Progress, Run
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CARD = """---
 base_model: {base}
 library_name: peft
@@ -41,9 +45,7 @@ def publish_best(
     best, new = run.best, run.folder / "best.new"
     shutil.rmtree(new, ignore_errors=True)
     save_adapter(model, new, lora, base=base.name, revision=base.commit)
-    for name in TOKENIZER_FILES:
-        if (base.folder / name).exists():
-            shutil.copyfile(base.folder / name, new / name)
+    copy_tokenizer(base.folder, base.chat.template, new)
     card = CARD.format(
         base=base.name,
         data=", ".join(run.options.get("data", [])),
@@ -51,7 +53,7 @@ def publish_best(
         loss=progress.best_loss,
         lora=lora,
     )
-    (new / "README.md").write_text(card)
+    (new / "README.md").write_text(card, "utf-8")
     sync_files(new)
     if best.exists():
         for name in (WEIGHTS, "README.md"):
@@ -61,3 +63,22 @@ def publish_best(
     else:
         os.rename(new, best)
     sync_folder(run.folder)
+
+
+def copy_tokenizer(base: Path, template: ChatTemplate, folder: Path) -> None:
+    """Write the base's tokenizer, and the chat template with the system prompt of the training.
+
+    Newer software reads the template's own file, older software only `tokenizer_config.json`.
+    """
+    for name in TOKENIZER_FILES:
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
+    files = template.files()
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, BadCheckpoint, "copy it again") if path.exists() else {}
+    if config.get("chat_template", files[TEMPLATE]) != files[TEMPLATE]:
+        config["chat_template"] = files[TEMPLATE]
+        path.write_bytes(json_bytes(config))

@@ -54,7 +54,7 @@ def load_checkpoint(
     if not run.checkpoints():
         return Progress()
     newest = run.checkpoints()[-1]
-    saved = json.loads((newest / "progress.json").read_text())
+    saved = json.loads((newest / "progress.json").read_text("utf-8"))
     with safe_open(newest / "state.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     with torch.no_grad():

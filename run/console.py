@@ -13,7 +13,7 @@ from data.audit import Audit, audit_lines
 from data.batches import Schedule
 from data.chat import ChatFormat
 from data.mixture import WeightedSource
-from data.rows import Problem
+from data.problems import Source
 from errors import printable
 from lora.config import LoRAConfig
 from lora.peft_format import read_adapter_config
@@ -29,9 +29,8 @@ def print_start(
     print(in_two_columns(options))
     *base_lines, device_line = base.lines()
     print("\n".join(base_lines))
-    for source in (part.source for part in mixture):
-        at = f" at {source.commit}" if source.commit else ""
-        print(f"data {source.name}{at}" + (f": {source.note}" if source.note else ""))
+    for part in mixture:
+        print(part.source.line())
     if folder := options["from_adapter"]:
         _, its_base, _ = read_adapter_config(Path(folder))
         print(f"continuing the adapter in {folder}, trained on {its_base}: {lora}")
@@ -52,9 +51,10 @@ def print_audit(audit: Audit) -> None:
     print("\n".join(audit_lines(audit)))
 
 
-def show_example(problem: Problem, chat: ChatFormat) -> None:
-    """Print one example as the model reads it: supervised text green, or in [[ ]]."""
-    encoded = chat.encode(problem.messages)
+def show_example(source: Source, chat: ChatFormat) -> None:
+    """Print how a source was read, and its first example: supervised text green, or in [[ ]]."""
+    print("\n".join(source.lines()))
+    encoded = chat.encode(source.train[0].messages)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
     pairs = zip(encoded.supervised_mask, encoded.tokens)

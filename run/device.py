@@ -6,7 +6,6 @@
 import ctypes
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
 
@@ -64,7 +63,9 @@ def cpu_bf16_feature() -> str | None:
     if not info.exists():
         return None
     flags = {
-        word for line in info.read_text().splitlines() for word in line.partition(":")[2].split()
+        word
+        for line in info.read_text("utf-8").splitlines()
+        for word in line.partition(":")[2].split()
     }
     return next((name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags), None)
 
@@ -85,9 +86,15 @@ def prepare_memory(device: torch.device) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far: allocated on the device with CUDA, else the process's resident set."""
+    """Peak memory so far: allocated on the device with CUDA, else the process's resident set; NaN
+    where the system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 

@@ -9,15 +9,19 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from errors import BadOption, listed, run_script
+from data.chat import ChatFormat
+from errors import BadCheckpoint, BadOption, listed, run_script
 from lora.inject import merge, unwrapped_state
-from lora.peft_format import read_adapter, read_adapter_config
-from model.checkpoint import find_checkpoint, read_config, remarks
+from lora.peft_format import read_adapter
+from model.checkpoint import read_config, read_eos_ids, remarks
 from model.load import load_model
+from run.base import checkpoint_of_adapter
+from run.best import copy_tokenizer
 from run.device import DTYPES
 from run.folder import check_place
 from run.options import option, parse
@@ -51,11 +55,18 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists():
         raise BadOption(f"--out {out} exists already", "give a folder that does not exist")
     check_place(out)
-    _, base, revision = read_adapter_config(Path(config.adapter))
-    checkpoint = find_checkpoint(config.model or base or "", None if config.model else revision)
+    if not config.adapter:
+        raise BadOption("--adapter is not given", "give an adapter's folder, such as out/.../best")
+    checkpoint = checkpoint_of_adapter(config.adapter, config.model)
     base = read_config(checkpoint.folder)
     for remark in remarks(checkpoint.folder, base):
         print(remark)
+    try:
+        adapter = Path(config.adapter)
+        chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size, adapter=adapter)
+    except BadCheckpoint as error:  # merging needs no chat
+        print(f"the base's chat template and eos ids are kept as they are: {error.cause}")
+        chat = None
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
@@ -77,6 +88,10 @@ def main(argv: list[str] | None = None) -> None:
     _update_config(
         new / "config.json", str(dtype).removeprefix("torch."), tied=base.tie_word_embeddings
     )
+    if chat:
+        copy_tokenizer(checkpoint.folder, chat.template, new)
+        eos_ids = chat.answer_ends(read_eos_ids(checkpoint.folder))
+        _update(new / "generation_config.json", {"eos_token_id": list(eos_ids)})
     save_file(state, new / "model.safetensors", metadata={"format": "pt"})
     (new / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
     os.rename(new, out)
@@ -87,17 +102,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def _saved_dtype(path: Path) -> str | None:
     """The dtype that `config.json` gives the weights, under either key."""
-    config = json.loads(path.read_bytes())
+    config = json.loads(path.read_text("utf-8"))
     return config.get("dtype", config.get("torch_dtype"))
 
 
 def _update_config(path: Path, dtype: str, *, tied: bool) -> None:
     """Write what describes the merged weights into `config.json`, under the keys that it uses."""
-    config = json.loads(path.read_bytes())
+    config = json.loads(path.read_text("utf-8"))
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     config["tie_word_embeddings"] = tied  # false for a base with an output embedding of its own
     config.pop("auto_map", None)  # names Python files, which are not copied
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _update(path: Path, values: dict[str, Any]) -> None:
+    """Write values into a JSON file, which may not exist yet."""
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(config | values, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
         metrics.jsonl       one line per step, one per validation
         validation.jsonl    the rows held out for validation
         audit.json          statistics of the data
-        lock                which process is using the folder
+        lock, lock.owner    locked by the process that uses the folder, and which one that is
         best/               the adapter with the best validation, in PEFT's format
         evaluation/         results of evaluate.py, one folder per combination of settings
         report.html, .md    a summary of all of it
@@ -15,7 +15,6 @@
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -26,19 +25,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from errors import BadRun, UserError, listed
 from files import JsonLines, clean_up, damage, read_json, write_file, write_json
 
 FORMAT = 2  # of config.json: 1 had --r, and mixed sources by exact fractions
 KEEP = 2  # checkpoints: the newest, and one to fall back on
-LOCK = "lock"
+LOCK, OWNER = "lock", "lock.owner"
 SPARE_BYTES = 64 << 20  # for logs, reports and answers
 # Options that may differ when a run resumes: its length, how often it validates and saves, and
 # --compile, which only rounds differently.
 FREE = {"out", "epochs", "max_steps", "patience", "evals_per_epoch", "save_every", "max_minutes",
         "price_per_hour", "compile"}  # fmt: skip
+# Names of the data, which may differ too if its content, in the identity "data_content", is equal:
+# files may be renamed.
+NAMES_OF_DATA = {"data", "data_commit", "data_revision", "data_sha256", "columns"}
 
 
 @dataclass
@@ -184,7 +188,11 @@ class Run:
         """
         folder = self.folder
         check_place(folder)
-        if not folder.exists() or {p.name for p in folder.iterdir()} <= {LOCK, "config.json.new"}:
+        if not folder.exists() or {p.name for p in folder.iterdir()} <= {
+            LOCK,
+            OWNER,
+            "config.json.new",
+        }:
             return None
         try:
             old = json.loads((folder / "config.json").read_bytes())
@@ -194,17 +202,20 @@ class Run:
             raise BadRun(
                 f"--out {folder} holds other files, and no run to resume", "give another --out"
             ) from None
+        content, old_content = (v.pop("data_content", None) for v in (values, old_values))
+        same_data = content is not None and content == old_content
+        free = FREE | (NAMES_OF_DATA if same_data else set())
         changed = {
             key: f"{key} was {old_values.get(key)}, is {values.get(key)}"
             for key in sorted(old_values.keys() | values.keys())
             if values.get(key) not in (old_values.get(key), [old_values.get(key)])
         }
-        if refused := [text for key, text in changed.items() if key not in FREE]:
+        if refused := [text for key, text in changed.items() if key not in free]:
             raise BadRun(
                 f"--out {folder} holds another run: {listed(refused)}",
                 "give another --out, or the old values to resume that run",
             )
-        return list(changed.values())
+        return [text for key, text in changed.items() if key not in ("data_sha256", "data_commit")]
 
     def repair(self) -> None:
         """Remove what killed sessions left half done, and set damaged checkpoints aside.
@@ -281,7 +292,7 @@ def default_folder(model: str, data: list[str]) -> Path:
     return Path("out") / "-".join(stems).lower()
 
 
-_locked: dict[Path, IO] = {}  # folders locked by this process; open until it ends
+_locked: dict[Path, FileLock] = {}  # folders locked by this process, until it ends
 
 
 def lock(folder: Path) -> None:
@@ -292,20 +303,21 @@ def lock(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() in _locked:
         return
-    file = (folder / LOCK).open("a+")
+    file_lock = FileLock(folder / LOCK, thread_local=False)
+    owner = folder / OWNER
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read(200).strip() or "another process"
+        file_lock.acquire(blocking=False)
+    except Timeout:
+        known = owner.read_text("utf-8", "replace")[:200].strip() if owner.exists() else ""
         raise BadRun(
-            f"{folder} is in use by {owner}", "wait for it, stop it, or give another --out"
+            f"{folder} is in use by {known or 'another process'}",
+            "wait for it, stop it, or give another --out",
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+    except (OSError, NotImplementedError) as error:
+        unsupported = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+        if getattr(error, "errno", errno.ENOSYS) not in unsupported:
             raise
         print(f"{folder} is on a file system without locks: a second run is not kept out")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%F %T}\n")
-    file.flush()
-    _locked[folder.resolve()] = file
+    since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    owner.write_text(f"process {os.getpid()} on {platform.node()} since {since}\n", "utf-8")
+    _locked[folder.resolve()] = file_lock

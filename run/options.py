@@ -6,16 +6,20 @@ becomes `--learning-rate 2e-4` and a key of `config.json`.
 
 import argparse
 import dataclasses
+import difflib
 import math
+import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from errors import BadOption, listed
+from run import elsewhere
 
 T = TypeVar("T")
+FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -61,9 +65,6 @@ def parse(
         description=first_line, epilog=rest, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    for old, new in renamed.items():
-        if any(arg == f"--{old}" or arg.startswith(f"--{old}=") for arg in argv):
-            raise BadOption(f"there is no option --{old}", f"use --{new}")
     types, starts = typing.get_type_hints(cls), {name: title for title, name in groups.items()}
     group = parser
     for field in dataclasses.fields(cls):
@@ -73,6 +74,7 @@ def parse(
     parser.add_argument(
         "--debug", action="store_true", help="show where in the code an error came from"
     )
+    argv = with_known_flags(argv, known_flags(cls, presets), renamed, parser.prog)
     for name, values in presets.items():
         flags = " ".join(f"{_flag(k)} {shown(v)}" for k, v in values.items())
         parser.add_argument(_flag(name), action="store_true", help=f"short for {flags}")
@@ -91,11 +93,65 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def known_flags(cls: type, presets: Iterable[str] = ()) -> list[str]:
+    """Every flag of an options dataclass: those of its fields and presets, --debug and --help."""
+    fields = dataclasses.fields(cls)
+    switches = [field.name for field in fields if isinstance(field.default, bool)]
+    names = [field.name for field in fields] + [f"no-{name}" for name in switches]
+    return [_flag(name) for name in (*names, *presets, "debug", "help")]
+
+
+def with_known_flags(
+    argv: Sequence[str], known: Sequence[str], renamed: Mapping[str, str], prog: str
+) -> list[str]:
+    """`argv` with underscores in flags as hyphens; BadOption lists all flags that do not exist.
+
+    Each comes with what it is called here, if it is another trainer's option, or with the flag that
+    is spelled most like it. `renamed` maps former names to today's.
+    """
+    result, unknown = [], {}
+    for index, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        hyphened = flag.replace("_", "-")
+        if arg == "--":  # ends the options
+            return [*result, *argv[index:]]
+        if hyphened in known:
+            arg = hyphened + equals + value
+        elif FLAG.match(arg) and " " not in arg and flag != "-h":
+            unknown[flag] = _advice(flag, known, renamed)
+        result.append(arg)
+    if unknown:
+        several, to_help = len(unknown) > 1, not all(unknown.values())
+        advice = [f"{flag}: {text}" if several else text for flag, text in unknown.items() if text]
+        if to_help or any(text.startswith("did you") for text in unknown.values()):
+            advice.append(f"python {prog} --help lists the options")
+        raise BadOption(f"there is no option {', '.join(unknown)}", "; ".join(advice))
+    return result
+
+
+def _advice(flag: str, known: Sequence[str], renamed: Mapping[str, str]) -> str:
+    """What to type instead of a flag that does not exist; "" if nothing is known about it."""
+    name = flag.lstrip("-").replace("-", "_").casefold()
+    here = [renamed[name]] if name in renamed else []
+    here += [ours for ours, names in elsewhere.NAMES.items() if name in names]
+    for ours in here:
+        if _flag(ours) in known:
+            return f"use {_flag(ours)}"
+    for advice, names in elsewhere.ADVICE.items():
+        if name in names:
+            return advice
+    close = difflib.get_close_matches(_flag(name), known, n=1, cutoff=0.75)
+    return f"did you mean {close[0]}?" if close else ""
+
+
 class _Names(argparse.Action):
-    """`A,B` and `A B` are the same two names."""
+    """`A,B`, `A B` and the option given twice are the same two names."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(name for text in values for name in text.split(",")))
+        given = vars(namespace).setdefault("given_lists", {})
+        names = given.setdefault(self.dest, [])
+        names += [name for text in values for name in text.split(",")]
+        setattr(namespace, self.dest, tuple(names))
 
 
 def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import stat
 import time
 
 STARTED = time.monotonic()  # of the process, apart from its imports before this one
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
 TIME_IS_UP = 75  # EX_TEMPFAIL of <sysexits.h>
 
 
@@ -48,7 +49,7 @@ class Stop:
         self.signal = signal.Signals(number)
         if self.before[signal.SIGINT] != signal.SIG_IGN:  # a second Ctrl-C must not wait
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if number == signal.SIGHUP:
+        if number == SIGHUP:
             _detach_from_terminal()
 
     def requested(self) -> bool:
@@ -78,7 +79,7 @@ class Stop:
         """Why the session stops, for people."""
         if self.signal is not None:
             return self.signal.name
-        return "--max-minutes reached" if self.requested() else "another rank was stopped"
+        return "--max-minutes reached" if self.requested() else "stop requested on another rank"
 
 
 def _detach_from_terminal() -> None:

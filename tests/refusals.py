@@ -8,6 +8,11 @@ from errors import run_script
 TRAIN = "--model base --data data --out out --device cpu --precision fp32 "  # in `workspace`
 
 
+def training(flags: str) -> str:
+    """TRAIN with `flags`, whose --data replaces TRAIN's: it would be added to it."""
+    return (TRAIN.replace("--data data ", "") if "--data " in flags else TRAIN) + flags
+
+
 def snapshot(folder: Path) -> dict[str, bytes | None]:
     """The content of every file below `folder`; None for folders."""
     return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}

@@ -15,13 +15,13 @@ from errors import run_script
 from lora.peft_format import CONFIG, WEIGHTS
 from run import export
 from tests import toys
-from tests.refusals import TRAIN, refused
+from tests.refusals import TRAIN, refused, training
 
 
 @pytest.mark.parametrize(
     "flags, cause",
     [
-        ("--epoch 3", "unrecognized arguments: --epoch"),
+        ("--epoch 3", "there is no option --epoch"),
         ("extra", "unrecognized arguments: extra"),
         ("--epochs", "--epochs: expected one argument"),
         ("--epochs 0", "--epochs 0 is less than 1"),
@@ -29,8 +29,8 @@ from tests.refusals import TRAIN, refused
         ("--dropout 1 --epochs 0", "--dropout 1.0 is not below 1; --epochs 0 is less than 1"),
         ("--learning-rate nan", "--learning-rate nan is not a finite number"),
         ("--schedule wavy", "--schedule: invalid choice: 'wavy'"),
-        ("--bias all", "unrecognized arguments: --bias all"),
-        ("--init pissa", "unrecognized arguments: --init pissa"),
+        ("--bias all", "there is no option --bias"),
+        ("--init pissa", "there is no option --init"),
         ("--r 8", "there is no option --r"),
         ("--r=8", "there is no option --r"),
         ("--alphas q_proj=4", "there is no option --alphas"),
@@ -179,7 +179,7 @@ BAD_DATA = {
     "empty": ("x.jsonl", b"", "x.jsonl has no rows"),
     "not JSON": ("x.jsonl", b"question,answer\n1,2\n", "2 of 2 rows are bad: x.jsonl:1: not JSON"),
     "other keys": ("x.jsonl", b'{"text": "x"}\n' * 9, "9 of 9 rows are bad"),
-    "another kind": ("x.csv", b"question,answer\n", "neither .jsonl nor .parquet"),
+    "another kind": ("x.txt", b"question,answer\n", "x.txt is not one of .jsonl, .parquet, "),
     "not parquet": ("x.parquet", GOOD, "x.parquet is not a readable parquet file"),
     "one question": ("x.jsonl", GOOD * 5, "5 rows to train on and 0 to validate on"),
     "no train file": ("x/test.jsonl", GOOD, "holds no train.jsonl or train.parquet"),
@@ -194,7 +194,7 @@ def test_data_that_is_missing_empty_or_malformed_is_refused(
     if content is not None:
         (workspace / name).write_bytes(content)
     data = "x" if name.startswith("x/") else name
-    assert cause in refused(train.main, TRAIN + f"--data {data}", capsys)
+    assert cause in refused(train.main, training(f"--data {data}"), capsys)
 
 
 @pytest.mark.parametrize(

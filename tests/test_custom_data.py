@@ -13,7 +13,7 @@ from data.custom import choose_files, is_hub_id, load_path, parse_columns
 from data.rows import Message, parse_row
 from errors import BadData, BadOption
 from tests.hub_stub import COMMITS, python
-from tests.refusals import TRAIN, refused
+from tests.refusals import refused, training
 from tests.toys import parquet
 
 TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
@@ -48,12 +48,11 @@ BAD = {
         {"prompt": TURNS[:1], "completion": "2"},
         "is a list of messages",
     ),
-    "prompt with answers": (
-        {"prompt": TURNS + TURNS[:1], "completion": TURNS[1:]},
-        "trained on too",
-    ),
     "ends with the user": ({"messages": CHAT[:-1]}, "ending with assistant"),
-    "ShareGPT": ({"messages": [{"from": "human", "value": "x"}]}, "content is missing"),
+    "ShareGPT that ends with the user": (
+        {"messages": [{"from": "human", "value": "x"}]},
+        "ending with assistant",
+    ),
     "input is a number": ({"instruction": "i", "input": 5, "output": "o"}, "input is int"),
 }
 
@@ -131,7 +130,7 @@ UNCLEAR = {
     ),
     "train.jsonl train.parquet": ("train.jsonl; train.parquet", "give the file itself"),
     "test.jsonl": ("holds no train.jsonl or train.parquet among test.jsonl", "the remedy"),
-    "train.csv": ("holds no train.jsonl or train.parquet", "the remedy"),
+    "train.txt": ("holds no train.jsonl or train.parquet", "the remedy"),
     "one.jsonl two.jsonl": ("holds no train.jsonl", "the remedy"),
 }  # fmt: skip
 
@@ -260,4 +259,4 @@ def test_custom_data_that_cannot_be_read_is_refused_before_anything_starts(
     write(workspace / "x.jsonl", [{"problem": f"{n}?", "text": "1"} for n in range(40)])
     write(workspace / "u.jsonl", [ENDS_WITH_USER] * 3)
     write(workspace / "empty.jsonl", [])
-    assert re.search(REFUSED[flags], refused(train.main, TRAIN + flags, capsys))
+    assert re.search(REFUSED[flags], refused(train.main, training(flags), capsys))

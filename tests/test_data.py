@@ -282,7 +282,7 @@ def test_a_file_without_rows_is_refused(tmp_path, content):
 
 
 def test_parquet_gives_the_same_problems_as_jsonl(tmp_path):
-    chats = [{"messages": [m._asdict() for m in messages(turns)]} for turns in CHATS]
+    chats = [{"messages": [m.row() for m in messages(turns)]} for turns in CHATS]
     for rows in ([GOOD, {"question": "é", "answer": "x\ny"}], chats):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
         problems, bad = read_problems(tmp_path / "t.parquet")

@@ -224,26 +224,26 @@ def test_a_run_whose_output_is_closed_shows_no_traceback_and_can_be_resumed(
 
 
 def test_a_run_whose_terminal_is_closed_saves_its_step(short, expected, tmp_path):
-    here, there = pty.openpty()
+    controller, terminal = pty.openpty()
 
     def on_the_terminal():
-        os.close(here)
+        os.close(controller)
         os.setsid()
-        fcntl.ioctl(there, termios.TIOCSCTTY, 0)
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
         for number in (1, 2):
-            os.dup2(there, number)
+            os.dup2(terminal, number)
         slowed(0.005)()
 
     out = tmp_path / "run"
     child = start(short, out, fault=on_the_terminal)
-    os.close(there)
-    os.set_blocking(here, False)
+    os.close(terminal)
+    os.set_blocking(controller, False)
     while steps_logged(out) < 3 and not child.has_ended():
         try:
-            os.read(here, 65536)
+            os.read(controller, 65536)
         except OSError:
             time.sleep(0.001)
-    os.close(here)
+    os.close(controller)
     assert child.wait().code == 129 and unsaved_steps(out) == 0
     finish(short, out)
     assert results(out) == expected
@@ -296,38 +296,38 @@ def test_a_disk_without_space_for_a_run_is_refused_with_the_bytes_needed(short, 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can change its user")
 def test_an_out_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
-    place = Path("/tmp") / f"owned-by-root-{os.getpid()}"
-    place.mkdir(mode=0o755)
+    folder = Path("/tmp") / f"owned-by-root-{os.getpid()}"
+    folder.mkdir(mode=0o755)
     nobody = functools.partial(os.setresuid, 65534, 65534, 65534)
     try:
-        for out in (place, place / "new"):
+        for out in (folder, folder / "new"):
             nothing = ["--model", "nowhere", "--data", "nowhere"]
             ended = run(nothing, out, fault=nobody, log=tmp_path / "log")
             assert ended.code == 2 and f"--out {out} cannot be written" in ended.two_line_error()
-        assert not list(place.iterdir())
+        assert not list(folder.iterdir())
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
 
 
 def test_nothing_is_written_outside_the_run_folder_not_even_in_tmpdir(short, tmp_path):
-    out, seen = tmp_path / "run", tmp_path / "seen"
-    handle = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    out, log = tmp_path / "run", tmp_path / "paths"
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def watch(event: str, arguments: tuple) -> None:
-        places = {"os.mkdir": 1, "os.rename": 2, "os.symlink": 2}.get(event, 0)
+        count = {"os.mkdir": 1, "os.rename": 2, "os.symlink": 2}.get(event, 0)
         if event == "open" and isinstance(arguments[0], str | bytes) and arguments[2]:
-            places = int(bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
-        for place in arguments[:places]:
-            os.write(handle, os.fsencode(place) + b"\n")
+            count = int(bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
+        for path in arguments[:count]:
+            os.write(handle, os.fsencode(path) + b"\n")
 
     def watched():
         os.environ["TMPDIR"] = str(tmp_path / "missing")
         sys.addaudithook(watch)
 
     assert run(short, out, fault=watched).code == 0
-    places = set(seen.read_text().splitlines()) - {os.devnull}
-    assert str(out / "best" / WEIGHTS) in {p.replace(".new", "") for p in places}
-    assert all(Path(place).is_relative_to(out) for place in places), places
+    paths = set(log.read_text().splitlines()) - {os.devnull}
+    assert str(out / "best" / WEIGHTS) in {p.replace(".new", "") for p in paths}
+    assert all(Path(path).is_relative_to(out) for path in paths), paths
 
 
 # Damaged files
@@ -627,7 +627,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(two_ranks, tmp_path
     second.send(signal.SIGTERM)
     ended = [first.wait(limit=30), second.wait(limit=30)]
     assert [e.code for e in ended] == [75, 143], ended
-    assert "another rank was stopped: stopped after step" in ended[0].out
+    assert "stop requested on another rank: stopped after step" in ended[0].out
     assert unsaved_steps(tmp_path / "run") == 0
     resume_with_ranks(flags, tmp_path / "run")
     assert results(tmp_path / "run") == expected

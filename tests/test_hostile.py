@@ -122,7 +122,8 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(base, changes):
 def test_an_adapters_rank_is_checked_against_its_file_before_it_is_allocated(base, adapter, rank):
     model = load_base(base)
     toys.change_json(adapter / CONFIG, r=rank)
-    assert f"rank {rank} means" in refusal(lambda: read_adapter(adapter, model), BadAdapter)
+    cause = refusal(lambda: read_adapter(adapter, model), BadAdapter)
+    assert f"lora_A.weight is (2, 64), not ({rank}, 64)" in cause
     assert not list(adapters(model))
 
 
@@ -248,7 +249,8 @@ def test_the_source_calls_nothing_that_executes_what_it_reads():
                 names = [alias.name.split(".")[0] for alias in node.names]
             if isinstance(node, ast.ImportFrom):
                 names = [node.module.split(".")[0]]
-            found += [(path.name, n) for n in names if n in CALLS | MODULES]
+            allowed = {"jinja2"} if path.name == "sandbox.py" else set()  # see test_template.py
+            found += [(path.name, n) for n in names if n in CALLS | MODULES - allowed]
         found += [(path.name, n) for n in ("trust_remote_code", "allow_pickle") if n in text]
     assert len(SOURCES) > 30 and not found
 

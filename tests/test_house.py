@@ -132,9 +132,9 @@ def test_no_function_has_more_than_seven_parameters():
     assert too_many == []
 
 
-def test_arbitrary_keywords_are_passed_on_to_tqdm_and_to_log_lines_only():
+def test_arbitrary_keywords_are_passed_on_to_tqdm_to_log_lines_and_by_jinja2_only():
     tunnels = {where for where, function in functions() if function.args.kwarg}
-    assert tunnels == {"progress_bar.progress_bar", "files.write"}
+    assert tunnels == {"progress_bar.progress_bar", "files.write", "data.sandbox.call"}
 
 
 def test_the_map_in_the_readme_names_every_file_of_the_product_and_no_other():
@@ -151,3 +151,17 @@ def test_the_map_in_the_readme_names_every_file_of_the_product_and_no_other():
     product = {str(path.relative_to(HOUSE)) for path in FOUND if path.name != "__init__.py"}
     assert {name for name in named if name.endswith(".py")} == product
     assert all((HOUSE / name).exists() for name in named)
+
+
+def test_tests_import_from_helpers_and_not_from_other_tests():
+    wrong = []
+    for path in (HOUSE / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            wrong += [
+                (path.name, name) for name in names if re.match(r"tests(\.\w+)*\.test_", name)
+            ]
+    assert wrong == []

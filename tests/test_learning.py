@@ -1,8 +1,8 @@
-"""Learning is real: a run makes a model answer held-out problems that its base cannot, and not by
-chance.
+"""Laws of learning: after a run the model answers test problems that its base cannot answer.
 
-The task is small enough for a tiny network with random weights: ten animals' legs, asked about by
-twenty people. Held out are pairs of a person and an animal that never occur together in training.
+The task is small enough for a tiny network with random weights: the number of legs of ten animals,
+which belong to twenty people. The test questions are pairs of person and animal that are not in the
+training data.
 """
 
 import json
@@ -24,7 +24,7 @@ STRONG = "--targets all-linear --rank 16 --alpha 32 --learning-rate 1e-2 --batch
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> list[str]:
-    """Flags for a base with random weights, and 200 rows of which 40 are the test."""
+    """Flags that name a base with random weights, and 160 training and 40 test rows."""
     folder = tmp_path_factory.mktemp("legs")
     rows = [
         {"question": f"{name} has a {animal}. How many legs has it?",
@@ -39,7 +39,7 @@ def task(tmp_path_factory) -> list[str]:
 
 
 def outcome(task: list[str], out: Path, *flags: str) -> tuple[list[float], dict]:
-    """Validation losses of a run, and the evaluation of its best adapter against the base."""
+    """The validation losses of a run, and the evaluation of its best adapter and of the base."""
     common = ["--precision", "fp32", "--device", "cpu"]
     train.main([*task, "--out", str(out), *STRONG.split(), "--dropout", "0", *common, *flags])
     losses = [m["val_loss"] for m in read_log(out / "metrics.jsonl") if "val_loss" in m]
@@ -48,10 +48,10 @@ def outcome(task: list[str], out: Path, *flags: str) -> tuple[list[float], dict]
     return losses, json.loads(result.read_text())
 
 
-def test_a_run_teaches_what_the_base_cannot_do(task, tmp_path):
+def test_a_run_teaches_a_task_that_the_base_cannot_do(task, tmp_path):
     losses, result = outcome(task, tmp_path / "run", "--evals-per-epoch", "1")
     base, tuned = (result["models"][name] for name in ("base", "tuned"))
-    assert base["loss"] > 5 and losses[-1] < 0.4  # nats a token: 6.3 to 0.15
+    assert base["loss"] > 5 and losses[-1] < 0.4  # nats per token: from 6.3 to 0.15
     assert base["correct"]["numeric-equal"] <= 2  # of 40 problems: 0
     assert tuned["correct"]["numeric-equal"] >= 32  # 39
     assert result["in_words"].endswith(": better")
@@ -69,7 +69,7 @@ def test_stopping_on_exact_match_keeps_the_adapter_that_answers_best(task, tmp_p
     flags = ["--stop-on", "exact-match", "--evals-per-epoch", "1", "--max-new-tokens", "40"]
     outcome(task, tmp_path / "run", *flags)
     lines = [m for m in read_log(tmp_path / "run" / "metrics.jsonl") if "val_loss" in m]
-    rates = [(line["val_exact_match"], -line["val_loss"]) for line in lines]
+    ranking = [(line["val_exact_match"], -line["val_loss"]) for line in lines]
     card = (tmp_path / "run" / "best" / "README.md").read_text()
-    assert max(rates)[0] > 0.8
-    assert f"best at step {lines[rates.index(max(rates))]['step']}," in card
+    assert max(ranking)[0] > 0.8
+    assert f"best at step {lines[ranking.index(max(ranking))]['step']}," in card

@@ -549,9 +549,9 @@ def change_tensors(saved: Path, change) -> None:
 
 
 def test_a_wrong_prefix_is_refused(saved, folder):
-    change_tensors(saved, lambda ts: {k.removeprefix("base_model."): t for k, t in ts.items()})
+    change_tensors(saved, lambda ts: {k.replace("model.layers", "h"): t for k, t in ts.items()})
     cause = problem_of(saved, folder)
-    assert "is missing" in cause and "26 more" in cause  # 16 missing, 16 not expected, 6 shown
+    assert "is not expected" in cause and "26 more" in cause  # 16 not expected, 16 missing, 6 shown
 
 
 def test_all_problems_of_the_tensors_are_listed_at_once(saved, folder):
@@ -621,19 +621,18 @@ UNSUPPORTED = {
     "r": ["8", 0, -1, True, 4.0, None],
     "lora_alpha": ["16", None, True, math.nan, math.inf],
     "lora_dropout": ["0", 1.0, -0.1, math.nan, None],
-    "target_modules": ["q_proj", ".*", "(a+)+b", ["q_proj", ".*_proj"], [], [3], None, ["qproj"]],
+    "target_modules": [["q_proj", ".*_proj"], [], [3], None, "", {"q_proj": 1}, ["qproj"]],
     "bias": ["all", "lora_only", "some", None, ["all"]],
     "use_rslora": ["no", None],
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", None],
     "peft_type": ["IA3", None],
     "use_dora": ["yes", None],
-    "fan_in_fan_out": [True],
     "modules_to_save": [["lm_head"]],
     "layers_to_transform": [[0], 0],
     "layers_pattern": ["layers"],
     "rank_pattern": [{"q_proj": 0}, {"q_proj": True}, {"q_.*": 2}, {"up_proj": 2}, ["q_proj"], 3],
     "alpha_pattern": [{"q_proj": math.nan}, {"(a+)+b": 2}, {"mlp": 2}, [], {"": 2}],
-    "exclude_modules": ["k_proj", ["k_proj"]],
+    "exclude_modules": [["k_proj"], [".*"], 3],
     "target_parameters": [["x"]],
     "layer_replication": [[[0, 2]]],
     "trainable_token_indices": [[1, 2]],
@@ -653,7 +652,7 @@ def test_a_setting_that_is_malformed_or_not_supported_is_refused(saved, folder, 
     assert field in problem_of(saved, folder)
 
 
-def test_all_linear_is_the_only_string_that_target_modules_may_be(folder, tmp_path):
+def test_all_linear_is_read_as_such(folder, tmp_path):
     config = LoRAConfig(4, 8, targets=("all-linear",))
     model = adapted(folder, targets=config.targets)
     save_adapter(model, tmp_path, config, base=str(folder), revision=None)
@@ -664,7 +663,7 @@ def test_all_linear_is_the_only_string_that_target_modules_may_be(folder, tmp_pa
 
 
 def test_all_problems_of_the_settings_are_listed_at_once(saved, folder):
-    toys.change_json(saved / CONFIG, r="8", lora_alpha=None, use_dora="yes", target_modules=".*")
+    toys.change_json(saved / CONFIG, r="8", lora_alpha=None, use_dora="yes", target_modules=[".*"])
     cause = problem_of(saved, folder)
     assert all(f in cause for f in ("r is", "lora_alpha is", "use_dora is", "target_modules is"))
 
@@ -719,6 +718,7 @@ def test_the_merged_folder_in_bf16_is_complete_and_readable_and_loads_again(tmp_
     again = load_model(tmp_path / "out", dtype=torch.bfloat16)
     assert equal(again.state_dict(), once)
     others = {p.name for p in base.iterdir() if "safetensors" not in p.name}
+    others.add("chat_template.jinja")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*others, "model.safetensors"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype" if new_config else "torch_dtype"] == "bfloat16"

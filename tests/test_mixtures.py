@@ -31,7 +31,7 @@ from run.console import validation_line
 from run.folder import default_folder
 from tests import toys
 from tests.campaign.harness import await_steps, finish, results, start
-from tests.refusals import TRAIN, refused
+from tests.refusals import refused, training
 from tests.toys import read_log, some_examples, write_lines
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
@@ -315,9 +315,9 @@ def test_a_validation_line_of_several_sources_has_at_most_80_columns():
     assert max(map(len, validation_line(99999, found, True).splitlines()[1:])) <= 80
 
 
-def test_a_run_whose_saved_data_option_is_a_single_string_resumes(whole, short, tmp_path):
+def test_a_run_whose_saved_data_option_is_a_single_string_resumes(finished, short, tmp_path):
     out = tmp_path / "old"
-    shutil.copytree(whole, out)
+    shutil.copytree(finished, out)
     config = json.loads((out / "config.json").read_text())
     (config["options"]["data"],) = config["options"]["data"]
     del config["options"]["columns"]
@@ -357,4 +357,4 @@ def test_an_impossible_mixture_is_refused_before_anything_starts(
     workspace, capsys, flags
 ):  # fmt: skip
     (workspace / "empty.jsonl").write_text("")
-    assert REFUSED[flags] in refused(train.main, TRAIN + flags, capsys)
+    assert REFUSED[flags] in refused(train.main, training(flags), capsys)

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import run.device
 from data.batches import Schedule, SourceRows
 from errors import BadOption, BadRun
 from files import JsonLines, write_json
+from run import device as run_device
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import pick_device, pick_precision
 from run.folder import Progress, Run
@@ -373,7 +373,63 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
         Run(tmp_path / "run").check(CONFIG, DEFAULTS)
 
 
+# Reading a run's folder
+
+
+def test_the_folder_of_no_run_reads_as_empty(tmp_path):
+    for run in (Run(tmp_path), Run(tmp_path / "missing"), Run.of_adapter(None)):
+        assert run.config == run.options == run.identity == run.progress() == run.audit() == {}
+        assert (run.log(), run.checkpoints(), run.read_progress()) == (([], 0), [], None)
+        assert run.format is None
+    assert not list(tmp_path.iterdir())
+
+
+DAMAGED = [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"\0" * 99, b"[" * 99_999,
+           b'{"progress": 1}']  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_files_of_a_run_are_read_without_an_exception_and_not_changed(tmp_path, content):
+    _, state = new_training()
+    run = Run(tmp_path)
+    for cursor in (5, 6):
+        save_checkpoint(run, Progress(cursor=cursor), **state)
+    (tmp_path / "checkpoints" / "step-000006" / "progress.json").write_bytes(content)
+    (tmp_path / "audit.json").write_bytes(content)
+    run.log_file.write_bytes(b'{"step": 1}\n' + content + b'\n{"step": 2}\n{"st')
+    before = snapshot(tmp_path)
+    assert run.progress()["cursor"] == 5  # of the older checkpoint
+    assert run.audit() in ({}, {"progress": 1})
+    lines, damaged = run.log()
+    assert (lines[0], lines[-1]) == ({"step": 1}, {"step": 2}) and len(lines) + damaged == 3
+    assert snapshot(tmp_path) == before
+
+
+def test_folders_in_place_of_a_runs_files_are_read_without_an_exception(tmp_path):
+    for name in ("audit.json", "metrics.jsonl", "checkpoints/step-000001/progress.json"):
+        (tmp_path / name).mkdir(parents=True)
+    run = Run(tmp_path)
+    assert (run.audit(), run.log(), run.progress()) == ({}, ([], 0), {})
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED, b'{"options": 3}', b'{"options": {}, "identity": 1}']
+)
+def test_a_damaged_configuration_of_a_run_is_refused_in_two_lines(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(BadRun, match="config.json") as refusal:
+        _ = Run(tmp_path).options
+    assert len(str(refusal.value).splitlines()) == 2
+
+
 # The log
+
+
+def test_a_log_that_is_switched_off_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = JsonLines(None, keep=7)
+    log.write(step=1)
+    assert log.sync() == 0 and not list(tmp_path.iterdir())
 
 
 def test_a_resumed_log_is_truncated_to_the_size_in_the_checkpoint(tmp_path):
@@ -419,7 +475,7 @@ def test_auto_precision_is_the_one_the_hardware_has_units_for(
     tmp_path, monkeypatch, device, gpu_has_bf16, flags, precision
 ):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n\nprocessor : 1\n")
-    monkeypatch.setattr(run.device, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(run_device, "Path", lambda _: tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpu_has_bf16)
     assert pick_precision("auto", device)[0] == precision
     for name in ("bf16", "fp16", "fp32"):

@@ -95,7 +95,7 @@ def test_only_the_steps_and_their_end_tokens_are_supervised(checkpoint):
         [],
     )  # one text after another; targets are shifted at the end
     newline, start, end = chat.plain("\n"), [chat.start], [chat.end]
-    for role, text in [("system", toys.SYSTEM), *problem.messages]:
+    for role, text in [("system", toys.SYSTEM), *(m[:2] for m in problem.messages)]:
         if role == "assistant":
             head, learned = start + chat.plain("assistant\n"), chat.plain(text) + end
         else:
@@ -179,8 +179,9 @@ def test_the_gold_answers_of_earlier_turns_change_nothing(model, chat):
 
 def test_what_is_shown_before_a_turn_holds_no_gold():
     *shown, asked_for = next_turn(PROBLEMS[0], ["own 0"]).messages
-    assert shown == [("user", "p0 asks 0"), ("assistant", "own 0"), ("user", "p0 asks 1")]
-    assert asked_for == ("assistant", "gold 1")
+    expected = [("user", "p0 asks 0"), ("assistant", "own 0"), ("user", "p0 asks 1")]
+    assert shown == [Message(*turn) for turn in expected]
+    assert asked_for == Message("assistant", "gold 1")
 
 
 def test_conversations_that_are_done_are_not_held_again_and_the_rest_comes_out_the_same(
@@ -210,7 +211,7 @@ def test_one_may_leave_in_the_middle_of_a_conversation(model, chat):
 
 
 def test_an_evaluation_scores_the_last_turn_and_keeps_them_all(lively_checkpoint, tmp_path):
-    rows = [json.dumps({"messages": [m._asdict() for m in p.messages]}) for p in PROBLEMS[:3]]
+    rows = [json.dumps({"messages": [m.row() for m in p.messages]}) for p in PROBLEMS[:3]]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     flags = f"--model {lively_checkpoint} --data {tmp_path} --out {tmp_path / 'out'} --device cpu"

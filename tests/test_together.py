@@ -1,4 +1,4 @@
-"""Laws that only a combination of features can break: mixtures, choices, turns, adapters."""
+"""Laws of features combined: mixtures, choices, conversations, adapters."""
 
 import json
 
@@ -13,12 +13,12 @@ from tests.toys import write_lines
 
 
 def sums(count: int, **names: str) -> list[dict[str, str]]:
-    """Rows of sums, with some columns renamed."""
+    """Rows of sums; `names` renames columns."""
     rows = [toys.sum_problem(n, 3) for n in range(count)]
     return [{names.get(k, k): v for k, v in row.items()} for row in rows]
 
 
-def test_choices_and_renamed_columns_train_in_one_run_and_are_scored_separately(
+def test_choices_and_renamed_columns_are_trained_together_and_evaluated_separately(
     choice_tasks, checkpoint, tmp_path
 ):
     mine, run = tmp_path / "mine.jsonl", tmp_path / "run"
@@ -57,14 +57,14 @@ def test_a_row_held_out_from_one_source_is_in_no_train_split(tmp_path):
     assert alone < found["validation", 2]
 
 
-def test_a_kept_conversation_holds_the_turns_of_the_model_and_has_the_same_question():
+def test_a_kept_conversation_has_the_models_own_turns_and_the_original_question():
     messages = ("user", "a?"), ("assistant", "gold"), ("user", "b?"), ("assistant", "so\n#### 7")
     problem = Problem(
         "t:1", tuple(Message(*turn) for turn in messages), original_question="a and b"
     )
     turns = [["own", "7\n#### 7"], ["own ", "7 #### 7"], ["other", "7\n#### 7"], ["", "#### 7"]]
-    given = [Completion("t:1", n, t[-1], 9, False, 0.1, t) for n, t in enumerate(turns)]
-    rows = list(correct_solutions([problem], {"t:1": given}))
+    answers = [Completion("t:1", n, t[-1], 9, False, 0.1, t) for n, t in enumerate(turns)]
+    rows = list(correct_solutions([problem], {"t:1": answers}))
     assert [row["sample"] for row in rows] == [0, 2]
     for row, first in zip(rows, ("own", "other")):
         read = parse_row(json.loads(json.dumps(row)), "own.jsonl:1")

@@ -1,0 +1,255 @@
+"""An adapter folder as its two files describe it, and whether it fits a model.
+
+The tensors say where they belong: layers are taken from their keys, and ranks from the rows of A
+where the config gives them by an expression. The config says how they are scaled, and must not
+contradict them: PEFT itself drops tensors outside `target_modules` in silence, and computes with
+the bare base where the tensors of a layer are missing. Here both are problems.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from errors import listed
+from lora.config import LoRAConfig, last_part, of_layer
+from lora.foreign import CONFIG, WEIGHTS, check_folder
+from lora.peft_settings import MERGE, Problem, Settings, plain_name, read_settings, refuse
+from lora.peft_tensors import (
+    PREFIX,
+    Tensors,
+    bare,
+    read_header,
+    read_tensors,
+    same_values,
+    sort_keys,
+)
+
+T = TypeVar("T")
+
+OTHER_BASE = "give the base it was trained on with --model, or another adapter"
+INCOMPLETE = f"{OTHER_BASE}; if the base is right, the adapter is incomplete: copy it again"
+OTHER_CONFIG = f"correct {CONFIG}, or copy the one that was saved with these tensors"
+VISION = "it belongs to a vision-language model: give an adapter of a Qwen2 or Qwen2.5 text model"
+HEAD = f"adapters of the embedding and the output head are not supported: {MERGE}"
+TRAINED = f"more than adapters was trained, or tokens were added: {MERGE}"
+OTHER_PROGRAM = "save it in PEFT's format with the program that trained it"
+ADAPTER_ONLY = "save only the adapter, with PEFT's model.save_pretrained(FOLDER)"
+UNUSED_ENTRY = f"correct the name in {CONFIG}, or delete the entry if no layer needs it"
+
+
+def peft_key(name: str) -> str:
+    """PEFT's key for one of our trained parameters."""
+    return PREFIX + name + (".weight" if name.endswith(("lora_A", "lora_B")) else "")
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """Settings, and the tensors' keys and shapes; values are read on demand."""
+
+    folder: Path
+    settings: Settings
+    tensors: Tensors
+    config: LoRAConfig
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterFolder":
+        """Read the config and the header of the weights.
+
+        Raises BadAdapter for a folder that is something else, and for settings that cannot be
+        honored or that contradict the tensors. Wrong tensors are left to `problems`.
+        """
+        check_folder(folder)
+        settings = read_settings(folder)
+        tensors = sort_keys(read_header(folder / WEIGHTS))
+        if not tensors.layers:
+            refuse(folder / WEIGHTS, [_no_layers(tensors)])
+        if problems := list(_pattern_problems(settings, tensors)):
+            refuse(folder / CONFIG, problems)
+        ranks = _plain_pattern(settings.rank_pattern)
+        config = LoRAConfig(
+            r=settings.r,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            targets=_targets(settings, tensors),
+            rslora=settings.rslora,
+            dora=settings.dora,
+            ranks=_by_name(tensors.ranks, settings.r) if ranks is None else ranks,
+            alphas=_plain_pattern(settings.alpha_pattern),
+        )
+        return cls(folder, settings, tensors, config)
+
+    def names_in(self, model: nn.Module) -> dict[str, str]:
+        """Bare name -> full name of each layer with tensors that is a linear layer of `model`."""
+        full = {
+            bare(name): name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head"
+        }
+        return {name: full[name] for name in self.tensors.layers if name in full}
+
+    def problems(self, model: nn.Module) -> list[Problem]:
+        """Everything that does not fit `model`, except values; it may be on the meta device."""
+        names, layers, found = self.names_in(model), self.tensors.layers, []
+        for name in sorted(layers.keys() - names.keys()):
+            found += [_unexpected(key) for key in layers[name].keys.values()]
+        found += self.tensors.problems
+        for name, full_name in sorted(names.items()):
+            found += self._shape_problems(full_name, layers[name].keys, model)
+        if not self.settings.has_expression:
+            found += self._selection_problems(set(names.values()), model)
+        state = _base_tensors(model)
+        for key, name in self.tensors.others.items():
+            if name not in state:
+                found.append(_unexpected(key))
+            elif (shape := self.tensors.header[key].shape) != (ours := tuple(state[name].shape)):
+                found.append(Problem(f"{key} is {shape}, and {ours} in the base", TRAINED))
+        parts = {part for name in self.tensors.others.values() for part in name.split(".")}
+        lacking = [m for m in self.settings.saved_modules if last_part(m) not in parts]
+        if lacking:
+            cause = f"modules_to_save is {', '.join(lacking)}, without tensors in {WEIGHTS}"
+            found.append(Problem(cause, INCOMPLETE))
+        return found
+
+    def compare_others(self, model: nn.Module) -> tuple[list[Problem], list[str]]:
+        """(problems, keys of equal tensors) of the tensors that are not an adapter's.
+
+        They are compared with the base's own. PEFT saves an embedding unasked if it takes it for
+        resized; a whole state dict holds every tensor of the base.
+        """
+        state, problems, equal = _base_tensors(model), [], []
+        comparable = {
+            key: state[name]
+            for key, name in self.tensors.others.items()
+            if name in state and self.tensors.header[key].shape == tuple(state[name].shape)
+        }  # all others are among `problems`
+        for key, tensor in read_tensors(self.folder / WEIGHTS, comparable):
+            if same_values(comparable[key], tensor):
+                equal.append(key)
+            else:
+                problems.append(Problem(f"{key} differs from the base's own", TRAINED))
+        return problems, equal
+
+    def _shape_problems(
+        self, name: str, keys: Mapping[str, str], model: nn.Module
+    ) -> Iterator[Problem]:
+        out_features, in_features = model.get_submodule(name).weight.shape
+        rank = of_layer(name, self.config.ranks, self.config.r)
+        rows = self.tensors.ranks.get(bare(name), rank)  # a wrong rank is one problem, not two
+        shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rows)}
+        if self.config.dora:
+            shapes["lora_magnitude_vector"] = (out_features,)
+        elif key := keys.get("lora_magnitude_vector"):
+            yield Problem(f"{key} is not expected: use_dora is false", OTHER_CONFIG)
+        for matrix, shape in shapes.items():
+            if matrix not in keys:
+                yield Problem(f"{peft_key(f'{name}.{matrix}')} is missing", INCOMPLETE)
+                continue
+            found = self.tensors.header[keys[matrix]].shape
+            if found != shape and 0 not in found:  # an empty tensor has a problem of its own
+                other_rank = matrix == "lora_A" and found[1:] == shape[1:]
+                remedy = OTHER_CONFIG if other_rank else OTHER_BASE
+                yield Problem(f"{keys[matrix]} is {found}, not {shape}", remedy)
+
+    def _selection_problems(self, names: set[str], model: nn.Module) -> Iterator[Problem]:
+        """Layers without tensors that the config selects, and the reverse."""
+        adaptable = nn.Linear | nn.Embedding
+        modules = (name for name, m in model.named_modules() if isinstance(m, adaptable))
+        selected = {name for name in modules if self.settings.selects(name)}
+        for name in sorted(selected - names):
+            for matrix in ("lora_A", "lora_B"):
+                remedy = HEAD if _is_table(name) else INCOMPLETE
+                yield Problem(f"{peft_key(f'{name}.{matrix}')} is missing", remedy)
+        for name in sorted(names - selected):
+            keys = listed(self.tensors.layers[bare(name)].keys.values())
+            cause = f"{keys}: not expected, by {self.settings.selection()}"
+            yield Problem(cause, OTHER_CONFIG)
+
+
+def _targets(settings: Settings, tensors: Tensors) -> tuple[str, ...]:
+    """Name endings that select the layers with tensors: the config's own if these do."""
+    if settings.selects_by_name:
+        endings = {"all-linear"} | tensors.endings
+        if used := tuple(target for target in settings.targets if target in endings):
+            return used
+    return tuple(tensors.layers)
+
+
+def _plain_pattern(pattern: Mapping[str, T]) -> dict[str, T] | None:
+    """The pattern by plain name endings; None if one of its keys is another expression."""
+    plain: dict[str, T] = {}
+    for key, value in pattern.items():
+        if (name := plain_name(key)) is None:
+            return None
+        plain.setdefault(name[0], value)  # the first match counts
+    return plain
+
+
+def _by_name(values: Mapping[str, T], default: T) -> dict[str, T]:
+    """The values by the last parts of the layers' names, where these determine them."""
+    by_last: dict[str, set[T]] = {}
+    for name, value in values.items():
+        by_last.setdefault(last_part(name), set()).add(value)
+    shared = {end: next(iter(found)) for end, found in by_last.items() if len(found) == 1}
+    own = {name: value for name, value in values.items() if last_part(name) not in shared}
+    return {key: value for key, value in (own | shared).items() if value != default}
+
+
+def _pattern_problems(settings: Settings, tensors: Tensors) -> Iterator[Problem]:
+    """Entries of rank_pattern and alpha_pattern that no layer with tensors answers to."""
+    paths = {layer.path for layer in tensors.layers.values()}
+    patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+    for field, pattern in patterns.items():
+        unmatched = []
+        for key in pattern:
+            name, is_full = plain_name(key) or (None, False)
+            if name and name not in (paths if is_full else tensors.endings):
+                unmatched.append(key)
+        if unmatched:
+            cause = f"{field}: no adapted layer is named {', '.join(unmatched)}"
+            yield Problem(cause, UNUSED_ENTRY)
+    if _plain_pattern(settings.rank_pattern) is not None:
+        return
+    ranks, allowed = set(tensors.ranks.values()), {settings.r, *settings.rank_pattern.values()}
+    for key, rank in settings.rank_pattern.items():
+        if rank not in ranks:
+            yield Problem(f"rank_pattern: no layer has the rank {rank} of {key!r}", OTHER_CONFIG)
+    if ranks - allowed:
+        cause = f"layers have the ranks {sorted(ranks - allowed)}: neither r nor in rank_pattern"
+        yield Problem(cause, OTHER_CONFIG)
+
+
+def _unexpected(key: str) -> Problem:
+    parts = key.split(".")
+    if "language_model" in parts or "visual" in parts:
+        remedy = VISION
+    elif any(part.startswith(("lora_a", "lora_b", "lora_down", "lora_up")) for part in parts):
+        remedy = OTHER_PROGRAM
+    elif "lora_" in key and _is_table(key):
+        remedy = HEAD
+    else:
+        remedy = OTHER_BASE
+    return Problem(f"{key} is not expected", remedy)
+
+
+def _no_layers(tensors: Tensors) -> Problem:
+    if not tensors.header:
+        return Problem("it holds no tensors: what was trained was not saved", ADAPTER_ONLY)
+    first = min(tensors.header)
+    found = _unexpected(first)
+    remedy = ADAPTER_ONLY if found.remedy == OTHER_BASE else found.remedy
+    return Problem(f"it holds no tensors of PEFT's adapters, but {first}", remedy)
+
+
+def _is_table(name: str) -> bool:
+    return "embed_tokens" in name.split(".") or "lm_head" in name.split(".")
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the base by bare name; a tied head is found under both of its names."""
+    tensors = {bare(name): tensor for name, tensor in model.state_dict().items()}
+    if "lm_head.weight" not in tensors and hasattr(model, "head_weight"):
+        tensors["lm_head.weight"] = model.head_weight
+    return tensors

@@ -1,0 +1,167 @@
+"""The tensors in `adapter_model.safetensors`: which layer and which of its matrices each one is.
+
+PEFT writes `base_model.model.LAYER.lora_A.weight`. A state dict that was saved by hand also has the
+adapter's name behind `lora_A`, and the names that compilers and parallel trainers give to their
+wrappers. These are left out, so that a layer is found by its own name. A key in which there is no
+such matrix is kept under its name in the base, to be compared with the base's tensor.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from errors import BadAdapter, listed
+from lora.foreign import is_lfs_pointer
+from lora.peft_settings import Problem
+
+PREFIX = "base_model.model."
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+MOST_PARTS = 32  # of a key that can be a layer's
+MATRICES = ("lora_A", "lora_B", "lora_magnitude_vector")
+DAMAGED = "the file is damaged: copy or train the adapter again"
+RESAVE = "save it again with PEFT's save_pretrained"
+ONE_ADAPTER = "save one of them: model.save_pretrained(FOLDER, selected_adapters=['NAME'])"
+GATHER = (
+    "it was saved from sharded parameters (DeepSpeed ZeRO-3): save it again with"
+    " stage3_gather_16bit_weights_on_model_save, or gather it with zero_to_fp32.py"
+)
+
+
+class Shape(NamedTuple):
+    """What the file's header says about a tensor."""
+
+    shape: tuple[int, ...]
+    is_float: bool
+
+
+@dataclass
+class Layer:
+    """The tensors of one adapted layer."""
+
+    path: str  # the layer's name in the model that was trained
+    keys: dict[str, str] = field(default_factory=dict)  # one of MATRICES -> key in the file
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The keys of the file, sorted by what they are."""
+
+    header: dict[str, Shape]  # by key
+    layers: dict[str, Layer]  # by the layer's bare name
+    others: dict[str, str]  # key -> bare name of the base's tensor that it would be
+    problems: list[Problem]
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The rows of A by bare name, where there is a matrix A."""
+        shapes = {
+            name: self.header[layer.keys["lora_A"]].shape
+            for name, layer in self.layers.items()
+            if "lora_A" in layer.keys
+        }
+        return {name: shape[0] for name, shape in shapes.items() if len(shape) == 2 and shape[0]}
+
+    @cached_property
+    def endings(self) -> set[str]:
+        """Everything in whole parts that the path of a layer ends in: b.c and c of a.b.c, too."""
+        paths = [layer.path.split(".") for layer in self.layers.values()]
+        return {".".join(parts[i:]) for parts in paths for i in range(len(parts))}
+
+
+def read_header(path: Path) -> dict[str, Shape]:
+    """Shape and kind of every tensor in the file; BadAdapter if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            return {
+                key: Shape(tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF")))
+                for key, part in slices.items()
+            }
+    except (OSError, SafetensorError) as error:
+        if path.is_file() and is_lfs_pointer(path):
+            raise BadAdapter(
+                f"{path} is only the pointer that git leaves in place of a large file",
+                "install Git LFS and run git lfs pull, or fetch the folder with hf download",
+            ) from None
+        raise BadAdapter(f"{path} cannot be read: {error}", DAMAGED) from None
+
+
+def read_tensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor), one at a time."""
+    with safe_open(path, framework="pt") as file:
+        for key in keys:
+            yield key, file.get_tensor(key)
+
+
+def sort_keys(header: dict[str, Shape]) -> Tensors:
+    """Which tensor belongs to which layer, and everything wrong with the keys themselves."""
+    layers: dict[str, Layer] = {}
+    others: dict[str, str] = {}
+    adapters: set[str] = set()
+    problems = []
+    for key, (shape, is_float) in sorted(header.items()):
+        parts = [part for part in key.split(".") if part not in WRAPPERS]
+        place = next((i for i, part in enumerate(parts) if part in MATRICES), len(parts))
+        adapter = _adapter_name(parts[place:])
+        if adapter is None or len(parts) > MOST_PARTS:
+            others[key] = bare(_without_peft(parts))
+            continue
+        adapters.add(adapter)
+        layer = layers.setdefault(bare(parts[:place]), Layer(_path(parts[:place])))
+        first = layer.keys.setdefault(parts[place], key)
+        if first != key and len(adapters) == 1:
+            problems.append(Problem(f"{first} and {key} are the same matrix", RESAVE))
+        if 0 in shape:
+            problems.append(Problem(f"{key} is empty", GATHER))
+        elif not is_float:
+            problems.append(Problem(f"{key} is not a floating-point tensor", DAMAGED))
+    if len(adapters) > 1:
+        names = listed(sorted(name or "one without a name" for name in adapters))
+        problems.append(Problem(f"it holds {len(adapters)} adapters: {names}", ONE_ADAPTER))
+    return Tensors(header, layers, others, problems)
+
+
+def bare(name: str | list[str]) -> str:
+    """`layers.0.self_attn.q_proj` of a name with any number of `base_model` and `model` before."""
+    parts = name.split(".") if isinstance(name, str) else name
+    start = next((i for i, part in enumerate(parts) if part not in ("base_model", "model")), 0)
+    return ".".join(parts[start:])
+
+
+def same_values(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors of one shape are equal, or one is the other rounded to its dtype."""
+    theirs = theirs.to(ours.device)
+    return torch.equal(ours, theirs.to(ours.dtype)) or torch.equal(ours.to(theirs.dtype), theirs)
+
+
+def _adapter_name(parts: list[str]) -> str | None:
+    """The adapter's name in `lora_A.NAME.weight`, "" without one; None if it is another tensor."""
+    matrix, tail = parts[:1], parts[1:]
+    if matrix == ["lora_magnitude_vector"] and tail[-1:] != ["weight"]:
+        tail = [*tail, "weight"]  # a file's magnitudes, and an older PEFT's, are no module
+    if not matrix or not 1 <= len(tail) <= 2 or tail[-1] != "weight":
+        return None
+    return "" if len(tail) == 1 else tail[0]
+
+
+def _path(parts: list[str]) -> str:
+    """The layer's name without PEFT's prefix, which may be there twice, or not at all."""
+    name = ".".join(parts)
+    while name.startswith(PREFIX):
+        name = name.removeprefix(PREFIX)
+    return name
+
+
+def _without_peft(parts: list[str]) -> list[str]:
+    """The name of a base's tensor without the parts that PEFT inserts around its module."""
+    if "modules_to_save" in parts:
+        place = parts.index("modules_to_save")
+        has_name = len(parts) > place + 2  # modules_to_save.NAME.weight
+        parts = parts[:place] + parts[place + 1 + has_name :]
+    return [part for part in parts if part not in ("base_layer", "original_module")]

@@ -1,0 +1,144 @@
+"""Laws of other systems: Windows, network file systems, narrow terminals, log files."""
+
+import ast
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import files
+from progress_bar import progress_bar
+from run.folder import OWNER, lock
+from tests import toys
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("data", "lora", "model", "run", "evaluation", "report")
+PRODUCT = [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
+# What Windows lacks: the modules, and the constants and functions of those it has.
+WINDOWS = """
+import sys, signal, os, errno
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+del signal.SIGHUP, signal.SIGPIPE, os.geteuid
+"""
+
+
+def script(name: str, flags: list, *, before: str = "", **options) -> subprocess.CompletedProcess:
+    """Run `name.py` in a process of its own, after the code `before`."""
+    code = f"{before}\nimport sys, runpy\nsys.argv = {[name, *map(str, flags)]!r}\n"
+    code += f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')"
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 300, **options}
+    return subprocess.run([sys.executable, "-c", code], **options)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("machines")
+    base = toys.write_checkpoint(folder / "base", hidden=32, intermediate=48)
+    data = toys.write_arithmetic(folder / "data", rows=40, test_rows=6)
+    return ["--model", base, "--data", data, "--precision", "fp32", "--device", "cpu"]
+
+
+def test_training_and_evaluation_work_without_the_modules_that_windows_lacks(flags, tmp_path):
+    out = tmp_path / "run"
+    done = script(
+        "train.py", [*flags, "--out", out, "--rank", 2, "--max-steps", 4, "--epochs", 1],
+        before=WINDOWS,
+    )  # fmt: skip
+    assert done.returncode == 0 and (out / "best").is_dir(), done.stderr
+    asked = ["--adapter", out / "best", "--max-new-tokens", 4, "--limit", 4, "--device", "cpu"]
+    done = script("evaluate.py", asked, before=WINDOWS)
+    assert done.returncode == 0 and list(out.glob("evaluation/*/result.json")), done.stderr
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "ENOSYS", "EOPNOTSUPP", "EACCES"])
+def test_a_folder_that_cannot_be_synced_costs_one_line_and_not_the_file(
+    tmp_path, monkeypatch, capsys, code
+):
+    files._say_folders_are_not_synced.cache_clear()
+    fsync = os.fsync
+
+    def refuse_folders(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(getattr(errno, code), "no folders here")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    files.write_folder(tmp_path / "folder", {"b": b"2"})
+    assert files.damage(tmp_path / "folder") is None
+    assert capsys.readouterr().out.count("a power cut may undo the last renames") == 1
+
+
+def test_a_disk_that_fails_while_a_folder_is_synced_is_an_error(tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="input/output"):
+        files.sync_folder(tmp_path)
+
+
+def test_a_locked_folder_names_its_owner_and_a_dead_owner_does_not_keep_it_locked(tmp_path):
+    take = f"from run.folder import lock; from pathlib import Path; lock(Path({str(tmp_path)!r}))"
+    code = take + "; print('mine', flush=True); input()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert owner.stdout.readline() == "mine\n"
+    with pytest.raises(files.UserError, match=f"in use by process {owner.pid} on"):
+        lock(tmp_path)
+    owner.kill()
+    owner.wait()
+    lock(tmp_path)
+    assert f"process {os.getpid()} " in (tmp_path / OWNER).read_text()
+
+
+def test_output_can_be_printed_in_any_encoding(flags, tmp_path):
+    rows = tmp_path / "\u6570\u636e.jsonl"
+    rows.write_text('{"question": "\u00e9 \u6570 \U0001f600?", "answer": "\u00df"}\n' * 2, "utf-8")
+    shown = script(
+        "train.py", [*flags[:2], "--data", rows, "--show-example"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, text=False,
+    )  # fmt: skip
+    assert shown.returncode == 0 and b"UnicodeEncodeError" not in shown.stderr, shown.stderr
+    assert shown.stdout.isascii() and b"?" in shown.stdout
+
+
+def test_every_text_file_is_opened_with_an_encoding():
+    """By default Windows opens text files in a local encoding."""
+    missing = []
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(
+                node.func, ast.Attribute | ast.Name
+            ):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            given = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            encoded = "utf-8" in given or any(k.arg == "encoding" for k in node.keywords)
+            binary = any(isinstance(mode, str) and "b" in mode for mode in given)
+            is_text = name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)
+            is_text |= name == "open" and not binary and not _is_os_open(node.func)
+            if is_text and not encoded:
+                missing.append(f"{path.name}:{node.lineno}")
+    assert not missing
+
+
+def _is_os_open(func: ast.expr) -> bool:
+    return isinstance(func, ast.Attribute) and getattr(func.value, "id", "") == "os"
+
+
+def test_a_progress_bar_in_a_log_file_writes_whole_lines(capfd):
+    with progress_bar(total=4, desc="x", delay=0, mininterval=0) as bar:
+        for _ in range(4):
+            bar.update()
+        bar.write("a line")
+    found = capfd.readouterr()
+    assert found.out == "a line\n"
+    lines = found.err.splitlines()
+    assert len(lines) >= 4 and all(line.startswith("x:") and "\r" not in line for line in lines)
