@@ -102,7 +102,7 @@ BAD_BASES = {
     "not UTF-8": (write("config.json", b'{"model_type": "\xff"}'), "config.json cannot be read"),
     "a llama": (change("config.json", model_type="llama"), "is a llama, not a qwen2"),
     "a qwen2 of experts": (change("config.json", model_type="qwen2_moe"), "not a qwen2"),
-    "no type": (change("config.json", model_type=None), "not a qwen2"),
+    "no type": (change("config.json", model_type=None), "has no model_type"),
     "absurd sizes": (
         change("config.json", hidden_size=10**12, vocab_size=-1, num_hidden_layers="2"),
         "hidden_size is 1000000000000; num_hidden_layers is '2'; vocab_size is -1",
@@ -111,13 +111,16 @@ BAD_BASES = {
     "odd groups": (change("config.json", num_key_value_heads=3), "do not divide among 3"),
     "long context": (
         change("config.json", rope_scaling={"type": "yarn", "factor": 4.0}),
-        "rope type 'yarn' is not supported",
+        "rope_scaling of type 'yarn' is not supported",
     ),
     "rope is a word": (change("config.json", rope_scaling="yarn"), "config.json"),
-    "sliding window": (change("config.json", use_sliding_window=True), "use_sliding_window"),
+    "sliding window": (
+        change("config.json", use_sliding_window=True, max_window_layers=1),
+        "sliding",
+    ),
     "no weights": (remove("model.safetensors"), "holds no model.safetensors"),
     "weights cut off": (cut_in_half("model.safetensors"), "model.safetensors is damaged"),
-    "empty weights": (write("model.safetensors", b""), "model.safetensors is damaged"),
+    "empty weights": (write("model.safetensors", b""), "model.safetensors is empty"),
     "a tensor missing": (
         change_tensors("model.safetensors", norm__weight=None),
         "input_layernorm.weight is missing",
@@ -223,14 +226,16 @@ BAD_ADAPTERS = {
     "another method": (change(CONFIG, peft_type="IA3"), "peft_type is 'IA3', not 'LORA'"),
     "no rank": (change(CONFIG, r=None), "r is None"),
     "weight-decomposed": (change(CONFIG, use_dora=True), "lora_magnitude_vector is missing"),
-    "a pattern for targets": (change(CONFIG, target_modules=".*(a+)+b"), "target_modules is"),
     "no such targets": (change(CONFIG, target_modules=["c_attn"]), "c_attn"),
     "another rank": (change(CONFIG, r=3), "is (2, 64), not (3, 64)"),
     "more targets": (
         change(CONFIG, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]),
         "up_proj.lora_A.weight is missing",
     ),
-    "fewer targets": (change(CONFIG, target_modules=["q_proj"]), "k_proj.lora_A.weight is not exp"),
+    "fewer targets": (
+        change(CONFIG, target_modules=["q_proj"]),
+        "not expected, by target_modules q_proj",
+    ),
     "no weights": (remove(WEIGHTS), f"{WEIGHTS} cannot be read"),
     "weights cut off": (cut_in_half(WEIGHTS), f"{WEIGHTS} cannot be read"),
     "NaN": (
@@ -238,7 +243,10 @@ BAD_ADAPTERS = {
         "q_proj.lora_A.weight holds NaN or infinity",
     ),
     "no base": (change(CONFIG, base_model_name_or_path=None), "names no base model"),
-    "a base that is gone": (change(CONFIG, base_model_name_or_path="gone"), "gone is neither"),
+    "a base that is gone": (
+        change(CONFIG, base_model_name_or_path="gone"),
+        "names gone as its base",
+    ),
 }
 
 
