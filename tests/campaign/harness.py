@@ -277,8 +277,8 @@ class FileCalls:
     """Counts the calls that change files, and injects a fault into one of them.
 
     There is a fault point before each such call, and one in the middle of each write. `action` is
-    called at fault point number `at`, from 0. With `within`, only those of the `nth` call of
-    `train.<within>` count.
+    called at fault point number `at`, from 0. With `within`, only those of the `nth` call of this
+    function of train.py, or method of Run, count.
     """
 
     at: int = -1
@@ -300,7 +300,8 @@ class FileCalls:
         if self.within is None:
             self.active = True
         else:
-            setattr(train, self.within, self.region(getattr(train, self.within)))
+            owner = Run if hasattr(Run, self.within) else train
+            setattr(owner, self.within, self.region(getattr(owner, self.within)))
 
     def fault_point(self) -> None:
         if not self.active:
