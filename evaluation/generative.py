@@ -1,12 +1,17 @@
 """Generated answers, and whether they are correct: scorers, judges and votes.
 
-A scorer compares a completion with a gold answer in GSM8K's form: reasoning, then `#### N`. The
-scorers differ in where they look for the number and in how they compare it:
+A scorer compares a completion with a gold answer that states a number N, as `#### N` or in another
+form that `golds.py` reads. The scorers differ in where they look for the number in the completion,
+and in how they compare it:
 
     numeric-equal     ours: after the first `####`, otherwise the last number; equal values
     strict-match      lm-evaluation-harness, gsm8k version 3: after the first `#### `; equal text
     flexible-extract  the same harness: the last thing that looks like a number; equal text
     openai            openai/grade-school-math: after the first `#### `; equal text without commas
+
+The last three compare texts. They take a gold that ends in `#### N` as their sources define it. A
+gold in another form, such as `####18` or `The answer is: 18`, is given to them as `#### 18`. The
+completion needs `#### 18` for strict-match and openai all the same.
 
 Only ours accepts `#### 18.00` for 18, and U+2212 as a minus sign. Only flexible-extract takes `...`
 for an answer, and `10-3` for -3. Only openai rejects `#### 18.`. All scorers take time linear in
@@ -21,8 +26,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from errors import BadData
-from evaluation.numbers import final_number, marked_number
+from evaluation.golds import ends_in_number, gold_number, gold_text, gold_value
+from evaluation.numbers import final_number
 
 _HASHED = re.compile(r"#### (-?[0-9.,]+)")
 # Finds the last match of the harness's (-?[$0-9.,]{2,})|(-?[0-9]+) without visiting earlier ones.
@@ -71,15 +76,6 @@ class Judge:
         return self.scorers[self.headline](answer, gold)
 
 
-def gold_number(gold_answer: str) -> Fraction:
-    """The N of a gold answer's `#### N`; raises BadData if there is none."""
-    number = marked_number(gold_answer)
-    if number is None:
-        cause = f"a gold answer has no number after '####': {gold_answer[-60:]!r}"
-        raise BadData(cause, "end each gold answer with a line '#### N'")
-    return number
-
-
 def had_format(text: str) -> bool:
     """Whether there is a `#### N` that strict-match and openai can read, correct or not."""
     return _HASHED.search(text) is not None
@@ -93,31 +89,38 @@ def numeric_equal(completion: str, gold_answer: str) -> bool:
 def strict_match(completion: str, gold_answer: str) -> bool:
     """lm-evaluation-harness's filter of the same name, followed by its exact_match."""
     found = _HASHED.search(completion)
-    return found is not None and _harness_form(found[1]) == _harness_form(gold_answer)
+    return found is not None and _harness_form(found[1]) == _harness_form(gold_text(gold_answer))
 
 
 def flexible_extract(completion: str, gold_answer: str) -> bool:
     """lm-evaluation-harness's filter of the same name, followed by its exact_match."""
     found = _LAST_NUMBERLIKE.match(completion)
-    return found is not None and _harness_form(found[1]) == _harness_form(gold_answer)
+    return found is not None and _harness_form(found[1]) == _harness_form(gold_text(gold_answer))
 
 
 def openai_match(completion: str, gold_answer: str) -> bool:
     """is_correct of the grade-school-math repository: equal strings, ignoring commas."""
-    found, gold = _HASHED.search(completion), _HASHED.search(gold_answer)
-    assert gold is not None, gold_answer
-    return found is not None and found[1].replace(",", "") == gold[1].replace(",", "")
+    found = _HASHED.search(completion)
+    first = _HASHED.search(gold_answer) if ends_in_number(gold_answer) else None
+    gold = first[1] if first else gold_text(gold_answer)
+    return found is not None and found[1].replace(",", "") == gold.replace(",", "")
 
 
 def _harness_form(text: str) -> str:
     # The harness also ignores case, which makes no difference: extracted answers have no letters.
-    _, _, text = text.replace(",", "").replace("$", "").rpartition("#### ")
+    text = text.replace(",", "").replace("$", "")
     return re.sub(r"\.$", "", text)
 
 
 def exact_text(completion: str, gold_answer: str) -> bool:
     """Equality of texts, ignoring white space at both ends: for answers that are not numbers."""
     return completion.strip() == gold_answer.strip()
+
+
+def numeric_or_exact(completion: str, gold_answer: str) -> bool:
+    """`numeric_equal` if the gold answer states a number, otherwise `exact_text`."""
+    scorer = exact_text if gold_value(gold_answer) is None else numeric_equal
+    return scorer(completion, gold_answer)
 
 
 SCORERS: dict[str, Callable[[str, str], bool]] = {
@@ -128,6 +131,7 @@ SCORERS: dict[str, Callable[[str, str], bool]] = {
 }
 NUMBERS = Judge("numbers", SCORERS, numeric=True)
 TEXT = Judge("text", {"exact-text": exact_text})
+EACH = Judge("numbers or text", {"numeric-or-exact": numeric_or_exact})  # of several sources
 
 
 def majority_vote(answers: Sequence[Fraction | None]) -> Fraction | None:

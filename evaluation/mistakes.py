@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
+from evaluation.golds import gold_value
 from evaluation.numbers import final_number, marked_number
 from evaluation.steps import MAX_CHARACTERS, Step, numbers_written, read_steps
 from evaluation.units import CONVERSIONS, MEASURES, MONEY, TIME, convertible, words_of
@@ -77,11 +78,11 @@ def classify(
     """Classifies a completion as one of KINDS. Never raises, and takes linear time.
 
     Args:
-        gold: a solution that ends in `#### N`.
+        gold: a solution that states its number, as `#### N` or in another form of golds.py.
         cut_off: generation stopped at the token limit.
         empty: nothing was generated.
     """
-    truth, answer = final_number(gold), final_number(completion)
+    truth, answer = gold_value(gold), final_number(completion)
     marked = marked_number(completion)
     if marked is not None and marked == truth:
         return Mistake("correct")

@@ -16,12 +16,12 @@ from evaluation.generative import (
     Completion,
     Completions,
     Judge,
-    gold_number,
     had_format,
     maj_at_k,
     numeric_equal,
     pass_at_k,
 )
+from evaluation.golds import gold_number
 from evaluation.mistakes import KINDS, classify, topics
 from evaluation.numbers import final_number
 from evaluation.statistics import in_words, paired, wilson_interval

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 from fractions import Fraction
 from itertools import combinations, pairwise
 from math import comb
@@ -16,7 +17,6 @@ from errors import BadData
 from evaluation.generative import (
     SCORERS,
     flexible_extract,
-    gold_number,
     had_format,
     maj_at_k,
     majority_vote,
@@ -25,6 +25,7 @@ from evaluation.generative import (
     pass_at_k,
     strict_match,
 )
+from evaluation.golds import ends_in_number, gold_number, gold_text, gold_value, in_digits
 from evaluation.numbers import LONGEST, MAX_DIGITS, final_number, last_number, numbers_in
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -82,6 +83,32 @@ FINALS = r"""
  → | none → | N1 → | 5 N1 → 5 | 2 4/2 → 2 | 3 1/2 → 7/2 | half of 3 is 1 1/2. → 3/2
 """
 
+# gold answer → the number it states (nothing: it states none, or more than one)
+GOLDS = r"""
+#### 18 → 18 | ####18 → 18 | ####  18 → 18 | ##### 18 → 18 | #### $18 → 18 | #### **18** → 18
+#### −18 → -18 | #### –18 → -18 | #### - 18 → -18 | #### +18 → 18 | #### -$5 → -5 | #### 18. → 18
+#### 18 apples → 18 | #### 18 (apples) → 18 | #### 18-ounce → | #### 18 miles/hour → 18
+####\n18 → 18 | #### 1,234 → 1234 | #### 1{,}234 → 1234 | #### 1,\!234 → 1234 | #### 1,23 →
+#### 1 234 → | #### 18.50 → 37/2 | #### x = 18 → 18 | #### Total: 4 → 4 | #### The answer is 4 → 4
+#### 6*7 = 42 → 42 | #### 42 = 6*7 → 42 | #### \$18 → 18 | #### $18$ → 18 | #### \(18\) → 18
+#### \boxed{18} → 18 | #### 18\% → 18 | #### 18 % → 18 | #### 18 cm^2 → 18 | #### 18 m → 18
+#### 30^\circ → 30 | #### 18\text{ apples} → 18 | #### `18` → 18 | #### 1/2 → 1/2 | #### 1 1/2 → 3/2
+#### \frac{1}{2} → 1/2 | #### -\frac{1}{2} → -1/2 | #### \frac12 → 1/2
+#### 3\n2 of them\n#### 18 → 18 | #### Step 2\nThe answer is 4 → 4 | #### 5\nThe answer is 6 → 6
+The answer is: 8 → 8 | so.\nThe answer is 8.\n → 8 | The answer is \frac{1}{2} → 1/2
+Answer: 12 → 12 | ## Answer: **12** → 12 | 答案是12。 → 12 | So $\boxed{7}$, as $3+4=7$. → 7
+\boxed{\frac{3}{4}} → 3/4 | \boxed{\text{18}} → 18
+2+6\nThe final answer is $\boxed{8}$. I hope it is correct. → 8 | Answer IS 5 → 5 | 18 → 18
+18.5 → 37/2 | $18 → 18 | -3 → -3 | 9 (apples) → 9 | 1,234 → 1234 | 1/2 → 1/2 | 50% → 50
+#### 3 or 4 → | #### 2x+1 → | #### 3x → | #### x^2 → | #### \sqrt{2} → | #### (3, 4) → | #### 7:30 →
+#### 10-3 → | #### 1e5 → | #### 2^10 → | #### 2π → | #### 2pi → | #### \frac{\sqrt{3}}{2} →
+#### log 3 → | #### f(3) → | #### 3! → | #### N/A (42?) → | #### Ann 12, Bob 42 → | #### x > 5 →
+#### x != 5 → | #### 3/x → | #### 5 - x → | #### ≤ 5 → | #### 3 half → | #### none → | #### →
+Paris → | 5 apples → | It holds 4*7=28 cups.\n28 → | \boxed{x+1} → | → | \boxed{7 →
+The answer is not clear.\nSo 5. → | The answer is (3, 4). → | 7 Up and more → | 10 Downing Street →
+Is 5 the answer? →
+"""
+
 
 def cases(table: str) -> list[tuple[str, list[Fraction]]]:
     """The (text, values) of a table."""
@@ -89,7 +116,7 @@ def cases(table: str) -> list[tuple[str, list[Fraction]]]:
     pairs = [case.split("→") for line in table.strip().splitlines() for case in line.split(" | ")]
     return [
         (
-            text.strip().replace(r"\n", "\n").replace(r"\t", "\t"),
+            re.sub(r"\\t(?!ext|imes|o\b)", "\t", text.strip().replace(r"\n", "\n")),
             [Fraction(v) for v in values.split()],
         )
         for text, values in pairs
@@ -205,13 +232,54 @@ def test_every_scorer_accepts_every_gold_answer_and_no_answer_off_by_one():
     for answer in answers:
         number = int(answer.split("\n#### ")[1].replace(",", ""))
         assert gold_number(answer) == final_number(answer) == last_number(answer) == number
+        assert ends_in_number(answer) and gold_text(answer).replace(",", "") == str(number)
         assert had_format(answer) and all(scorer(answer, answer) for scorer in SCORERS.values())
         off_by_one = f"#### {number + 1}"
         assert not any(scorer(off_by_one, answer) for scorer in SCORERS.values())
 
 
+def test_each_gold_answer_in_the_table_states_the_listed_number_or_none():
+    wrong = {}
+    for text, values in cases(GOLDS):
+        if gold_value(text) != (values[0] if values else None):
+            wrong[text] = gold_value(text)
+    assert not wrong
+
+
+@given(st.one_of(st.text(), awkward))
+def test_any_gold_answer_is_read_and_a_number_in_it_is_one_of_its_numbers(text):
+    for gold in (text, f"#### {text}", f"\\boxed{{{text}}}", f"The answer is: {text}"):
+        assert gold_value(gold) is None or isinstance(gold_value(gold), Fraction)
+
+
+@given(st.integers(-(10**9), 10**9), st.sampled_from([1, 2, 5, 8, 10, 1000]))
+def test_a_number_in_digits_reads_as_itself(top, bottom):
+    assert gold_value(f"#### {in_digits(Fraction(top, bottom))}") == Fraction(top, bottom)
+    assert in_digits(Fraction(1, 3)) == "1/3" and in_digits(Fraction(-1, 8)) == "-0.125"
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["####18", "#### $18", "#### **18**", "The answer is: 18", r"\boxed{18}", "18", "#### 18"],
+)
+def test_a_gold_in_another_form_is_scored_like_one_that_ends_in_the_number(gold):
+    for completion in AGAINST_18:
+        for scorer in SCORERS.values():
+            assert scorer(completion, gold) == scorer(completion, "#### 18")
+
+
+@pytest.mark.parametrize(
+    "piece", ["####", "9", r"\boxed{", "{", "answer is ", "- ", "a.", r"\frac{1}{"]
+)
+def test_a_hostile_gold_answer_is_read_quickly(piece):
+    text = piece * (1_000_000 // len(piece))
+    started = time.perf_counter()
+    assert [gold_value(text), gold_value(f"#### {text}")] == [None, None]
+    assert time.perf_counter() - started < 1
+
+
 def test_a_gold_answer_without_a_number_is_refused():
-    with pytest.raises(BadData, match="no number after '####'.*so it is 18"):
+    with pytest.raises(BadData, match="states no number.*so it is 18"):
         numeric_equal("", "so it is 18")
 
 
