@@ -4,7 +4,7 @@ A scorer compares a completion with a gold answer that states a number N, as `##
 form that `golds.py` reads. The scorers differ in where they look for the number in the completion,
 and in how they compare it:
 
-    numeric-equal     ours: after the first `####`, otherwise the last number; equal values
+    numeric-equal     ours: where `numbers.py` finds the answer; equal values
     strict-match      lm-evaluation-harness, gsm8k version 3: after the first `#### `; equal text
     flexible-extract  the same harness: the last thing that looks like a number; equal text
     openai            openai/grade-school-math: after the first `#### `; equal text without commas
@@ -27,7 +27,7 @@ from fractions import Fraction
 from typing import Any
 
 from evaluation.golds import ends_in_number, gold_number, gold_text, gold_value
-from evaluation.numbers import final_number
+from evaluation.numbers import readings
 
 _HASHED = re.compile(r"#### (-?[0-9.,]+)")
 # Finds the last match of the harness's (-?[$0-9.,]{2,})|(-?[0-9]+) without visiting earlier ones.
@@ -72,8 +72,19 @@ class Judge:
     def headline(self) -> str:
         return next(iter(self.scorers))
 
-    def is_correct(self, answer: Any, gold: Any) -> bool:
-        return self.scorers[self.headline](answer, gold)
+    def is_correct(self, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:
+        return self.score(self.headline, answer, gold, cut_off=cut_off)
+
+    def score(self, name: str, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:
+        """The verdict of one scorer.
+
+        Of an answer that was cut off, our scorers accept a number only after `####` or in a box:
+        another may be part of the reasoning. The scorers of other projects do not know about this.
+        """
+        scorer = self.scorers[name]
+        if cut_off and scorer in (numeric_equal, numeric_or_exact):
+            return scorer(answer, gold, cut_off=True)
+        return scorer(answer, gold)
 
 
 def had_format(text: str) -> bool:
@@ -81,9 +92,15 @@ def had_format(text: str) -> bool:
     return _HASHED.search(text) is not None
 
 
-def numeric_equal(completion: str, gold_answer: str) -> bool:
+def numeric_equal(completion: str, gold_answer: str, *, cut_off: bool = False) -> bool:
     """Equality of values: 18, 18.00 and $18 are equal. Without a number, an answer is wrong."""
-    return final_number(completion) == gold_number(gold_answer)
+    return gold_number(gold_answer) in readings(completion, cut_off=cut_off)
+
+
+def answer_value(completion: str, gold: Fraction, *, cut_off: bool = False) -> Fraction | None:
+    """The number that a completion votes for: `gold` if it may mean that, None without a number."""
+    found = readings(completion, cut_off=cut_off)
+    return gold if gold in found else next(iter(found), None)
 
 
 def strict_match(completion: str, gold_answer: str) -> bool:
@@ -117,10 +134,11 @@ def exact_text(completion: str, gold_answer: str) -> bool:
     return completion.strip() == gold_answer.strip()
 
 
-def numeric_or_exact(completion: str, gold_answer: str) -> bool:
+def numeric_or_exact(completion: str, gold_answer: str, *, cut_off: bool = False) -> bool:
     """`numeric_equal` if the gold answer states a number, otherwise `exact_text`."""
-    scorer = exact_text if gold_value(gold_answer) is None else numeric_equal
-    return scorer(completion, gold_answer)
+    if gold_value(gold_answer) is None:
+        return exact_text(completion, gold_answer)
+    return numeric_equal(completion, gold_answer, cut_off=cut_off)
 
 
 SCORERS: dict[str, Callable[[str, str], bool]] = {

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from errors import BadData
-from evaluation.numbers import numbers_in
+from evaluation.numerals import numbers_in
 
 LONGEST = 200  # characters of a statement; a longer one is not a number and its unit
 _ANSWER_IS = re.compile(r"(?i:\banswer(?: is\b|\**:))[\s:]*|答案(?:是|为|[:：])[\s:：]*")
