@@ -144,7 +144,8 @@ The answer is B) 42 → 42 | A dozen and a half → 18 | 一共是四十二个�
 3万 → 30000 | 两千三百 → 2300 | 二〇二四 → 2024 | １，２３４ → 1234 | ４２％ → 42
 one hundred twenty → 120 | two hundred and fifty-six → 256 | a hundred → 100
 three hundred thousand → 300000 | twenty one → 21 | four five → | seventy-five cents → 75
-five and a half → 11/2 | two thirds → 2/3 | three dozen → 36 | It costs $118 000. → 118000 | $12 000 + $20 000 = $32 000 → 32000 | 5 → 5
+five and a half → 11/2 | two thirds → 2/3
+three dozen → 36 | It costs $118 000. → 118000 | $12 000 + $20 000 = $32 000 → 32000 | 5 → 5
 5 6 → 6 | 5 #### 18 6 → 18 | 5 #### → 5 | 2 4/2 → 2 | (3 + 4) * 2 → 2 | #### (3 + 4) * 2 →
 """
 
