@@ -380,6 +380,8 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
             f"  {len(task.problems):,} problems; prompt {evaluation.settings['prompt']}; judged as"
             f" {judge.name}, by {judge.headline}"
         )
+        if task.golds:
+            print(f"  {task.golds}")
     print("\n".join(base.lines()))
 
 

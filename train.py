@@ -35,7 +35,7 @@ from data.mixture import (
 from data.rows import Problem
 from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
-from evaluation.tasks import Judge, judge_of
+from evaluation.tasks import Judge, judge_of, judged_problems
 from evaluation.teacher_forced import teacher_forced
 from files import JsonLines, hash_files
 from lora.config import added_parameters
@@ -177,7 +177,7 @@ class Data:
 
     schedule: Schedule
     validation: dict[str, list[Example]]  # by source
-    held_out: list[Problem]  # the validation rows as problems, to be answered
+    held_out: list[Problem]  # the validation rows whose gold the judge can read, to be answered
     judge: Judge  # how an answer to them is judged
 
 
@@ -253,10 +253,14 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     held_out = [problem for source in sources for problem in source.held_out]
     validation = {source.name: source.validation for source in sources}
-    data = Data(schedule, validation, held_out, judge_of(held_out, [*validation], generated=True))
+    judge = judge_of(held_out, [*validation], generated=True)
+    answerable, golds = judged_problems(judge, held_out)
+    data = Data(schedule, validation, answerable, judge)
     audit = audit_mixture(sources)
     if world.is_main:
         console.print_audit(audit)
+        if config.stop_on == "exact-match":
+            print(f"exact match: judged as {judge.name}" + f"; {golds}" * bool(golds))
     progress = run.read_progress()
     if (
         progress

@@ -244,7 +244,11 @@ def answer_all(
     problems = [*task.problems, *EXAMPLES]
     kept, out = resume_log(log, Completion)
     done = {(c.id, c.sample): c for c in kept}
-    correct = [task.judge.is_correct(c.text, gold[c.id]) for c in kept if c.id in gold]
+
+    def is_correct(c: Completion) -> bool:
+        return task.judge.is_correct(c.text, gold[c.id], cut_off=c.cut_off)
+
+    correct = [is_correct(c) for c in kept if c.id in gold]
     total = len(problems) * settings.samples
     new = answers(model, chat, problems, settings, done=set(done))
     with progress_bar(total=total, initial=len(done), desc=log.stem, unit="answer") as bar:
@@ -252,7 +256,7 @@ def answer_all(
             out.write(**asdict(c))
             done[c.id, c.sample] = c
             if c.id in gold:
-                correct.append(task.judge.is_correct(c.text, gold[c.id]))
+                correct.append(is_correct(c))
             bar.update()
             bar.set_postfix_str(f"{sum(correct)} of {len(correct)} correct", refresh=False)
     return {p.id: [done[p.id, sample] for sample in range(settings.samples)] for p in problems}
@@ -274,6 +278,6 @@ def exact_matches(
     model.eval()
     given = progress_bar(answers(model, chat, problems, settings, poll=poll), desc="answer",
                          leave=False)  # fmt: skip
-    correct = sum(judge.is_correct(c.text, gold[c.id]) for c in given)
+    correct = sum(judge.is_correct(c.text, gold[c.id], cut_off=c.cut_off) for c in given)
     model.train()
     return correct

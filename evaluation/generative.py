@@ -1,12 +1,17 @@
 """Generated answers, and whether they are correct: scorers, judges and votes.
 
-A scorer compares a completion with a gold answer in GSM8K's form: reasoning, then `#### N`. The
-scorers differ in where they look for the number and in how they compare it:
+A scorer compares a completion with a gold answer that states a number N, as `#### N` or in another
+form that `golds.py` reads. The scorers differ in where they look for the number in the completion,
+and in how they compare it:
 
-    numeric-equal     ours: after the first `####`, otherwise the last number; equal values
+    numeric-equal     ours: where `numbers.py` finds the answer; equal values
     strict-match      lm-evaluation-harness, gsm8k version 3: after the first `#### `; equal text
     flexible-extract  the same harness: the last thing that looks like a number; equal text
     openai            openai/grade-school-math: after the first `#### `; equal text without commas
+
+The last three compare texts. They take a gold that ends in `#### N` as their sources define it. A
+gold in another form, such as `####18` or `The answer is: 18`, is given to them as `#### 18`. The
+completion needs `#### 18` for strict-match and openai all the same.
 
 Only ours accepts `#### 18.00` for 18, and U+2212 as a minus sign. Only flexible-extract takes `...`
 for an answer, and `10-3` for -3. Only openai rejects `#### 18.`. All scorers take time linear in
@@ -21,8 +26,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from errors import BadData
-from evaluation.numbers import final_number, marked_number
+from evaluation.golds import ends_in_number, gold_number, gold_text, gold_value
+from evaluation.numbers import readings
 
 _HASHED = re.compile(r"#### (-?[0-9.,]+)")
 # Finds the last match of the harness's (-?[$0-9.,]{2,})|(-?[0-9]+) without visiting earlier ones.
@@ -67,17 +72,19 @@ class Judge:
     def headline(self) -> str:
         return next(iter(self.scorers))
 
-    def is_correct(self, answer: Any, gold: Any) -> bool:
-        return self.scorers[self.headline](answer, gold)
+    def is_correct(self, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:
+        return self.score(self.headline, answer, gold, cut_off=cut_off)
 
+    def score(self, name: str, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:
+        """The verdict of one scorer.
 
-def gold_number(gold_answer: str) -> Fraction:
-    """The N of a gold answer's `#### N`; raises BadData if there is none."""
-    number = marked_number(gold_answer)
-    if number is None:
-        cause = f"a gold answer has no number after '####': {gold_answer[-60:]!r}"
-        raise BadData(cause, "end each gold answer with a line '#### N'")
-    return number
+        Of an answer that was cut off, our scorers accept a number only after `####` or in a box:
+        another may be part of the reasoning. The scorers of other projects do not know about this.
+        """
+        scorer = self.scorers[name]
+        if cut_off and scorer in (numeric_equal, numeric_or_exact):
+            return scorer(answer, gold, cut_off=True)
+        return scorer(answer, gold)
 
 
 def had_format(text: str) -> bool:
@@ -85,39 +92,53 @@ def had_format(text: str) -> bool:
     return _HASHED.search(text) is not None
 
 
-def numeric_equal(completion: str, gold_answer: str) -> bool:
+def numeric_equal(completion: str, gold_answer: str, *, cut_off: bool = False) -> bool:
     """Equality of values: 18, 18.00 and $18 are equal. Without a number, an answer is wrong."""
-    return final_number(completion) == gold_number(gold_answer)
+    return gold_number(gold_answer) in readings(completion, cut_off=cut_off)
+
+
+def answer_value(completion: str, gold: Fraction, *, cut_off: bool = False) -> Fraction | None:
+    """The number that a completion votes for: `gold` if it may mean that, None without a number."""
+    found = readings(completion, cut_off=cut_off)
+    return gold if gold in found else next(iter(found), None)
 
 
 def strict_match(completion: str, gold_answer: str) -> bool:
     """lm-evaluation-harness's filter of the same name, followed by its exact_match."""
     found = _HASHED.search(completion)
-    return found is not None and _harness_form(found[1]) == _harness_form(gold_answer)
+    return found is not None and _harness_form(found[1]) == _harness_form(gold_text(gold_answer))
 
 
 def flexible_extract(completion: str, gold_answer: str) -> bool:
     """lm-evaluation-harness's filter of the same name, followed by its exact_match."""
     found = _LAST_NUMBERLIKE.match(completion)
-    return found is not None and _harness_form(found[1]) == _harness_form(gold_answer)
+    return found is not None and _harness_form(found[1]) == _harness_form(gold_text(gold_answer))
 
 
 def openai_match(completion: str, gold_answer: str) -> bool:
     """is_correct of the grade-school-math repository: equal strings, ignoring commas."""
-    found, gold = _HASHED.search(completion), _HASHED.search(gold_answer)
-    assert gold is not None, gold_answer
-    return found is not None and found[1].replace(",", "") == gold[1].replace(",", "")
+    found = _HASHED.search(completion)
+    first = _HASHED.search(gold_answer) if ends_in_number(gold_answer) else None
+    gold = first[1] if first else gold_text(gold_answer)
+    return found is not None and found[1].replace(",", "") == gold.replace(",", "")
 
 
 def _harness_form(text: str) -> str:
     # The harness also ignores case, which makes no difference: extracted answers have no letters.
-    _, _, text = text.replace(",", "").replace("$", "").rpartition("#### ")
+    text = text.replace(",", "").replace("$", "")
     return re.sub(r"\.$", "", text)
 
 
 def exact_text(completion: str, gold_answer: str) -> bool:
     """Equality of texts, ignoring white space at both ends: for answers that are not numbers."""
     return completion.strip() == gold_answer.strip()
+
+
+def numeric_or_exact(completion: str, gold_answer: str, *, cut_off: bool = False) -> bool:
+    """`numeric_equal` if the gold answer states a number, otherwise `exact_text`."""
+    if gold_value(gold_answer) is None:
+        return exact_text(completion, gold_answer)
+    return numeric_equal(completion, gold_answer, cut_off=cut_off)
 
 
 SCORERS: dict[str, Callable[[str, str], bool]] = {
@@ -128,6 +149,7 @@ SCORERS: dict[str, Callable[[str, str], bool]] = {
 }
 NUMBERS = Judge("numbers", SCORERS, numeric=True)
 TEXT = Judge("text", {"exact-text": exact_text})
+EACH = Judge("numbers or text", {"numeric-or-exact": numeric_or_exact})  # of several sources
 
 
 def majority_vote(answers: Sequence[Fraction | None]) -> Fraction | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
-from evaluation.numbers import final_number, marked_number
+from evaluation.golds import gold_value
+from evaluation.numbers import marked_readings, readings
 from evaluation.steps import MAX_CHARACTERS, Step, numbers_written, read_steps
 from evaluation.units import CONVERSIONS, MEASURES, MONEY, TIME, convertible, words_of
 
@@ -77,17 +78,18 @@ def classify(
     """Classifies a completion as one of KINDS. Never raises, and takes linear time.
 
     Args:
-        gold: a solution that ends in `#### N`.
+        gold: a solution that states its number, as `#### N` or in another form of golds.py.
         cut_off: generation stopped at the token limit.
         empty: nothing was generated.
     """
-    truth, answer = final_number(gold), final_number(completion)
-    marked = marked_number(completion)
-    if marked is not None and marked == truth:
+    truth = gold_value(gold)
+    found, marked = readings(completion, cut_off=cut_off), marked_readings(completion)
+    answer = next(iter(found), None)
+    if truth in marked:
         return Mistake("correct")
-    if answer is not None and answer == truth:
-        return Mistake("format only", f"{_shown(answer)} without ####")
-    if cut_off and marked is None:
+    if truth in found:
+        return Mistake("format only", f"{_shown(truth)} without ####")
+    if cut_off and not found:
         return Mistake("cut off")
     if empty or answer is None:
         return Mistake("no answer")

@@ -1,114 +1,278 @@
-r"""Reads the numbers in generated text, exactly (as `Fraction`) and in linear time.
+r"""Finds the number that a completion answers with, as a careful reader would.
 
-A number consists of ASCII digits, `, . /`, marks ($ € £ ¥ ¢ %) and a minus (`-` or U+2212):
+The first of these that holds a number counts:
 
-    18  18.0  18.  $18  $ 18  18$     18; a period at the end of a sentence is not part of it
-    1,234  1,234,567.89  .5           groups of three digits, without a leading 0
-    -3  -$3  $-3                      a sign touches its number
-    10-3  x-3  (2)-3                  after a number, letter or bracket, a minus is not a sign
-    1/2  -10/4  1 1/2                 a fraction, or a whole number, one space, a proper fraction
-    5%  5 %                           5, as GSM8K answers "how many percent"
+    #### N               what follows the first `####` that a number follows
+    \boxed{N}            the last box
+    The answer is N      what follows the last "answer is" or "answer:"
+    ... = N              in the last line with a number: the first number after its last `=`
+    ... N                in the same line: the last number
 
-A text that is not one number is read as several: `1,23` is 1 and 23, `1/0` is 1 and 0, `2 4/2` is 2
-and 4/2, `1.2.3` is 1, 2 and 3; dates and times likewise. Letters never belong to a number: `5kg` is
-5, `x2` is 2, `1e5` is 1 and 5. Digits of other scripts, `½`, an en dash as a sign, and runs of more
-than `MAX_DIGITS` digits are not read. This limit keeps `int()` fast.
+N is a quantity (`quantities.py`) or an expression of quantities (`40 + 2`, `6*7 = 42`). An answer
+that names several numbers (`2 or 3`, `Ann 12, Bob 42`) has none. Labels (`Step 2:`), years (`in
+2024`), times (`2:30`), and remarks in brackets (`4 (since 3.3 is not enough)`) are not counted. The
+text ends where the model asks itself another question (`\nQuestion: ...`). Of an answer that was
+cut off, only a number after `####` or in a box counts: another may be part of the reasoning.
+
+All functions take linear time, and little of it, since they read the ends of long texts only.
 """
 
 import re
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from itertools import islice, pairwise
+from string import ascii_letters
 
-MAX_DIGITS = 100  # in a run; every run up to this length is part of exactly one number
-LONGEST = 1000  # characters; no number is longer, as a mixed one has three integers of up to 131
+from evaluation.quantities import Quantity, plain, quantities_in
 
-# Matching takes linear time, because each repetition is bounded or over one character class, and
-# because the lookbehinds allow no attempt to start within a run of digits that has failed before.
-_DIGITS = rf"(?<![0-9])[0-9]{{1,{MAX_DIGITS}}}(?![0-9])"
-_GROUPS = r"(?<![0-9])(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3}){1,32}(?!,?[0-9])"
-_INTEGER = rf"(?:{_GROUPS}|{_DIGITS})"
-_MINUS = r"[-\u2212]"
-_SIGN = rf"(?<![\w.)\]}}%$€£¥¢\u2212-]){_MINUS}"
+# Characters that are read: after a mark, of a line, at the end of a text, before another question.
+STATEMENT, LINE, TAIL, HEAD = 300, 1000, 10_000, 100_000
+Readings = tuple[Fraction, ...]  # the values that an answer may mean, the likeliest first
 
-_NUMBER = re.compile(
-    rf"""
-    (?=[$€£¥\u2212\ -]{{0,4}}\.?[0-9])  # most positions fail here, quickly
-    (?P<before> (?:{_SIGN})?[$€£¥]\ ?{_MINUS}? | {_SIGN} )?
-    (?: (?<![0-9]/) (?:(?P<whole>{_INTEGER})\ )?
-        (?P<top>{_INTEGER}) / (?!0+(?![0-9])) (?P<bottom>{_INTEGER}) (?![./]?[0-9])
-      | (?: (?<![0-9]\.)(?P<units>{_INTEGER}) | (?<![\w.]) )
-        \. (?P<decimals>[0-9]{{1,{MAX_DIGITS}}}) (?!\.?[0-9])
-      | (?P<integer>{_INTEGER})
-    )
-    (?P<after> \ ?% | [$€£¥¢](?![0-9]) )?
-    """,
-    re.VERBOSE,
+_RUN_ON = re.compile(
+    r"\n[ \t*]{0,9}(?:###? )?(?:(?:Next )?(?:Question|Q) ?[0-9]{0,3}|Human|User) ?:"
+    r"|\n\n[ \t*]{0,9}(?:###? )?(?:Problem|Exercise|Instruction) ?[0-9]{0,3} ?:"
+    r"|<\|im_(?:end|start)\|>|<\|endoftext\|>|</s>"
 )
-# (?!#) only saves time, on long runs of #.
-_MARKED = re.compile(rf"####(?!#)[^\w#\n]*(?={_DIGITS})")
-_THROUGH_LAST_DIGITS = re.compile(rf"(?s:.*)[0-9](?![0-9])(?<![0-9]{{{MAX_DIGITS + 1}}})")
+_DIGIT, _MARK = re.compile(r"\d"), re.compile("####+")
+_ANSWER = re.compile(
+    r"(?i:(?<![a-z/])answer(?: is\b| would be\b| = |[\"'*]*\s?[:：]|>))|答案(?:是|为|[:：])|答[:：]"
+)
+_REFUSED = re.compile(
+    r"(?i:\bn/?a\b|\bnone\b|\bunknown\b|\bundefined\b|\bcannot\b|\b(?:ca|do)n['’]t\b|\bnot\b)"
+)
+_UNDECIDED = re.compile(r"(?i:cannot be determined|not enough information|do(?:n['’]t| not) know)")
+_LABEL = re.compile(r"(?i:\b(?:step|part|case|question|problem|figure|option)\s?#?)$")
+_HEADING = re.compile(
+    r"(?i:[\s*]*(?:(?:step|part|case|example)\s?[0-9]|[0-9]{1,2}[.)] +[*]*[a-z]))"
+)
+_REMARK = re.compile(r"\([^()]{0,200}(?:[A-Za-z=][A-Za-z ]|=)[^()]{0,200}\)")
+_ITEM = re.compile(r"(?m)^[\s*-]*(?:[0-9]{1,2}[.)](?=\s)|\([0-9]{1,2}\)(?=\s))")
+_NAMING = re.compile(
+    r"(?i:(?:\b(?:is|are|was|were|of|about|around|approximately|exactly|makes?|has|have|costs?|pays?"
+    r"|earns?|needs?|takes?|total)\b|[:=~])\s*[^\w\s]*\s*)$"
+)
+_OPERATOR = re.compile(r"\s*([-+*/x])\s*")
+_NESTED = re.compile(r"\s*(?:\)\s*[-+*/x]\s*[0-9(]|[-+*/x]\s*\()")  # expressions with brackets
+_YEAR = re.compile(r"(?i:\b(?:in|since|by|of|year|until|from)\s)$")
+_WHOLE = re.compile(r"(?i: (?:\w{1,20} )?(?:out of|of the|of all) )")  # 42 out of 50, 42 of the 50
+_OR = re.compile(r"(?i:[^.\n]{0,30}?(?:\bor\b|\bto\b|/)\s*$)")
+_PART = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1, 4)}
+_IS_PART = re.compile(r"(?i:\W*(?:an? )?(half|third|quarter)\W*)")
 
 
-class FoundNumber(NamedTuple):
-    """A number, and its position `text[start:end]` including sign and marks."""
-
-    value: Fraction
-    start: int
-    end: int
-    has_unit: bool  # it carries $, €, £, ¥, ¢ or %
+def final_number(text: str, *, cut_off: bool = False) -> Fraction | None:
+    """The likeliest of `readings`, or None."""
+    return next(iter(readings(text, cut_off=cut_off)), None)
 
 
-def numbers_in(text: str) -> list[FoundNumber]:
-    """All numbers in `text`, from left to right."""
-    return list(_scan(text, start=0))
+def readings(text: str, *, cut_off: bool = False) -> Readings:
+    """The values that a completion's answer may mean; empty if it has none."""
+    text = _before_run_on(text)
+    marked = _marked(text)
+    found = marked or _boxed(text) or ()
+    if found or cut_off or marked is not None:
+        return found
+    text = text[-TAIL:]
+    return _after_answer_is(text) or _in_last_line(text)
 
 
-def final_number(text: str) -> Fraction | None:
-    """The answer of a completion: `marked_number`, or `last_number` if there is none."""
-    marked = marked_number(text)
-    return marked if marked is not None else last_number(text)
+def marked_readings(text: str) -> Readings:
+    """`readings` of what follows `####` alone."""
+    return _marked(_before_run_on(text)) or ()
 
 
-def marked_number(text: str) -> Fraction | None:
-    """The number after the first `####` that is followed by one on the same line.
-
-    No letters may be in between: `#### **18**` has a number, `#### Step 1` does not. Later `####`
-    are ignored, since a model may continue with another problem.
-    """
-    marker = _MARKED.search(text)
-    return next(_scan(text, marker.start())).value if marker else None
+# Where the answer is.
 
 
-def last_number(text: str) -> Fraction | None:
-    """`numbers_in(text)[-1].value`, computed from the text around the last digits only."""
-    last = _THROUGH_LAST_DIGITS.match(text)
-    if last is None:
+def _before_run_on(text: str) -> str:
+    match = _RUN_ON.search(text, 1, HEAD)
+    return text[: match.start()] if match and _DIGIT.search(text, 0, match.start()) else text
+
+
+def _marked(text: str) -> Readings | None:
+    """None without a statement after `####`; empty if what is stated there is no number."""
+    refused = None
+    for mark in islice(_MARK.finditer(text), 50):
+        after = text[mark.end() : mark.end() + STATEMENT].strip()
+        statement = _first_line(after)
+        if statement and not (_HEADING.match(statement) and "\n" in after):
+            found = _stated(statement)
+            if found:
+                return found
+            if found is not None:
+                refused = ()
+    return refused
+
+
+def _boxed(text: str) -> Readings | None:
+    at = text.rfind(r"\boxed")
+    if at < 0:
         return None
-    nearby = _scan(text, start=max(0, last.end() - LONGEST))
-    return next(number.value for number in nearby if number.end >= last.end())
+    inside, depth = [], 0
+    for character in text[at + 6 : at + 6 + STATEMENT]:
+        depth += (character == "{") - (character == "}")
+        inside.append(character)
+        if depth <= 0 and character in "{}":
+            return _stated("".join(inside[1:-1]).replace("\n", " ")) or None
+    return _stated("".join(inside[1:]).replace("\n", " ")) or None
 
 
-def _scan(text: str, start: int) -> Iterator[FoundNumber]:
-    for match in _NUMBER.finditer(text, start):
-        before, whole, top, bottom, units, decimals, integer, after = match.groups(default="")
-        sign = -1 if "-" in before or "\u2212" in before else 1
-        has_unit = before not in ("", "-", "\u2212")
-        if bottom:
-            value = Fraction(_integer(top), _integer(bottom))
-            if whole and value < 1:
-                value += _integer(whole)
-            elif whole:  # `2 4/2` is not a mixed number
-                apart = Fraction(sign * _integer(whole))
-                yield FoundNumber(apart, match.start(), match.end("whole"), has_unit)
-                yield FoundNumber(value, match.start("top"), match.end(), bool(after))
-                continue
-        elif decimals:
-            value = Fraction(_integer(units + decimals), 10 ** len(decimals))
+def _after_answer_is(text: str) -> Readings:
+    for match in reversed(list(_ANSWER.finditer(text))[-5:]):
+        statement = _first_line(text[match.end() : match.end() + STATEMENT])
+        found = _stated(re.split(r"(?<=[^\s.][.!?])\s", statement)[0])
+        if found:
+            return found
+    return ()
+
+
+def _in_last_line(text: str) -> Readings:
+    """Of the last line with a number; number words count in the last line only."""
+    first = True
+    for line in _lines_backwards(text):
+        if first and _UNDECIDED.search(line):
+            return ()
+        line = plain(line[-LINE:])
+        quantities = _counted(line)
+        digits = [q for q in quantities if q.in_digits]
+        if digits or (first and quantities):
+            return _of_line(line, digits or quantities)
+        first = False
+    return ()
+
+
+def _lines_backwards(text: str) -> Iterator[str]:
+    yield from (line for line in reversed(text.split("\n")) if line.strip(" *$\\()[]`#"))
+
+
+def _first_line(text: str) -> str:
+    """The first line of `text` with anything in it but brackets and marks."""
+    for line in text.split("\n"):
+        if line.strip(" *$\\()[]`\t\r"):
+            return line
+    return ""
+
+
+# What it says.
+
+
+def _stated(statement: str) -> Readings | None:
+    """The readings of a statement; empty if it is no number, None if it says nothing of numbers."""
+    text = plain(statement, one_number=True)
+    text = re.sub(r"^(\W{0,9})- (?=[$€£¥]?[0-9])", r"\1-", text)
+    quantities = _counted(text, labels=False)
+    if not quantities:
+        if part := _IS_PART.fullmatch(text):
+            return (_PART[part[1].lower()],)
+        return () if _REFUSED.search(text) else None
+    if _REFUSED.search(text[: quantities[0].start]):
+        return ()
+    if "=" in text:
+        return _result(text.split("="))
+    found, end = _leading(text, quantities)
+    others = [q for q in quantities if q.start >= end and not set(q.readings) & set(found)]
+    if others:
+        lead = text[: quantities[0].start]
+        if _OR.match(text[end : others[0].start]):
+            return ()
+        if re.search(r"[^\W\d_]{2}", lead):
+            named = [q for q in quantities if _NAMING.search(text[: q.start])]
+            return named[0].readings if len(named) == 1 else ()
+    return found
+
+
+def _result(parts: list[str]) -> Readings:
+    """What the parts of a statement that is split at `=` state: the first result."""
+    name = quantities_in(parts[0])
+    results = [part for part in parts[1:] if quantities_in(part)]
+    if len(name) == 1 and (not results or _is_expression(results[0])):
+        return name[0].readings  # 42 = 6*7
+    at = 0
+    while at + 1 < len(results) and _is_expression(results[at]):
+        at += 1  # in 2*3 = 6 = 6/1 the last, but in x = 5, y = 7 the 5
+    quantities = _counted(results[at], labels=False) if results else []
+    return _leading(results[at], quantities)[0] if quantities else ()
+
+
+def _is_expression(text: str) -> bool:
+    return re.fullmatch(r"[0-9.,\s+*/x()$-]+", text) is not None
+
+
+def _of_line(line: str, quantities: list[Quantity]) -> Readings:
+    equals = line.rfind("=")
+    after = [q for q in quantities if q.start > equals]
+    if equals >= 0 and after:
+        return _leading(line, after)[0]
+    last = len(quantities) - 1
+    while last and _OPERATOR.fullmatch(line, quantities[last - 1].end, quantities[last].start):
+        last -= 1  # the last expression
+    return _leading(line, quantities[last:])[0]
+
+
+def _leading(text: str, quantities: list[Quantity]) -> tuple[Readings, int]:
+    """The value of the first quantity, or of the expression that it begins, and its end."""
+    first, *rest = quantities
+    terms, operators, end = [first.readings[0]], [], first.end
+    for q in rest:
+        operator = _OPERATOR.fullmatch(text, end, q.start)
+        signed = text[q.start] == "-" and not text[end : q.start].strip()
+        if not operator and not signed:
+            break
+        if not q.readings or len(terms) > 20:
+            break
+        operators.append(operator[1] if operator else "+")
+        terms.append(q.readings[0])
+        end = q.end
+    if _NESTED.match(text, end):
+        return (), end
+    if not operators:
+        return first.readings, end
+    value = _computed(terms, operators)
+    return ((value,) if value is not None else ()), end
+
+
+def _computed(terms: list[Fraction], operators: list[str]) -> Fraction | None:
+    """The value of an expression without brackets; None for a division by zero."""
+    total, product = Fraction(0), terms[0]
+    for operator, term in zip(operators, terms[1:]):
+        if operator in "*x":
+            product *= term
+        elif operator == "/":
+            if not term:
+                return None
+            product /= term
         else:
-            value = Fraction(_integer(integer))
-        yield FoundNumber(sign * value, match.start(), match.end(), has_unit or bool(after))
+            total, product = total + product, term if operator == "+" else -term
+    return total + product
 
 
-def _integer(digits: str) -> int:
-    return int(digits.replace(",", ""))
+def _counted(text: str, labels: bool = True) -> list[Quantity]:
+    """The quantities of a text that may be an answer."""
+    items = [m.span() for m in _ITEM.finditer(text)] if labels else []
+    found = []
+    for q in quantities_in(text):
+        before = text[max(0, q.start - 12) : q.start]
+        if not q.readings or any(start <= q.start < end for start, end in items):
+            continue
+        if _LABEL.search(before):
+            continue
+        found.append(q)
+    return _without(text, found)
+
+
+def _without(text: str, found: list[Quantity]) -> list[Quantity]:
+    """`found` without what is rarely an answer, if anything is left then."""
+    remarks = [m.span() for m in _REMARK.finditer(text)]
+    in_remarks = {q for q in found if any(start < q.start < end for start, end in remarks)}
+    found = [q for q in found if q not in in_remarks] or found
+    years = {
+        q
+        for q in found
+        if 1900 <= q.readings[0] <= 2100 and _YEAR.search(text[max(0, q.start - 7) : q.start])
+    }
+    found = [q for q in found if q not in years] or found
+    wholes = {q for before, q in pairwise(found) if _WHOLE.fullmatch(text, before.end, q.start)}
+    found = [q for q in found if q not in wholes]
+    symbols = {q for q in found if q.start and text[q.start - 1] in ascii_letters}  # H2O, x2
+    return [q for q in found if q not in symbols] or found

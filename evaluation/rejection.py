@@ -7,7 +7,8 @@ because its last answer depends on them.
 
 A solution without a `#### N` that all scorers can read gets the gold answer's as its last line. The
 rest of its text is unchanged. Without that line the row could not be scored, and most models that
-were not tuned on GSM8K would produce no usable rows.
+were not tuned on GSM8K would produce no usable rows. Where the gold answers have another form, such
+as `The answer is: N`, a solution that states its number in any of these forms is left as it is.
 """
 
 import json
@@ -20,6 +21,7 @@ from data.rows import Message, Problem
 from errors import BadOption
 from evaluation.answers import count_turns, next_turn
 from evaluation.generative import Completions, had_format, numeric_equal
+from evaluation.golds import gold_text, gold_value
 from evaluation.tasks import Task
 from files import write_file
 
@@ -36,8 +38,8 @@ def correct_solutions(
             if c.cut_off or not all(key) or key in seen or not numeric_equal(text, p.answer):
                 continue
             seen.add(key)
-            if not had_format(text):
-                text += "\n" + p.answer[p.answer.index("####") :].partition("\n")[0]
+            if not had_format(text) and ("####" in p.answer or gold_value(text) is None):
+                text += f"\n#### {gold_text(p.answer)}"
             prompt = next_turn(p, earlier).messages[:-1]
             solved = replace(p, messages=(*prompt, Message("assistant", text)))
             yield solved.row() | {"sample": c.sample}
@@ -76,8 +78,8 @@ def check_tasks(tasks: list[Task], prompt: str) -> None:
     if len(tasks) > 1 or not tasks[0].judge.numeric:
         names = ", ".join(task.name for task in tasks)
         raise BadOption(
-            f"--keep-correct needs a single task whose answers end in '#### N', not {names}",
-            "name that task with --data",
+            f"--keep-correct needs a single task whose gold answers hold a number, not {names}",
+            "name that task with --data; its golds end in '#### N', for example",
         )
     if prompt != "chat" and any(count_turns(p, "chat") > 1 for p in tasks[0].problems):
         raise BadOption(

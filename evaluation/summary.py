@@ -7,6 +7,7 @@ per problem, scorers judge the first one; votes and pass@k use all of them.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from evaluation.generative import (
     Completion,
     Completions,
     Judge,
-    gold_number,
+    answer_value,
     had_format,
     maj_at_k,
-    numeric_equal,
     pass_at_k,
 )
+from evaluation.golds import gold_number
 from evaluation.mistakes import KINDS, classify, topics
-from evaluation.numbers import final_number
 from evaluation.statistics import in_words, paired, wilson_interval
 from evaluation.steps import operations, reasoning_steps
 from files import read_json
@@ -41,8 +41,11 @@ def answer_metrics(
     every = [c for p in problems for c in completions[p.id]]
     metrics = {
         "correct": {
-            name: sum(scorer(first[p.id].text, p.answer) for p in problems)
-            for name, scorer in judge.scorers.items()
+            name: sum(
+                judge.score(name, first[p.id].text, p.answer, cut_off=first[p.id].cut_off)
+                for p in problems
+            )
+            for name in judge.scorers
         },
         "had_format": sum(had_format(c.text) for c in first.values()),
         "cut_off": sum(c.cut_off for c in first.values()),
@@ -72,11 +75,17 @@ def outcomes(judge: Judge, problems: list[Problem], completions: Completions) ->
     for p in problems:
         samples = completions[p.id]
         if len(samples) > 1 and judge.numeric:
-            numbers = [final_number(c.text) for c in samples]
-            found.append(maj_at_k(numbers, gold_number(p.answer), len(samples)))
+            gold = gold_number(p.answer)
+            found.append(maj_at_k(votes(samples, gold), gold, len(samples)))
         else:
-            found.append(judge.is_correct(samples[0].text, p.answer))
+            first = samples[0]
+            found.append(judge.is_correct(first.text, p.answer, cut_off=first.cut_off))
     return found
+
+
+def votes(samples: list[Completion], gold: Fraction) -> list[Fraction | None]:
+    """The number that each sample votes for; None for a sample without a number."""
+    return [answer_value(c.text, gold, cut_off=c.cut_off) for c in samples]
 
 
 def sample_metrics(problems: list[Problem], completions: Completions) -> dict[str, dict]:
@@ -88,17 +97,18 @@ def sample_metrics(problems: list[Problem], completions: Completions) -> dict[st
     if n == 1:
         return {}
     powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
-    votes, passed = {}, {}
+    voted, passed = {}, {}
     for k in powers:
         correct_votes = probability = 0
         for p in problems:
             samples, gold = completions[p.id], gold_number(p.answer)
-            correct_votes += maj_at_k([final_number(c.text) for c in samples], gold, k)
-            correct = sum(numeric_equal(c.text, p.answer) for c in samples)
+            numbers = votes(samples, gold)
+            correct_votes += maj_at_k(numbers, gold, k)
+            correct = numbers.count(gold)
             probability += pass_at_k(len(samples), correct, k)
-        votes[f"maj@{k}"] = correct_votes
+        voted[f"maj@{k}"] = correct_votes
         passed[f"pass@{k}"] = float(probability / len(problems))
-    return {"votes": votes, "pass": passed}
+    return {"votes": voted, "pass": passed}
 
 
 def mistakes(problems: list[Problem], first: dict[str, Completion]) -> dict[str, int]:

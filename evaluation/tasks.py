@@ -18,8 +18,8 @@ from data.split import split_sources
 from data.tasks import TASKS, load_source
 from errors import BadData, BadOption, BadRun, listed
 from evaluation.choices import choice_scorers, with_shots
-from evaluation.generative import NUMBERS, TEXT, Judge, had_format
-from evaluation.numbers import marked_number
+from evaluation.generative import EACH, NUMBERS, TEXT, Judge
+from evaluation.golds import ends_in_number, gold_value
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Task:
     problems: list[Problem]
     shots: list[Problem]  # solved problems for the prompt; those of choices are in their contexts
     judge: Judge
+    golds: str = ""  # how many gold answers hold a number, and what follows from that, in words
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,42 @@ def judge_of(
 
     A single source that is a built-in task with its own scorers is judged by them.
     Problems with choices are judged by the likelihood of each choice, unless `generated` asks for
-    the judge of generated answers. Those are judged as numbers if every gold answer has a `#### N`
-    that all scorers can read, and otherwise as text.
+    the judge of generated answers. Those are judged as numbers if at least half of the gold answers
+    hold one, and otherwise as text. If several sources are asked together and only some of the
+    golds hold a number, each answer is judged by its own gold. `judged_problems` says which
+    problems this leaves out.
     """
     if len(sources) == 1 and sources[0] in TASKS and TASKS[sources[0]].scorers:
         return Judge(sources[0], TASKS[sources[0]].scorers)
     if not generated and any(p.choices for p in problems):
         return Judge("choices", choice_scorers(problems), generated=False)
-    golds = [p.answer for p in problems]
-    if all(had_format(gold) and marked_number(gold) is not None for gold in golds):
-        return NUMBERS
-    return TEXT
+    numbers = sum(gold_value(p.answer) is not None for p in problems)
+    if len(sources) > 1 and 0 < numbers < len(problems):
+        return EACH
+    return NUMBERS if 2 * numbers >= len(problems) else TEXT
+
+
+def judged_problems(judge: Judge, problems: list[Problem]) -> tuple[list[Problem], str]:
+    """The problems whose gold answers `judge` can read, and their number in words for printing."""
+    if judge not in (NUMBERS, EACH, TEXT) or not problems:
+        return problems, ""
+    numbers = [p for p in problems if gold_value(p.answer) is not None]
+    others = [p for p in problems if gold_value(p.answer) is None]
+    found = f"{len(numbers):,} of {len(problems):,} golds hold a number"
+    as_text = "compared as text: only an answer with exactly the gold's characters is correct"
+    if judge is TEXT:
+        few = ", fewer than half" if numbers else ""
+        forms = "'#### N', 'The answer is: N', '\\boxed{N}' or N alone"
+        return problems, f"{found} ({forms}){few}; answers are {as_text}"
+    rewritten = sum(not ends_in_number(p.answer) for p in numbers)
+    if rewritten:
+        found += f"; {rewritten:,} are rewritten as '#### N' for the scorers that compare texts"
+    if judge is EACH:
+        return problems, f"{found}; answers to the other {len(others):,} are {as_text}"
+    if others:
+        rows = "row" if len(others) == 1 else "rows"
+        found += f"; {len(others):,} {rows} left out: {listed([p.id for p in others], 10)}"
+    return numbers, found
 
 
 def find_tasks(selection: Selection, run: Mapping[str, Any], held_out_file: Path) -> list[Task]:
@@ -83,9 +109,11 @@ def find_tasks(selection: Selection, run: Mapping[str, Any], held_out_file: Path
     # The rows that the run held out, from its own folder; the file has no choices and no shots.
     if selection.split == "validation" and not selection.data and not selection.shots:
         if len(names) == 1 and names[0] not in CHOICE_TASKS and held_out_file.exists():
-            problems = read_problems(held_out_file)[0][: selection.limit]
+            problems = read_problems(held_out_file)[0]
             description = f"{names[0]}, the rows held out by the adapter's run"
-            return [Task(names[0], description, problems, [], judge_of(problems, names))]
+            judge = judge_of(problems, names)
+            problems, golds = judged_problems(judge, problems)
+            return [Task(names[0], description, problems[: selection.limit], [], judge, golds)]
 
     given = {"data_commit": selection.data_revision, "columns": selection.columns}
     options = ({} if selection.data else dict(run)) | {k: v for k, v in given.items() if v}
@@ -111,16 +139,20 @@ def make_task(selection: Selection, name: str, source: Source, problems: list[Pr
         print(source.line())
     if source.bad:
         print(f"{name}: {len(source.bad)} rows are left out: {listed(source.bad, 3)}")
+    # Decided from all problems, so that --limit does not change how answers are judged.
+    judge = judge_of(problems, [name])
+    judged, golds = judged_problems(judge, problems)
     if source.shots is None:
         ids = {p.id for p in problems}
         shots = [p for p in source.train if p.id not in ids][: selection.shots]
         enough = len(shots) == selection.shots
         if selection.include_held_out:  # train.py holds out the same questions again
-            problems = [p for p in source.train if p not in shots]
+            rest = [p for p in source.train if p not in shots]
+            judged, golds = judged_problems(judge, rest)
             description += ", held-out rows too"
-        problems = problems[: selection.limit]
+        problems = judged[: selection.limit]
     else:
-        problems, shots = problems[: selection.limit], []
+        problems, shots = judged[: selection.limit], []
         solved = source.shots(problems, selection.shots)
         problems = [with_shots(p, rows) for p, rows in zip(problems, solved)]
         enough = all(len(rows) == selection.shots for rows in solved)
@@ -129,7 +161,7 @@ def make_task(selection: Selection, name: str, source: Source, problems: list[Pr
             f"{description} has fewer than {selection.shots} other problems to show before each",
             "use another --split, fewer --shots, or other --data",
         )
-    return Task(name, description, problems, shots, judge_of(problems, [name]))
+    return Task(name, description, problems, shots, judge, golds)
 
 
 def select_problems(

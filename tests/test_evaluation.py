@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import evaluate
+import train
 from data.chat import ChatFormat
 from data.custom import load_path
 from errors import BadData, BadOption
@@ -16,7 +17,7 @@ from evaluation import answers as generation
 from evaluation.answers import answers, before_stop, exact_matches, prompt_tokens
 from evaluation.generative import NUMBERS, TEXT
 from evaluation.summary import answer_metrics, breakdown, outcomes, sample_metrics, transcripts
-from evaluation.tasks import judge_of
+from evaluation.tasks import judge_of, judged_problems
 from lora.inject import merge
 from lora.peft_format import read_adapter
 from model.load import load_model
@@ -279,12 +280,100 @@ def test_a_sampled_answer_depends_on_its_index_and_not_on_its_batch(tuned):
 # Judging
 
 
-def test_a_task_is_judged_as_numbers_only_if_every_gold_answer_has_one():
-    numbers = [problem("q", "2\n#### 2"), problem("q", "3\n#### 3")]
-    assert judge_of(numbers) is NUMBERS
-    assert judge_of([*numbers, problem("q", "Paris")]) is TEXT
-    assert judge_of([*numbers, problem("q", "#### x")]) is TEXT
+def golds(*answers: str) -> list:
+    return [problem("q", answer, f"rows:{n}") for n, answer in enumerate(answers, start=1)]
+
+
+def test_a_task_is_judged_as_numbers_if_at_least_half_of_its_golds_hold_one():
+    assert judge_of(golds("2\n#### 2", "####3", "The answer is: 4")) is NUMBERS
+    assert judge_of(golds("#### 2", "#### 3", "Paris")) is NUMBERS
+    assert judge_of(golds("#### 2", "Paris")) is NUMBERS
+    assert judge_of(golds("#### 2", "#### x", "Paris")) is judge_of(golds("Paris")) is TEXT
     assert NUMBERS.is_correct("It is 2.", "#### 2") and not TEXT.is_correct("It is 2.", "#### 2")
+
+
+def test_a_problem_whose_gold_holds_no_number_is_left_out_of_numbers_with_a_word():
+    problems = golds("#### 2", "#### 3 or 4", "So 5.\n5", "The answer is: 6", "#### 7")
+    judged, words = judged_problems(NUMBERS, problems)
+    assert [p.id for p in judged] == ["rows:1", "rows:4", "rows:5"]
+    assert words == (
+        "3 of 5 golds hold a number; 1 are rewritten as '#### N' for the scorers that compare"
+        " texts; 2 rows left out: rows:2; rows:3"
+    )
+    assert judged_problems(NUMBERS, golds("#### 2")) == (
+        golds("#### 2"),
+        "1 of 1 golds hold a number",
+    )
+
+
+def test_no_problem_is_left_out_of_text_and_what_that_means_is_said():
+    problems = golds("Paris", "Rome", "#### 7")
+    judged, words = judged_problems(judge_of(problems), problems)
+    assert judged == problems
+    assert words.startswith("1 of 3 golds hold a number") and "fewer than half" in words
+    assert "compared as text: only an answer with exactly the gold's characters" in words
+
+
+def test_several_sources_asked_together_are_judged_gold_by_gold():
+    problems = golds("#### 7", "Paris", "Rome")
+    judge = judge_of(problems, ["sums", "capitals"], generated=True)
+    judged, words = judged_problems(judge, problems)
+    assert judged == problems and "answers to the other 2 are compared as text" in words
+    assert judge.is_correct("It is 7.", "#### 7") and judge.is_correct("Paris ", "Paris")
+    assert not judge.is_correct("It is Paris.", "Paris") and not judge.is_correct("8", "#### 7")
+    assert judge_of(golds("#### 7", "8"), ["sums", "more"], generated=True) is NUMBERS
+
+
+def odd_sums(folder: Path, tuned: Path, *answers: str) -> Path:
+    """The toy sums, with other answers to the first test rows."""
+    shutil.copytree(tuned / "sums", folder)
+    lines = (folder / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row, answer in zip(rows, answers):
+        row["answer"] = answer
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_one_odd_gold_does_not_change_how_the_other_answers_are_judged(tuned, tmp_path, capsys):
+    data = odd_sums(tmp_path / "data", tuned, "two or three")
+    flags = ["--adapter", str(tuned / "run/best"), "--data", str(data), *COMMON]
+    evaluate.main([*flags, "--out", str(tmp_path / "out"), "--limit", "3"])
+    assert "7 of 8 golds hold a number; 1 row left out: test.jsonl:1" in capsys.readouterr().out
+    (path,) = (tmp_path / "out").glob("evaluation/*/result.json")
+    result = json.loads(path.read_text())
+    assert result["problems"] == 3 and "numeric-equal" in result["models"]["tuned"]["correct"]
+    rows = {key[1] for key in completions_of(tmp_path / "out")}
+    assert {"test.jsonl:2", "test.jsonl:3", "test.jsonl:4"} <= rows and "test.jsonl:1" not in rows
+
+
+def test_without_numbers_the_output_says_that_answers_are_compared_as_text(tuned, tmp_path, capsys):
+    data = odd_sums(tmp_path / "data", tuned, *["two or three"] * 8)
+    flags = ["--adapter", str(tuned / "run/best"), "--data", str(data), *COMMON]
+    evaluate.main([*flags, "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "judged as text, by exact-text\n  0 of 8 golds hold a number" in printed
+    assert "exactly the gold's characters" in printed
+
+
+def test_early_stopping_on_exact_match_leaves_the_same_problems_out(tuned, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(tuned / "sums", data)
+    for line, answer in ((0, "two or three"), (1, "The answer is: 5")):
+        rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+        rows[line]["answer"] = answer
+        (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.main(
+        ["--model", str(tuned / "base"), "--data", str(data), "--out", str(tmp_path / "run"),
+         "--validation-share", "0.9", "--max-steps", "1", "--stop-on", "exact-match",
+         "--max-new-tokens", "4", "--precision", "fp32", "--device", "cpu"]
+    )  # fmt: skip
+    held_out = (tmp_path / "run/validation.jsonl").read_text()
+    assert "two or three" in held_out
+    count = len(held_out.splitlines())
+    printed = capsys.readouterr().out
+    assert f"exact match: judged as numbers; {count - 1} of {count} golds hold a number" in printed
+    assert "1 row left out: train.jsonl:1" in printed
 
 
 def test_how_a_task_is_judged_is_printed(tuned, tmp_path, capsys):

@@ -16,6 +16,7 @@ from errors import BadData, BadOption
 from evaluation import answers as generation
 from evaluation import choices as scoring
 from evaluation.generative import had_format
+from evaluation.golds import gold_value
 from evaluation.rejection import correct_solutions
 from evaluation.statistics import wilson_interval
 from report.records import read_run
@@ -142,6 +143,18 @@ def test_correct_distinct_whole_answers_are_kept_and_end_like_gold_ones():
     assert all(had_format(answer) for answer in answers) and {row["id"] for row in rows} == {"t:1"}
 
 
+def test_kept_answers_are_in_a_form_that_can_be_scored_whatever_the_form_of_the_golds():
+    texts = ["It is 7.", "so\n#### 7", "3+4=7\nThe answer is: 7", r"So \boxed{7}."]
+    given = {"t:1": [completion(text, "t:1", i) for i, text in enumerate(texts)]}
+    for gold, kept in (
+        ("####7", ["It is 7.\n#### 7", *texts[1:2], *(text + "\n#### 7" for text in texts[2:])]),
+        ("The answer is: 7", ["It is 7.\n#### 7", *texts[1:]]),
+    ):
+        rows = list(correct_solutions([problem("3 + 4?", gold, "t:1")], given))
+        assert [row["messages"][-1]["content"] for row in rows] == kept
+        assert all(gold_value(answer) == 7 for answer in kept)
+
+
 def test_correct_answers_are_kept_and_trained_on(tuned, tmp_path, monkeypatch, capsys):
     def solver(model, chat, problems, settings, *, done):  # correct on every second problem
         for n, p in enumerate(problems):
@@ -190,7 +203,10 @@ def test_correct_answers_are_kept_and_trained_on(tuned, tmp_path, monkeypatch, c
         (("--split", "validation"), "with --split validation"),
         (("--keep-correct", "own.txt"), "is not a .jsonl file"),
         (("--keep-correct", "nowhere/own.jsonl"), "in an existing folder"),
-        (("--data", "arc-easy"), "needs a single task whose answers end in '#### N', not arc-easy"),
+        (
+            ("--data", "arc-easy"),
+            "single task whose gold answers hold a number, not arc-easy",
+        ),
     ],
 )
 def test_solutions_that_cannot_be_kept_are_refused_before_any_is_generated(
