@@ -11,6 +11,7 @@ import numpy as np
 
 from data.chat import ChatFormat, EncodedChat
 from data.rows import Problem
+from errors import BadData
 from progress_bar import progress_bar
 
 IGNORE = -100  # the target of a token that is not supervised, as in F.cross_entropy
@@ -43,9 +44,7 @@ def encode_problems(
         for start in range(0, len(problems), ROWS_PER_CALL):
             chunk = problems[start : start + ROWS_PER_CALL]
             ids = row_ids[start : start + ROWS_PER_CALL]
-            encoded_chats = chat.encode_all(
-                [(problem.messages, problem.tools) for problem in chunk]
-            )
+            encoded_chats = _encode(chunk, chat)
             for problem, row_id, encoded in zip(chunk, ids, encoded_chats):
                 if len(encoded.tokens) > max_length:
                     left_out.append(f"{problem.id}: {len(encoded.tokens)} tokens")
@@ -53,6 +52,19 @@ def encode_problems(
                     examples.append(_example(row_id, encoded))
             bar.update(len(chunk))
     return examples, left_out
+
+
+def _encode(problems: Sequence[Problem], chat: ChatFormat) -> list[EncodedChat]:
+    """Encode all at once; BadData names the first row that the chat template cannot lay out."""
+    try:
+        return chat.encode_all([(p.messages, p.tools) for p in problems])
+    except BadData:
+        for p in problems:
+            try:
+                chat.encode(p.messages, p.tools)
+            except BadData as error:
+                raise BadData(f"{p.id}: {error.cause}", error.remedy) from None
+        raise
 
 
 def _example(row_id: int, encoded: EncodedChat) -> Example:

@@ -60,14 +60,14 @@ class Problem:
     def answer_turns(self) -> list[int]:
         """Indices of the assistant's turns that a model answers when it is evaluated.
 
-        The others are context, and are given: those that are not supervised, and a greeting before
-        the user's first turn.
+        The others are context, and are given: those that are not supervised, calls of tools, and
+        a greeting before the user's first turn.
         """
         asked = next((i for i, m in enumerate(self.messages) if m.role == "user"), 0)
         return [
             i
             for i, m in enumerate(self.messages)
-            if m.role == "assistant" and m.supervised and i > asked
+            if m.role == "assistant" and m.supervised and not m.extra and i > asked
         ]
 
     def row(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from data.problems import (
     Choices,
@@ -149,6 +150,7 @@ def parse_row(
     if is_pair:
         messages = (*_history(row, columns, used), *messages)
     messages = (*_system(row, columns, messages, used, notes), *messages)
+    tools = None if is_pair else _tools(row, columns, used)
     _refuse_columns(row, columns, used, is_pair=is_pair)
     check_order(messages)
     messages = up_to_the_last_supervised(messages, notes)
@@ -161,7 +163,8 @@ def parse_row(
     notes.unused |= {
         name for name, value in row.items() if name not in used and not is_blank(value)
     }
-    return Problem(id, messages, category, original if isinstance(original, str) else None)
+    original = original if isinstance(original, str) else None
+    return Problem(id, messages, category, original, tools=tools)
 
 
 def find_format(row: dict, columns: Columns = NOT_RENAMED) -> str:
@@ -273,6 +276,16 @@ def _history(row: dict, columns: Columns, used: set[str]) -> tuple[Message, ...]
         for pair in value
         for role, said in zip(roles, pair)
     )
+
+
+def _tools(row: dict, columns: Columns, used: set[str]) -> tuple[dict[str, Any], ...] | None:
+    """The descriptions of tools in the column "tools", which may be JSON in a text."""
+    name = columns.get("tools", "tools")
+    value = from_json(row.get(name)) if name else None
+    if not isinstance(value, list) or not value or not all(isinstance(t, dict) for t in value):
+        return None  # what it holds otherwise is refused with the other columns
+    used.add(name)
+    return tuple(value)
 
 
 def _system(

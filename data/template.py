@@ -40,6 +40,7 @@ MAX_READ = 2**18  # characters of a file; the sandbox takes fewer
 VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 COPY_AGAIN = "download or copy it again"
 GIVE_A_FILE = "give a template that writes ChatML with --chat-template FILE"
+GIVE_TOOLS = "give a template that lays out tool calls, as Qwen2.5's does: --chat-template FILE"
 PROBE = (
     Message("system", " \nProbe one.\n "),
     Message("user", " \nProbe two.\n "),
@@ -172,7 +173,7 @@ class ChatTemplate:
             raise BadData(
                 f"the chat template in {self.source.place} cannot lay out a conversation of {roles}"
                 f"{' with tools' if tools else ''}: it {odd}",
-                f"leave that row out, or {GIVE_A_FILE}",
+                f"leave that row out, or {GIVE_TOOLS if tools or 'tool' in roles else GIVE_A_FILE}",
             ) from None
 
     def lines(self) -> list[str]:

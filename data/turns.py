@@ -4,6 +4,8 @@
     {"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}                  ShareGPT
     {"role": "assistant", "content": "3", "weight": 0}     context: read, but not trained on
     {"role": "user", "content": [{"type": "text", "text": "1+1?"}]}     parts, which are joined
+    {"role": "assistant", "tool_calls": [...]}, {"role": "tool", "content": "2"}    laid out by the
+                                                                       checkpoint's chat template
 
 A key with null or an empty value says nothing. Any other key of a turn changes what the model would
 be shown, so a row whose turns carry one that is not read is refused.
@@ -24,9 +26,13 @@ ROLES = {  # a turn's role in lower case -> role
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
     "ai": "assistant",
+    "tool": "tool",
 }  # fmt: skip
-TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response",
+# Roles of tools in other forms than OpenAI's, which is the one that chat templates take.
+TOOL_ROLES = ("function", "function_call", "observation", "tool_call", "tool_response",
               "ipython")  # fmt: skip
+# Keys of a turn that the chat template lays out, by role.
+LAID_OUT = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
 # Whether a turn is trained on: OpenAI's key, axolotl's two, ms-swift's.
 SUPERVISION = ("weight", "train", "training", "loss")
 NOT_CONVERSATION = ("id", "message_id", "turn_id", "index", "timestamp", "create_time",
@@ -111,7 +117,9 @@ def check_order(messages: Sequence[Message]) -> None:
 
     The assistant may begin, and must end the conversation.
     """
-    roles = [message.role for message in messages]
+    # A call of tools and their results are a part of the answer that follows.
+    pairs = zip(messages, [*messages[1:], None])
+    roles = [m.role for m, after in pairs if m.role != "tool" and not _calls_tools(m, after)]
     dialogue = roles[1:] if roles[:1] == ["system"] else roles
     if dialogue[:1] == ["assistant"] and len(dialogue) > 1:
         dialogue = dialogue[1:]
@@ -127,6 +135,18 @@ def check_order(messages: Sequence[Message]) -> None:
             f" ({found})",
             remedy,
         )
+
+
+def _calls_tools(message: Message, after: Message | None) -> bool:
+    """Whether this is an assistant's turn whose tool calls are answered by the turn `after` it."""
+    if after is None or after.role != "tool" or message.role == "tool":
+        return False
+    if message.role != "assistant" or "tool_calls" not in (message.extra or {}):
+        raise BadRow(
+            f"a turn of a tool follows a turn of the {message.role} without tool_calls",
+            "write the call as tool_calls of the assistant's turn, in OpenAI's form",
+        )
+    return True
 
 
 def up_to_the_last_supervised(messages: tuple[Message, ...], notes: Notes) -> tuple[Message, ...]:
@@ -202,11 +222,12 @@ def _read_turn(turn: dict[str, Any], notes: Notes) -> Message:
     for key in [key for key in rest if key in NOT_CONVERSATION]:
         notes.unused_keys.add(key)
         del rest[key]
-    if rest or role == "tool":
+    if rest.keys() - LAID_OUT.get(role, set()):
         return Message(role, "", supervised, rest)  # refused with what it carries
     key = said[0] if said else next((key for key in CONTENT_KEYS if key in turn), "content")
-    content = text(_join_parts(turn.get(key), key), key, may_be_empty=role == "system")
-    message = Message(role, content, supervised)
+    value = "" if rest and not said else _join_parts(turn.get(key), key)  # a call may say nothing
+    content = text(value, key, may_be_empty=role in ("system", "tool") or bool(rest))
+    message = Message(role, content, supervised, rest or None)
     if named != role:
         notes.roles[named] = role
     return message
@@ -225,7 +246,11 @@ def _role(turn: dict[str, Any]) -> tuple[object, str]:
     (named,) = found or (None,)
     known = named.strip().casefold() if isinstance(named, str) else None
     if known in TOOL_ROLES:
-        return named, "tool"
+        raise BadRow(
+            f"role {named!r} is of tool calls in a form that chat templates do not take",
+            "write tool_calls into the assistant's turn and results as turns of the role tool, in"
+            " OpenAI's form, or leave rows with tool calls out",
+        )
     if known not in ROLES:
         raise BadRow(
             f"role {named!r} is not one of {', '.join(dict.fromkeys(ROLES.values()))}",
@@ -256,21 +281,17 @@ def _pop_supervised(rest: dict[str, Any], role: str) -> bool:
 
 
 def _refuse_extra(messages: tuple[Message, ...]) -> None:
-    """Raise BadRow if turns carry what is not read."""
-    extra = {key for message in messages for key in message.extra or ()}
-    if calls := {"tool_calls", "function_call"} & extra:
-        carried = name_list(calls)
-    elif any(message.role == "tool" for message in messages):
-        carried = "tool calls (turns of tools)"
-    elif extra:
+    """Raise BadRow if turns carry what is neither read nor laid out by a chat template."""
+    extra = {k for m in messages for k in m.extra or () if k not in LAID_OUT.get(m.role, ())}
+    if "function_call" in extra or "tool_calls" in extra:
+        raise BadRow(
+            f"its turns carry {name_list(extra)} in a form that chat templates do not take",
+            "write calls as tool_calls of the assistant's turn, in OpenAI's form, or leave rows"
+            " with tool calls out",
+        )
+    if extra:
         raise BadRow(
             f"its turns carry {name_list(extra)}, which is not read",
             f"put it into the content, or remove {name_list(extra)} from the turns if the model"
             " need not see it",
         )
-    else:
-        return
-    raise BadRow(
-        f"its turns carry {carried}, which cannot be laid out yet",
-        "leave rows with tool calls out",
-    )

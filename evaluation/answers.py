@@ -59,7 +59,7 @@ def prompt_tokens(
 ) -> list[int]:
     """Token ids after which the model's next tokens are its answer to `problem`."""
     if prompt == "chat":
-        return chat.prompt(problem.messages[:-1])
+        return chat.prompt(problem.messages[:-1], problem.tools)
     if prompt == "chain-of-thought":
         return chat.plain(f"Q: {problem.question}\nA: Let's think step by step.")
     solved = [f"Question: {shot.question}\nAnswer: {shot.answer}" for shot in shots]

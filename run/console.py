@@ -54,7 +54,7 @@ def print_audit(audit: Audit) -> None:
 def show_example(source: Source, chat: ChatFormat) -> None:
     """Print how a source was read, and its first example: supervised text green, or in [[ ]]."""
     print("\n".join(source.lines()))
-    encoded = chat.encode(source.train[0].messages)
+    encoded = chat.encode(source.train[0].messages, source.train[0].tools)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
     pairs = zip(encoded.supervised_mask, encoded.tokens)
