@@ -1,0 +1,237 @@
+"""Laws of rows as people have them: read exactly, or refused by name; nothing is dropped silently.
+
+`tests/test_custom_data.py` has the laws of files, folders and renamed columns.
+"""
+
+import gzip
+import json
+
+import pytest
+
+from data.custom import load_path
+from data.problems import Message, content_fingerprint
+from data.rows import parse_row
+from data.turns import BadRow, Notes
+from errors import BadData
+from tests import toys
+from tests.templates import QWEN2_5
+from tests.test_machines import script
+
+QUESTION, ANSWER = "What is 1+1?", "#### 2"
+PAIR = (Message("user", QUESTION), Message("assistant", ANSWER))
+TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+SHAREGPT = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+SYSTEM = Message("system", "Count.")
+EARLIER = (Message("user", "a?"), Message("assistant", "b"))
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
+TOOL_TURNS = [
+    TURNS[0], {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "2"}, TURNS[1],
+]  # fmt: skip
+
+
+def turns(**changes) -> dict:
+    """A row of messages whose last turn has other keys as well."""
+    return {"messages": [TURNS[0], TURNS[1] | changes]}
+
+
+@pytest.mark.parametrize(
+    "row, messages",
+    [
+        ({"question": QUESTION, "answer": ANSWER}, PAIR),
+        ({"input": QUESTION, "output": ANSWER}, PAIR),
+        ({"instruction": QUESTION, "input": "", "output": ANSWER}, PAIR),
+        ({"instruction": QUESTION, "input": float("nan"), "output": ANSWER}, PAIR),
+        ({"instruction": QUESTION, "input": None, "output": ANSWER}, PAIR),
+        ({"messages": TURNS}, PAIR),
+        ({"messages": json.dumps(TURNS)}, PAIR),  # as cells of CSV files have it
+        ({"conversations": TURNS}, PAIR),
+        ({"conversations": SHAREGPT}, PAIR),
+        ({"conversations": SHAREGPT, "system": "Count."}, (SYSTEM, *PAIR)),
+        ({"messages": TURNS, "system_prompt": "Count."}, (SYSTEM, *PAIR)),
+        ({"messages": TURNS, "system": ""}, PAIR),
+        (
+            {"instruction": QUESTION, "output": ANSWER, "system": "Count.",
+             "history": [["a?", "b"]]},
+            (SYSTEM, *EARLIER, *PAIR),
+        ),
+        ({"messages": [{"role": "system", "content": ""}, *TURNS]}, (Message("system", ""), *PAIR)),
+        ({"messages": [{"role": "assistant", "content": "Hi"}, *TURNS]},
+         (Message("assistant", "Hi"), *PAIR)),
+        (
+            {"messages": [{"role": "user", "content": [
+                {"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]},
+                TURNS[1]]},
+            PAIR,
+        ),
+        (turns(weight=1), PAIR),
+        (turns(train=True, name=None, tool_calls=[], reasoning_content=""), PAIR),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": "3", "weight": 0}, *TURNS]},
+            (PAIR[0], Message("assistant", "3", supervised=False), *PAIR),
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": "3", "train": False}, *TURNS]},
+            (PAIR[0], Message("assistant", "3", supervised=False), *PAIR),
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_in_the_form_of_another_program_is_the_same_conversation(row, messages):
+    assert parse_row(row, "a:1").messages == messages
+
+
+@pytest.mark.parametrize(
+    "row, cause, remedy",
+    [
+        (turns(weight=0.5), "weight of a turn is 0.5", "set weight to 0"),
+        (turns(weight="0"), "weight of a turn is '0'", "set weight to 0"),
+        (turns(weight=0), "no answer of the assistant is to be trained on", "set the weight"),
+        (turns(reasoning_content="Hmm."), "reasoning_content, which is not read", "remove"),
+        (turns(name="Bo"), "name, which is not read", "remove name"),
+        (turns(audio={"id": 1}), "audio, which is not read", "remove audio"),
+        (turns(function_call={"name": "f"}), "function_call in a form", "tool_calls"),
+        ({"messages": TURNS, "documents": [{"a": 1}]}, "its documents would change", "documents="),
+        ({"messages": TURNS, "images": ["a.png"]}, "its images would change", "--columns images="),
+        ({"messages": TURNS, "system": "a", "system_prompt": "b"}, "several system", "--columns"),
+        ({"question": QUESTION, "answer": ANSWER, "tools": [TOOL]}, "its tools would", "tools="),
+        ({"question": QUESTION, "answer": ANSWER, "context": "c"}, "its context", "instruction="),
+        ({"instruction": "a", "output": "b", "history": "c"}, "history is not a list", "history="),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+                       TURNS[1]]}, "part of type image_url", "only texts"),
+        ({"messages": [TURNS[0], TURNS[0], TURNS[1]]}, "do not alternate", "merge consecutive"),
+        ({"messages": TURNS[:1]}, "do not alternate", "drop the last user turn"),
+        ({"messages": [*TURNS, {"role": "tool", "content": "2"}, *TURNS]}, "a turn of a tool",
+         "tool_calls of the assistant's turn"),
+        ({"messages": [{"role": "observation", "content": "2"}, *TURNS]}, "role 'observation'",
+         "OpenAI's form"),
+        ({"messages": [{"role": "narrator", "content": "2"}, *TURNS]}, "role 'narrator'", "rename"),
+        ({"chosen": TURNS, "rejected": TURNS}, "preference data", "messages=chosen"),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "token ids", "give the texts"),
+        ({"text": "Once upon a time"}, "match no row format", "continued pretraining"),
+        ({"role": "user", "content": "a"}, "a single turn", "one row per conversation"),
+        ("Once upon a time", "a str, not an object", "continued pretraining"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honored_is_refused_by_name_with_its_own_remedy(row, cause, remedy):
+    with pytest.raises(BadRow) as refused:
+        parse_row(row, "a:1")
+    assert cause in str(refused.value) and remedy in refused.value.remedy
+
+
+def test_columns_and_keys_that_cannot_change_a_conversation_are_listed_as_not_used():
+    notes = Notes()
+    row = {"messages": [TURNS[0], TURNS[1] | {"id": 7}], "source": "web", "url": "x", "empty": None}
+    parse_row(row, "a:1", notes=notes)
+    assert notes.lines() == [
+        "messages", "columns not used: source; url".replace(";", ","), "keys of turns not used: id"
+    ]  # fmt: skip
+
+
+# Files
+
+ROWS = [{"question": f"What is {i}+1?", "answer": f"#### {i + 1}"} for i in range(4)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+CSV = "question,answer\r\n" + "".join(f'"{r["question"]}","{r["answer"]}"\r\n' for r in ROWS)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", LINES.encode()),
+        ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode()),
+        ("a.json", json.dumps(ROWS).encode()),
+        ("a.json", json.dumps(ROWS, indent=2).encode()),
+        ("a.jsonl", json.dumps(ROWS).encode()),  # an array under the wrong name
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
+        ("a.tsv", CSV.replace('","', '"\t"').replace("n,a", "n\ta").encode()),
+    ],
+)
+def test_every_kind_of_file_holds_the_same_problems(tmp_path, name, content):
+    (tmp_path / "first.jsonl").write_text(LINES)
+    (tmp_path / name).write_bytes(content)
+    expected = load_path(tmp_path / "first.jsonl").train
+    assert content_fingerprint(load_path(tmp_path / name).train) == content_fingerprint(expected)
+
+
+@pytest.mark.parametrize(
+    "name, content, cause, remedy",
+    [
+        ("a.jsonl", LINES.replace("}\n", "},\n").encode(), "rows are bad", "remove the comma"),
+        ("a.jsonl", LINES.encode("utf-16"), "UTF-16", "iconv -f UTF-16"),
+        ("a.jsonl", gzip.compress(LINES.encode()), "compressed with gzip", "ends in .gz"),
+        ("a.jsonl", b"PK\x03\x04rest", "a zip archive", "unpack it"),
+        ("a.jsonl", b"\x80\x04rest", "a pickle, which is never opened", "convert it"),
+        ("a.jsonl", b"<!DOCTYPE html><html></html>", "an HTML page", ""),
+        ("a.parquet", b"ARROW1rest", "an Arrow file", "load_from_disk"),
+        ("a.xlsx", b"PK\x03\x04rest", "a.xlsx", ""),
+        ("a.jsonl", "".join(json.dumps(r, indent=2) + "\n" for r in ROWS).encode(), "a.jsonl", ""),
+    ],
+)
+def test_a_file_that_is_something_else_is_refused_for_what_it_is(
+    tmp_path, name, content, cause, remedy
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadData) as refused:
+        load_path(tmp_path / name)
+    assert cause in refused.value.cause and remedy in refused.value.remedy
+    assert "--columns" not in refused.value.remedy
+
+
+def test_an_archive_of_endless_rows_is_not_unpacked_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.row_files.MIN_LIMIT", 10_000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode() * 100_000))
+    with pytest.raises(BadData):
+        load_path(tmp_path / "a.jsonl.gz")
+
+
+def test_a_valid_file_is_the_test_file_where_there_is_no_other(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text(LINES)
+    source = load_path(tmp_path)
+    assert len(source.test) == 4 and "valid.jsonl as test" in source.note
+
+
+# Context, tools and several sources, through the whole program
+
+
+def test_context_is_shown_and_encoded_but_not_supervised(tmp_path):
+    row = {"messages": [TURNS[0], {"role": "assistant", "content": "3", "weight": 0}, *TURNS]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    shown = script(
+        "train.py", ["--model", "demo", "--data", tmp_path / "a.jsonl", "--show-example"]
+    )
+    assert "assistant\n3<|im_end|>" in shown.stdout and f"[[{ANSWER}<|im_end|>]]" in shown.stdout
+
+
+def test_tool_calls_are_supervised_if_the_template_lays_them_out_and_else_refused(tmp_path):
+    base = toys.write_checkpoint(tmp_path / "base", hidden=32, intermediate=48)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TOOL_TURNS, "tools": [TOOL]}) + "\n")
+    flags = ["--model", base, "--data", tmp_path / "a.jsonl", "--show-example"]
+    refused = script("train.py", flags)
+    assert refused.returncode == 2 and "lays out tool calls" in refused.stderr, refused.stderr
+    (base / "chat_template.jinja").write_text(QWEN2_5)
+    shown = script("train.py", flags).stdout
+    assert (
+        '[[<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>]]' in shown
+    )
+    assert "<tool_response>\n2\n</tool_response><|im_end|>" in shown
+
+
+def test_two_data_options_are_two_sources_and_a_renamed_file_resumes(tmp_path):
+    base = toys.write_checkpoint(tmp_path / "base", hidden=32, intermediate=48)
+    for seed, name in enumerate(("a", "b")):
+        folder = toys.write_arithmetic(tmp_path / name, rows=30, test_rows=2, seed=seed)
+        (folder / "train.jsonl").rename(tmp_path / f"{name}.jsonl")
+    flags = ["--model", base, "--precision", "fp32", "--rank", 2, "--max-steps", 2]
+    both = ["--data", tmp_path / "a.jsonl", "--data", tmp_path / "b.jsonl"]
+    done = script("train.py", [*flags, *both, "--out", tmp_path / "both"])
+    audit = json.loads((tmp_path / "both" / "audit.json").read_text())
+    assert done.returncode == 0 and len(audit["sources"]) == 2, done.stderr
+
+    alone = [*flags, "--out", tmp_path / "alone", "--data"]
+    assert script("train.py", [*alone, tmp_path / "a.jsonl"]).returncode == 0
+    (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
+    again = script("train.py", [*alone, tmp_path / "c.jsonl"])
+    assert again.returncode == 0 and "all 2 steps done" in again.stdout, again.stderr
