@@ -12,7 +12,6 @@ must give the same tokens in fp32. The floor is the time of the matrix products 
 """
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,15 +22,24 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import shown, spread, versions, write_result
+from benchmarks.common import (
+    UnequalWork,
+    is_installed,
+    ratio,
+    shown,
+    spread,
+    timed,
+    versions,
+    write_result,
+)
 from data.tasks import load_source
-from errors import BadData, BadOption, UserError, run_script
+from errors import BadData, BadOption, run_script
 from evaluation.answers import prompt_tokens
 from model.generate import Decoding, generate
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2
 from run.base import Base
-from run.device import DTYPES, describe, synchronize
+from run.device import DTYPES, describe
 from run.options import option, parse, to_json
 
 PEER = "generate()"
@@ -89,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{describe(base.device)}, {base.precision}; {len(job.prompts)} problems,"
           f" {sum(map(len, job.prompts)):,} prompt tokens, {sum(job.lengths):,} new tokens,"
           f" at most {max(job.lengths)} per answer")  # fmt: skip
-    has_peer = config.peer and peer_is_installed()
+    has_peer = config.peer and is_installed(PEER, ("transformers",))
     if has_peer:
         check_equal_work(job)
 
@@ -128,15 +136,6 @@ def prepare_job(config: SpeedConfig, base: Base) -> Job:
     return Job(base, [prompts[i] for i in order], [lengths[i] for i in order])
 
 
-def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """(seconds, result) of a call."""
-    synchronize(device)
-    started = time.perf_counter()
-    result = function()
-    synchronize(device)
-    return time.perf_counter() - started, result
-
-
 def answer(model: Qwen2, job: Job, batch_size: int = 128) -> list[list[int]]:
     """Our answers, each of its given length."""
     decoding = Decoding(
@@ -151,20 +150,11 @@ def answer(model: Qwen2, job: Job, batch_size: int = 128) -> list[list[int]]:
 # transformers
 
 
-def peer_is_installed() -> bool:
-    try:
-        import transformers
-    except ImportError:
-        print(f"{PEER}: not measured: transformers is not installed (pip install transformers)")
-        return False
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return True
-
-
 def load_peer(job: Job) -> Any:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig, logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     peer = AutoModelForCausalLM.from_pretrained(
         job.base.folder, dtype=job.dtype, attn_implementation="sdpa", local_files_only=True
     )
@@ -193,10 +183,6 @@ def peer_answer(
         assert [len(tokens) for tokens in found] == lengths
         answers += found
     return answers
-
-
-class UnequalWork(UserError):
-    """The two produce different tokens, so that comparing their speeds means nothing."""
 
 
 def check_equal_work(job: Job) -> None:
@@ -267,12 +253,8 @@ def summary(
     tokens, spreads = sum(job.lengths), {name: spread(values) for name, values in speeds.items()}
     peers = {name: speed["median"] for name, speed in spreads.items() if name != "ours"}
     fastest = max(peers, key=peers.__getitem__, default=None)
-    ratio = None
-    if fastest:
-        ratio = spread([a / b for a, b in zip(speeds["ours"], speeds[fastest])])
-        ratio["of_medians"] = spreads["ours"]["median"] / peers[fastest]
     return {
-        "ratio": ratio,
+        "ratio": ratio(speeds["ours"], speeds[fastest]) if fastest else None,
         "fastest_peer": fastest,
         "tokens_per_second": spreads,
         "share_of_floor": spread([f / s for f, s in zip(floor.seconds(), seconds["ours"])]),
@@ -291,9 +273,9 @@ def summary(
 def table(result: dict[str, Any]) -> str:
     """The result in 80 columns, the ratio first."""
     first = f"{PEER}: not measured"
-    if ratio := result["ratio"]:
-        first = (f"{ratio['of_medians']:.2f} times the tokens/s of {result['fastest_peer']}"
-                 f" (by round {ratio['min']:.2f} to {ratio['max']:.2f})")  # fmt: skip
+    if found := result["ratio"]:
+        first = (f"{found['of_medians']:.2f} times the tokens/s of {result['fastest_peer']}"
+                 f" (by round {found['min']:.2f} to {found['max']:.2f})")  # fmt: skip
     lines = ["", first, f"{len(result['seconds']['ours'])} rounds; loading excluded", ""]
     lines.append(f"{'new tokens/s':<40}{'median':>10}{'slowest':>12}{'fastest':>12}")
     speeds = {**result["tokens_per_second"], "floor": result["floor_tokens_per_second"]}

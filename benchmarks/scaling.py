@@ -21,7 +21,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -34,14 +33,14 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import spread, write_result
-from data.batches import Batch, flat_batch
+from benchmarks.common import Ours, spread, step_flop, timed, write_result
+from data.batches import Step
 from data.encode import IGNORE, Example
 from errors import run_script
-from lora.inject import LoRAConfig, inject, seed_dropout, trained_parameters
-from model.loss import LOGITS_BYTES, PROBABILITIES_BYTES, linear_cross_entropy
+from lora.config import LoRAConfig
+from model.loss import LOGITS_BYTES, PROBABILITIES_BYTES
 from model.qwen2 import Qwen2, Qwen2Config
-from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory, synchronize
+from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
 from run.options import option, parse, to_json
 
 WORSE = 1.3  # growth relative to the arithmetic above which a cost is reported
@@ -101,21 +100,6 @@ def axes(base: Point) -> dict[str, dict[str, Point]]:
     }
 
 
-def flop(p: Point) -> float:
-    """Floating-point operations of a step; a multiplication and an addition count as 2.
-
-    A frozen weight costs 4 per token (forward pass and gradient of its input), a trained one 6.
-    Attention costs 4 C forward and 8 C backward per pair of a token and a token it attends to. The
-    output embedding costs 4 per weight and supervised token.
-    """
-    C, F, K, L, T = p.hidden, 3 * p.hidden, 128, p.layers, sum(p.lengths)
-    frozen = 2 * C * C + 2 * C * K + 3 * C * F  # q, o; k, v; gate, up, down
-    trained = p.rank * (2 * (C + C) + 2 * (C + K))
-    pairs = sum(n * (n + 1) // 2 for n in p.lengths)
-    head = 4 * C * p.vocabulary * p.supervised_count
-    return L * ((4 * frozen + 6 * trained) * T + 12 * C * pairs) + head
-
-
 def peak_bytes(p: Point) -> float:
     """Peak memory of a step: what is kept for the backward pass, and the buffers of the loss.
 
@@ -131,38 +115,27 @@ def peak_bytes(p: Point) -> float:
     return p.layers * T * kept + logits + probabilities
 
 
-class Step:
-    """A point's model and batch; `run` makes one optimizer step, like the loop of train.py."""
+class Case:
+    """A point's model, and the step that is measured."""
 
     def __init__(self, p: Point, device: torch.device):
         torch.manual_seed(0)
         with torch.device(device):
-            self.model = Qwen2(p.config).to(DTYPES[p.precision])
-        inject(self.model, LoRAConfig(r=p.rank))
-        self.parameters = list(trained_parameters(self.model).values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+            model = Qwen2(p.config).to(DTYPES[p.precision])
+        self.ours, self.device = Ours(model, LoRAConfig(r=p.rank)), device
         rng, examples = np.random.default_rng(0), []
-        for row, length in enumerate(p.lengths):
+        for row_id, length in enumerate(p.lengths):
             tokens = rng.integers(0, p.vocabulary, length)
             targets = np.where(np.arange(length) < length - length // 2, IGNORE, tokens)
-            examples.append(Example(row, tokens, targets))
-        self.batch: Batch = flat_batch(examples, device)
-        self.device = device
+            examples.append(Example(row_id, tokens, targets))
+        self.step = Step(
+            epoch=0, micro_batches=[examples], token_count=sum(p.lengths),
+            supervised_count=p.supervised_count, row_ids=list(range(len(examples))),
+        )  # fmt: skip
 
-    def run(self) -> float:
-        """Make one step; returns its seconds."""
-        b = self.batch
-        synchronize(self.device)
-        started = time.perf_counter()
-        seed_dropout(self.model, seed=0, epoch=0, row_ids=b.row_ids, positions=b.positions)
-        hidden = self.model(b.tokens, b.positions, b.lengths)  # (T, C)
-        nats, _ = linear_cross_entropy(hidden, self.model.head_weight, b.targets, b.supervised_rows)
-        (nats / len(b.supervised_rows)).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        synchronize(self.device)
-        return time.perf_counter() - started
+    def seconds(self) -> float:
+        """Make one step; returns how long it took."""
+        return timed(lambda: self.ours.step(self.step), self.device)[0]
 
 
 @dataclass
@@ -170,7 +143,8 @@ class Measured:
     """The measurements of one point."""
 
     point: Point
-    peak: int = 0  # bytes above those allocated before the step
+    flop: float  # of a step
+    peak: int  # bytes above those allocated before the step
     seconds: list[float] = field(default_factory=list)
 
 
@@ -196,17 +170,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(points: dict[str, Point], repeat: int, device: torch.device) -> dict[str, Measured]:
-    """Of each point, a step to warm up and one to measure memory; then timed steps in turns."""
-    found = {name: Measured(point) for name, point in points.items()}
-    steps = {name: Step(point, device) for name, point in points.items()}
-    for name, step in steps.items():
-        step.run()
+    """Each point makes a warm-up step and one whose memory is measured; then all are timed."""
+    cases = {name: Case(point, device) for name, point in points.items()}
+    found = {}
+    for name, case in cases.items():
+        case.seconds()
         with peak_memory(device) as peak:
-            step.run()
-        found[name].peak = peak[0]
+            case.seconds()
+        found[name] = Measured(points[name], step_flop(case.ours.model, case.step), peak[0])
     for _ in range(repeat):
-        for name, step in steps.items():
-            found[name].seconds.append(step.run())
+        for name, case in cases.items():
+            found[name].seconds.append(case.seconds())
     return found
 
 
@@ -251,10 +225,10 @@ def rows_of(axis: str, found: dict[str, Measured]) -> list[dict[str, Any]]:
     for name, f in found.items():
         seconds = statistics.median(f.seconds)
         row = {
-            "axis": axis, "name": name, "point": asdict(f.point), "flop": flop(f.point),
-            "seconds": spread(f.seconds), "gflop_per_second": flop(f.point) / seconds / 1e9,
+            "axis": axis, "name": name, "point": asdict(f.point), "flop": f.flop,
+            "seconds": spread(f.seconds), "gflop_per_second": f.flop / seconds / 1e9,
             "peak_bytes": f.peak, "formula_bytes": peak_bytes(f.point),
-            "time_over_formula": seconds / flop(f.point),
+            "time_over_formula": seconds / f.flop,
             "memory_over_formula": f.peak / peak_bytes(f.point),
         }  # fmt: skip
         for cost in ("time", "memory"):

@@ -1,9 +1,8 @@
-"""Laws of bad input: cause and remedy in two lines, exit code 2, and nothing written over."""
+"""Laws of bad input: cause and remedy in two lines, exit code 2, and no file changed."""
 
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,42 +12,10 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from errors import run_script
-from lora.inject import LoRAConfig, inject
-from lora.peft_format import CONFIG, WEIGHTS, save_adapter
-from model.load import load_model
+from lora.peft_format import CONFIG, WEIGHTS
 from run import export
 from tests import toys
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch, checkpoint, arithmetic):
-    """A folder of one's own, to work in, with a base, an adapter of it, and data."""
-    shutil.copytree(checkpoint, tmp_path / "base")
-    shutil.copytree(arithmetic, tmp_path / "data")
-    model, config = load_model(checkpoint, dtype=torch.float32), LoRAConfig(r=2)
-    inject(model, config)
-    save_adapter(model, tmp_path / "run" / "best", config, base="base", revision=None)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
-
-
-def refused(main, flags: str, capsys) -> str:
-    """What `main` says of `flags`; it must leave every file as it was."""
-    before = snapshot(Path())
-    capsys.readouterr()
-    code = run_script(lambda: main(flags.split()))
-    bars, error, said = capsys.readouterr().err.partition("error: ")
-    assert code == 2 and error, bars
-    assert re.fullmatch(r".+\n  .+\n", said) and "Traceback" not in bars, said
-    assert snapshot(Path()) == before
-    return error + said.splitlines()[0]
-
-
-TRAIN = "--model base --data data --out out --device cpu --precision fp32 "
+from tests.refusals import TRAIN, refused
 
 
 @pytest.mark.parametrize(
@@ -63,18 +30,31 @@ TRAIN = "--model base --data data --out out --device cpu --precision fp32 "
         ("--learning-rate nan", "--learning-rate nan is not a finite number"),
         ("--schedule wavy", "--schedule: invalid choice: 'wavy'"),
         ("--bias all", "unrecognized arguments: --bias all"),
+        ("--init pissa", "unrecognized arguments: --init pissa"),
+        ("--r 8", "there is no option --r"),
+        ("--r=8", "there is no option --r"),
+        ("--alphas q_proj=4", "there is no option --alphas"),
         ("--precision int8", "--precision: invalid choice: 'int8'"),
         ("--targets x_proj,q_proj", "--targets: no linear layer is named x_proj"),
         ("--targets lm_head", "--targets: no linear layer is named lm_head"),
         ("--targets .*", "--targets: no linear layer is named .*"),
         ("--revision main", "--revision main makes no sense for the folder base"),
         ("--data-revision main", "--data-revision makes no sense for the path data"),
-        ("--device mps", "--device mps: this PyTorch"),
+        ("--device mps", "--device mps: PyTorch"),
         ("--max-length 5", "0 rows to train on and 0 to validate on"),
     ],
 )
-def test_a_wrong_flag_or_value_is_refused(world, capsys, flags, cause):
+def test_a_wrong_flag_or_value_is_refused(workspace, capsys, flags, cause):
     assert cause in refused(train.main, TRAIN + flags, capsys)
+
+
+@pytest.mark.parametrize(
+    "old, new", [("--r 8", "--rank"), ("--r=8", "--rank"), ("--alphas q_proj=4", "--alpha")]
+)
+def test_a_renamed_option_is_refused_with_its_new_name_as_the_remedy(workspace, capsys, old, new):
+    assert run_script(lambda: train.main((TRAIN + old).split())) == 2
+    name = re.split(" |=", old)[0]
+    assert capsys.readouterr().err == f"error: there is no option {name}\n  use {new}\n"
 
 
 def change(name: str, **keys):
@@ -90,9 +70,9 @@ def remove(name: str):
 
 
 def change_tensors(name: str, **tensors: torch.Tensor | None):
-    """Replace tensors of a safetensors file, by the end of their names; None takes one out."""
+    """Replace the tensors whose names end in these; None removes the tensor."""
 
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         state = load_file(folder / name)
         for ending, tensor in tensors.items():
             key = next((k for k in state if k.endswith(ending.replace("__", "."))), ending)
@@ -101,21 +81,24 @@ def change_tensors(name: str, **tensors: torch.Tensor | None):
                 state[key] = tensor
         save_file(state, folder / name)
 
-    return spoil
+    return damage
 
 
 def cut_in_half(name: str):
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
 
-    return spoil
+    return damage
 
 
 BAD_BASES = {
     "no config": (remove("config.json"), "it has no config.json"),
-    "config is no JSON": (write("config.json", b"{"), "config.json cannot be read"),
-    "config is a list": (write("config.json", b"[]"), "config.json is not a JSON object"),
+    "config is not JSON": (write("config.json", b"{"), "config.json cannot be read"),
+    "config is a list": (
+        write("config.json", b"[]"),
+        "config.json cannot be read: it holds a list",
+    ),
     "not UTF-8": (write("config.json", b'{"model_type": "\xff"}'), "config.json cannot be read"),
     "a llama": (change("config.json", model_type="llama"), "is a llama, not a qwen2"),
     "a qwen2 of experts": (change("config.json", model_type="qwen2_moe"), "not a qwen2"),
@@ -151,40 +134,41 @@ BAD_BASES = {
         change_tensors("model.safetensors", q_proj__bias=torch.zeros(64, dtype=torch.int8)),
         "self_attn.q_proj.bias is I8",
     ),
-    "no tokenizer": (remove("tokenizer.json"), "tokenizer.json cannot be read"),
+    "no tokenizer": (remove("tokenizer.json"), "tokenizer.json does not exist"),
     "broken tokenizer": (write("tokenizer.json", b"{}"), "tokenizer.json cannot be read"),
     "broken template": (write("tokenizer_config.json", b"{"), "tokenizer_config.json cannot be"),
 }
 
 
-@pytest.mark.parametrize("spoil, cause", BAD_BASES.values(), ids=BAD_BASES)
-def test_a_folder_that_is_no_qwen2_checkpoint_is_refused(world, capsys, spoil, cause):
-    spoil(world / "base")
+@pytest.mark.parametrize("damage, cause", BAD_BASES.values(), ids=BAD_BASES)
+def test_a_folder_that_is_not_a_qwen2_checkpoint_is_refused(workspace, capsys, damage, cause):
+    damage(workspace / "base")
     assert cause in refused(train.main, TRAIN, capsys)
     assert cause in refused(evaluate.main, "--model base --data data --device cpu", capsys)
 
 
-def test_a_tokenizer_that_does_not_fit_its_base_is_refused(world, capsys):
-    change_tensors("model.safetensors", embed_tokens__weight=torch.zeros(299, 64))(world / "base")
-    toys.change_json(world / "base" / "config.json", vocab_size=299)  # the tokenizer has 300
+def test_a_tokenizer_that_does_not_fit_its_base_is_refused(workspace, capsys):
+    shrink = change_tensors("model.safetensors", embed_tokens__weight=torch.zeros(299, 64))
+    shrink(workspace / "base")
+    toys.change_json(workspace / "base" / "config.json", vocab_size=299)  # the tokenizer has 300
     assert "tokenizer" in refused(train.main, TRAIN, capsys)
     assert "tokenizer" in refused(evaluate.main, "--model base --data data --device cpu", capsys)
     text = toys.trained_tokenizer().replace("<|im_end|>", "<|end|>")
-    (world / "base" / "tokenizer.json").write_text(text)
+    (workspace / "base" / "tokenizer.json").write_text(text)
     assert "has no <|im_start|> or <|im_end|>" in refused(train.main, TRAIN, capsys)
 
 
 @pytest.mark.parametrize(
     "weight_map", [[], {"a": 1}, {"a": "../x.safetensors"}, {"a": "gone.safetensors"}]
 )
-def test_a_shard_index_that_leads_elsewhere_is_refused(world, capsys, weight_map):
-    (world / "base" / "model.safetensors").rename(world / "x.safetensors")
-    toys.write_json(world / "base" / "model.safetensors.index.json", {"weight_map": weight_map})
+def test_a_shard_index_that_names_no_file_of_its_folder_is_refused(workspace, capsys, weight_map):
+    (workspace / "base" / "model.safetensors").rename(workspace / "x.safetensors")
+    toys.write_json(workspace / "base" / "model.safetensors.index.json", {"weight_map": weight_map})
     assert "model.safetensors.index.json" in refused(train.main, TRAIN, capsys)
 
 
 @pytest.mark.parametrize("name", ["missing", "./a/b/c", "a/b/c", "base/config.json", "~nobody/x"])
-def test_a_base_that_is_neither_folder_nor_hub_id_is_refused(world, capsys, name):
+def test_a_base_that_is_neither_folder_nor_hub_id_is_refused(workspace, capsys, name):
     flags = f"--model={name} --data data --out out --device cpu"
     assert "neither a folder nor a Hub id" in refused(train.main, flags, capsys)
 
@@ -193,20 +177,22 @@ GOOD = b'{"question": "1?", "answer": "1"}\n'
 BAD_DATA = {
     "missing": ("none.jsonl", None, "neither a task (gsm8k, "),
     "empty": ("x.jsonl", b"", "x.jsonl has no rows"),
-    "no JSON": ("x.jsonl", b"question,answer\n1,2\n", "2 of 2 rows are bad: x.jsonl:1: not JSON"),
+    "not JSON": ("x.jsonl", b"question,answer\n1,2\n", "2 of 2 rows are bad: x.jsonl:1: not JSON"),
     "other keys": ("x.jsonl", b'{"text": "x"}\n' * 9, "9 of 9 rows are bad"),
     "another kind": ("x.csv", b"question,answer\n", "neither .jsonl nor .parquet"),
-    "no parquet": ("x.parquet", GOOD, "x.parquet is not a readable parquet file"),
+    "not parquet": ("x.parquet", GOOD, "x.parquet is not a readable parquet file"),
     "one question": ("x.jsonl", GOOD * 5, "5 rows to train on and 0 to validate on"),
     "no train file": ("x/test.jsonl", GOOD, "holds no train.jsonl or train.parquet"),
 }
 
 
 @pytest.mark.parametrize("name, content, cause", BAD_DATA.values(), ids=BAD_DATA)
-def test_data_that_is_missing_empty_or_malformed_is_refused(world, capsys, name, content, cause):
-    (world / "x").mkdir()
+def test_data_that_is_missing_empty_or_malformed_is_refused(
+    workspace, capsys, name, content, cause
+):
+    (workspace / "x").mkdir()
     if content is not None:
-        (world / name).write_bytes(content)
+        (workspace / name).write_bytes(content)
     data = "x" if name.startswith("x/") else name
     assert cause in refused(train.main, TRAIN + f"--data {data}", capsys)
 
@@ -220,11 +206,11 @@ def test_data_that_is_missing_empty_or_malformed_is_refused(world, capsys, name,
         ("old", "holds another run: rank was 4, is 8; seed was 1, is 0"),
     ],
 )  # fmt: skip
-def test_a_place_that_is_taken_is_not_written_over(world, capsys, out, cause):
-    (world / "notes").write_text("mine")
-    (world / "dangling").symlink_to("nowhere")
-    (world / "mine").mkdir()
-    (world / "mine" / "thesis.txt").write_text("years")
+def test_an_out_path_in_use_is_refused_and_not_overwritten(workspace, capsys, out, cause):
+    (workspace / "notes").write_text("mine")
+    (workspace / "dangling").symlink_to("nowhere")
+    (workspace / "mine").mkdir()
+    (workspace / "mine" / "thesis.txt").write_text("years")
     if out == "old":
         train.main((TRAIN + "--rank 4 --seed 1 --max-steps 1 --limit 20 --out old").split())
     assert cause in refused(train.main, TRAIN + f"--max-steps 1 --limit 20 --out {out}", capsys)
@@ -232,7 +218,7 @@ def test_a_place_that_is_taken_is_not_written_over(world, capsys, out, cause):
 
 BAD_ADAPTERS = {
     "no config": (remove(CONFIG), f"it has no {CONFIG}"),
-    "config is no JSON": (write(CONFIG, b"{"), f"{CONFIG} cannot be read"),
+    "config is not JSON": (write(CONFIG, b"{"), f"{CONFIG} cannot be read"),
     "config is a list": (write(CONFIG, b"[]"), f"{CONFIG} cannot be read"),
     "another method": (change(CONFIG, peft_type="IA3"), "peft_type is 'IA3', not 'LORA'"),
     "no rank": (change(CONFIG, r=None), "r is None"),
@@ -256,18 +242,18 @@ BAD_ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("spoil, cause", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_refused(world, capsys, spoil, cause):
-    spoil(world / "run" / "best")
+@pytest.mark.parametrize("damage, cause", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
+def test_an_adapter_that_does_not_fit_is_refused(workspace, capsys, damage, cause):
+    damage(workspace / "run" / "best")
     flags = "--adapter run/best --data data --device cpu --precision fp32 --limit 2"
     assert cause in refused(evaluate.main, flags, capsys)
 
 
-def test_an_adapter_of_another_base_is_refused_with_all_that_differs(world, capsys):
-    toys.write_checkpoint(world / "wide", hidden=128, layers=3)
+def test_an_adapter_of_another_base_is_refused_with_every_difference(workspace, capsys):
+    toys.write_checkpoint(workspace / "wide", hidden=128, layers=3)
     flags = "--adapter run/best --model wide --data data --device cpu --precision fp32"
-    said = refused(evaluate.main, flags, capsys)
-    assert "is (2, 64), not (2, 128)" in said and "and 18 more" in said
+    cause = refused(evaluate.main, flags, capsys)
+    assert "is (2, 64), not (2, 128)" in cause and "and 18 more" in cause
 
 
 @pytest.mark.parametrize(
@@ -282,13 +268,13 @@ def test_an_adapter_of_another_base_is_refused_with_all_that_differs(world, caps
         ("--adapter run/best --data data --out data/test.jsonl", "--out"),
     ],
 )
-def test_evaluate_refuses_what_it_cannot_measure(world, capsys, flags, cause):
+def test_evaluate_refuses_flags_that_leave_nothing_to_measure(workspace, capsys, flags, cause):
     assert cause in refused(evaluate.main, flags + " --device cpu --max-new-tokens 2", capsys)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"options": 3}', b"\xff"])
-def test_evaluate_refuses_a_run_whose_config_is_damaged(world, capsys, content):
-    (world / "run" / "config.json").write_bytes(content)
+def test_evaluate_refuses_a_run_whose_config_is_damaged(workspace, capsys, content):
+    (workspace / "run" / "config.json").write_bytes(content)
     flags = "--adapter run/best --data data --device cpu --precision fp32 --limit 2"
     assert "config.json" in refused(evaluate.main, flags, capsys)
 
@@ -303,14 +289,14 @@ def test_evaluate_refuses_a_run_whose_config_is_damaged(world, capsys, content):
         ("--adapter run/best --dtype int8", "--dtype: invalid choice: 'int8'"),
     ],
 )
-def test_export_refuses_what_it_cannot_merge(world, capsys, flags, cause):
+def test_export_refuses_what_it_cannot_merge_or_write(workspace, capsys, flags, cause):
     assert cause in refused(export.main, flags, capsys)
 
 
-def test_the_world_of_these_tests_is_good(world):
+def test_without_bad_input_the_workspace_trains_evaluates_and_exports(workspace):
     flags = "--adapter run/best --data data --device cpu --precision fp32 --limit 2"
     evaluate.main([*flags.split(), "--max-new-tokens", "2"])
     train.main((TRAIN + "--max-steps 1 --limit 20").split())
     export.main("--adapter run/best --out merged".split())
-    saved = json.loads((world / "merged" / "config.json").read_text())
-    assert (world / "out" / "best").is_dir() and saved["torch_dtype"] == "bfloat16"
+    saved = json.loads((workspace / "merged" / "config.json").read_text())
+    assert (workspace / "out" / "best").is_dir() and saved["torch_dtype"] == "bfloat16"

@@ -1,6 +1,5 @@
 """Laws of custom data: the formats of rows, the files of a dataset that are read, and refusals."""
 
-import io
 import json
 import re
 from pathlib import Path
@@ -13,8 +12,9 @@ import train
 from data.custom import choose_files, is_hub_id, load_path, parse_columns
 from data.rows import Message, parse_row
 from errors import BadData, BadOption
-from tests.test_bad_input import TRAIN, refused, world  # noqa: F401
-from tests.test_hub import COMMITS, hub, python  # noqa: F401
+from tests.hub_stub import COMMITS, python
+from tests.refusals import TRAIN, refused
+from tests.toys import parquet
 
 TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 ASKED = (Message("user", "1+1?"), Message("assistant", "2"))
@@ -191,14 +191,8 @@ sys.exit(run_script(main))
 """
 
 
-def parquet(rows: list[dict]) -> bytes:
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    return file.getvalue()
-
-
 @pytest.fixture
-def toy_hub(hub, monkeypatch):  # noqa: F811
+def dataset_hub(hub, monkeypatch):
     """The stub Hub with toy/two, which has two configurations, and toy/one, which has one."""
     rows = [{"prompt": f"{n} + 1?", "completion": str(n + 1), "n": n} for n in range(5)]
     two = {f"{c}/{s}-00000-of-00001.parquet": parquet(rows) for c in "ab" for s in ("train", "dev")}
@@ -209,19 +203,19 @@ def toy_hub(hub, monkeypatch):  # noqa: F811
     return hub
 
 
-def test_a_hub_dataset_is_fetched_and_read_and_later_found_offline(toy_hub, tmp_path):
-    place = {"home": tmp_path, "hub": toy_hub.url}
+def test_a_hub_dataset_is_fetched_and_read_and_later_found_offline(dataset_hub, tmp_path):
+    place = {"home": tmp_path, "hub": dataset_hub.url}
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
         found = python("-c", LOAD, "toy/one", **place, **environment)
         said = f"{'4' * 40} | 5 | 0 | prompt/completion; columns not used: n; files: train.jsonl"
         assert found.stdout.splitlines()[-1:] == [said], found.stderr
         found = python("-c", LOAD, "toy/two/b", **place, **environment)
         assert f"{'3' * 40} | 5 | 5 | " in found.stdout, found.stderr
-    assert not any(".bin" in path or "/a/" in path for path in toy_hub.requests)
+    assert not any(".bin" in path or "/a/" in path for path in dataset_hub.requests)
 
 
-def test_a_hub_dataset_that_is_ambiguous_or_missing_is_refused_in_two_lines(toy_hub, tmp_path):
-    place = {"home": tmp_path, "hub": toy_hub.url}
+def test_a_hub_dataset_that_is_ambiguous_or_missing_is_refused_in_two_lines(dataset_hub, tmp_path):
+    place = {"home": tmp_path, "hub": dataset_hub.url}
     for name, cause in {
         "toy/two": "toy/two has several configurations: a, b",
         "toy/two/c": "toy/two/c holds no train.jsonl or train.parquet",
@@ -230,7 +224,7 @@ def test_a_hub_dataset_that_is_ambiguous_or_missing_is_refused_in_two_lines(toy_
         found = python("-c", LOAD, name, **place)
         assert found.returncode == 2 and found.stderr.startswith(f"error: {cause}"), found.stderr
         assert len(found.stderr.splitlines()) == 2
-    assert not any("/resolve/" in path for path in toy_hub.requests)
+    assert not any("/resolve/" in path for path in dataset_hub.requests)
 
 
 # Through train.py
@@ -261,9 +255,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_custom_data_that_cannot_be_read_is_refused_before_anything_starts(
-    world, capsys, flags  # noqa: F811
+    workspace, capsys, flags
 ):  # fmt: skip
-    write(world / "x.jsonl", [{"problem": f"{n}?", "text": "1"} for n in range(40)])
-    write(world / "u.jsonl", [ENDS_WITH_USER] * 3)
-    write(world / "empty.jsonl", [])
+    write(workspace / "x.jsonl", [{"problem": f"{n}?", "text": "1"} for n in range(40)])
+    write(workspace / "u.jsonl", [ENDS_WITH_USER] * 3)
+    write(workspace / "empty.jsonl", [])
     assert re.search(REFUSED[flags], refused(train.main, TRAIN + flags, capsys))

@@ -21,11 +21,12 @@ from data.audit import audit, audit_lines
 from data.batches import Schedule, flat_batch, shuffle
 from data.chat import ChatFormat
 from data.custom import load_path
-from data.encode import IGNORE, Example, encode_problems
+from data.encode import IGNORE, encode_problems
 from data.rows import Message, Problem, parse_row, read_problems
 from data.split import split_problems
 from errors import BadCheckpoint, BadData
 from tests import toys
+from tests.toys import some_examples, write_lines
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
@@ -82,13 +83,6 @@ def messages(chat: list[tuple[str, str]]) -> tuple[Message, ...]:
 
 def problem(question: str, answer: str = "7", id: str = "x:1") -> Problem:
     return parse_row({"question": question, "answer": answer}, id)
-
-
-def write_lines(path: Path, rows: list) -> Path:
-    """Rows as JSON lines; bytes as they are."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return path
 
 
 @pytest.fixture(params=["toy", pytest.param("real", marks=needs_shared)])
@@ -401,17 +395,11 @@ def test_the_held_out_share_is_the_requested_one():
 # The audit
 
 
-def lengths_example(row: int, length: int, supervised: int) -> Example:
-    targets = np.full(length, IGNORE)
-    targets[:supervised] = 5
-    return Example(row, np.arange(length), targets)
-
-
 def test_the_statistics_of_an_audit_equal_slow_formulas():
     train = [problem(q) for q in ("a 1", "A  1", "a 1", "b 2", "a 2")]
     validation, test = [problem("c")], [problem("C "), problem("a 3"), problem("a 1")]
     lengths = [12, 5, 31, 8, 20]
-    examples = [lengths_example(i, n, i + 1) for i, n in enumerate(lengths)]
+    examples = [toys.example(i, n, i + 1) for i, n in enumerate(lengths)]
     found = audit(train=train, validation=validation, test=test, examples=examples, left_out=["x"])
     assert found.rows == {"train": 5, "validation": 1, "test": 3}
     p99 = sorted(lengths)[3] + 0.96 * (sorted(lengths)[4] - sorted(lengths)[3])  # at 0.99 * 4
@@ -430,7 +418,7 @@ def test_the_statistics_of_an_audit_equal_slow_formulas():
 def test_the_printed_audit_reports_rows_left_out_and_duplicates_in_80_columns():
     rows = [problem("a"), problem("b"), problem("b")]
     left_out = [f"train.jsonl:{i}: question is missing" for i in range(75)]
-    examples = [lengths_example(0, 9, 3)]
+    examples = [toys.example(0, 9, 3)]
     found = audit(train=rows, validation=rows[:1], test=[], examples=examples, left_out=left_out)
     text = "\n".join(audit_lines(found))
     assert "3 train, 1 validation, 0 test" in text and "9 per epoch, 3 supervised (33%)" in text
@@ -440,12 +428,6 @@ def test_the_printed_audit_reports_rows_left_out_and_duplicates_in_80_columns():
 
 
 # Batches
-
-
-def some_examples(count: int, seed: int = 0) -> list[Example]:
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(2, 9, count)
-    return [lengths_example(100 + i, n, rng.integers(1, n)) for i, n in enumerate(sizes)]
 
 
 @given(st.integers(1, 60), st.integers(0, 2**63 - 1), st.integers(0, 1000))
@@ -532,7 +514,7 @@ def test_the_micro_batch_size_changes_nothing_about_a_step_but_its_grouping():
 
 @given(st.lists(st.integers(2, 7), min_size=1, max_size=5))
 def test_a_flat_batch_is_the_concatenation_of_its_examples(lengths):
-    examples = [lengths_example(50 + i, n, n // 2) for i, n in enumerate(lengths)]
+    examples = [toys.example(50 + i, n, n // 2) for i, n in enumerate(lengths)]
     batch = flat_batch(examples)
     assert batch.lengths == lengths
     assert batch.tokens.tolist() == [t for e in examples for t in e.tokens]

@@ -1,4 +1,4 @@
-"""Laws of files that nobody vouches for: refused soon, in two lines, before memory is taken."""
+"""Laws of hostile files: refused in two lines, within seconds, before memory is allocated."""
 
 import ast
 import contextlib
@@ -6,12 +6,10 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,52 +24,9 @@ from lora.peft_format import CONFIG, WEIGHTS, read_adapter, save_adapter
 from model.checkpoint import read_config, read_eos_ids
 from model.load import load_model
 from tests import toys
+from tests.hostile import limited, load_base, load_mutated, refusal
 
 ROOT = Path(__file__).resolve().parents[1]
-GB = 2**30
-
-
-@pytest.fixture
-def base(checkpoint, tmp_path):
-    """A copy of the tied checkpoint, to be spoilt."""
-    return Path(shutil.copytree(checkpoint, tmp_path / "base"))
-
-
-@pytest.fixture
-def adapter(checkpoint, tmp_path):
-    """An adapter of that checkpoint, to be spoilt."""
-    model, config = load_model(checkpoint, dtype=torch.float32), LoRAConfig(r=2)
-    inject(model, config)
-    save_adapter(model, tmp_path / "adapter", config, base="base", revision=None)
-    return tmp_path / "adapter"
-
-
-@contextlib.contextmanager
-def at_most(seconds: float, memory: int = GB) -> Iterator[None]:
-    """Fail beyond `seconds`; inside, allocations beyond `memory` bytes more than now fail."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + memory, before[1]))
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-    assert time.monotonic() - started < seconds
-
-
-def refusal(load: Callable, kind: type[UserError], seconds: float = 2) -> str:
-    """What is said when `load` is refused: two printable lines, soon, in little memory."""
-    with pytest.raises(kind) as caught, at_most(seconds):
-        load()
-    lines = str(caught.value).split("\n")
-    assert len(lines) == 2 and all(line and line.isprintable() for line in lines), lines
-    assert caught.value.exit_code == 2
-    return caught.value.cause
-
-
-def load_base(folder: Path):
-    return load_model(folder, dtype=torch.float32)
 
 
 def from_folder(folder: Path) -> ChatFormat:
@@ -87,26 +42,26 @@ def with_header(header: bytes, length: int | None = None, data: bytes = b"\0" * 
 
 
 def tensor(**changes: object) -> bytes:
-    """The header of one tensor of 16 numbers, with changes."""
+    """The header of one tensor of 16 values, with changes."""
     about = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} | changes
     return json.dumps({"model.norm.weight": about}).encode()
 
 
 HOSTILE = {
-    "nothing": b"",
+    "empty": b"",
     "half a length": b"\1\0\0",
     "a length of zero": with_header(b"", 0),
     "a length beyond the file": with_header(tensor(), 10**6),
     "a huge length": with_header(tensor(), 2**62),
     "a negative length": with_header(tensor(), 2**64 - 1),
-    "no JSON": with_header(b"{" * 1000),
+    "not JSON": with_header(b"{" * 1000),
     "deep JSON": with_header(b'{"a":' * 100_000),
     "a list": with_header(b"[]"),
     "not UTF-8": with_header(b'{"\xff": 1}'),
     "an unknown dtype": with_header(tensor(dtype="F7")),
     "a pickled dtype": with_header(tensor(dtype="O")),
     "negative offsets": with_header(tensor(data_offsets=[-64, 0])),
-    "offsets the wrong way": with_header(tensor(data_offsets=[64, 0])),
+    "offsets in reverse": with_header(tensor(data_offsets=[64, 0])),
     "offsets beyond the file": with_header(tensor(data_offsets=[0, 2**40], shape=[2**38])),
     "a shape that overflows": with_header(tensor(shape=[2**32, 2**32, 4])),
     "a negative shape": with_header(tensor(shape=[-16])),
@@ -126,63 +81,13 @@ def test_a_hostile_tensor_file_is_refused_as_base_and_as_adapter(base, adapter, 
     model = load_base(base)
     (adapter / WEIGHTS).write_bytes(content)
     refusal(lambda: read_adapter(adapter, model), BadAdapter)
-    (base / "model.safetensors").unlink()  # it is still mapped
+    (base / "model.safetensors").unlink()  # the old file is still mapped
     (base / "model.safetensors").write_bytes(content)
     refusal(lambda: load_base(base), BadCheckpoint)
 
 
-def mutated(whole: bytes, seed: int) -> bytes:
-    """`whole` with one to a few random changes, most of them in the header."""
-    rng = random.Random(seed)
-    content = bytearray(whole)
-    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
-        header = 8 + int.from_bytes(whole[:8], "little")
-        at = rng.randrange(8, max(9, min(header, len(content) - 1)))
-        match rng.randrange(8):
-            case 0:
-                content[rng.randrange(8)] = rng.randrange(256)
-            case 1 | 2:
-                content[at : at + 1] = bytes([rng.choice(b'0123456789{}[]",:-\\eE\0\xff')])
-            case 3:
-                content[at : at + 1] = bytes([rng.randrange(256)])
-            case 4:
-                content[at:at] = rng.choice((b"9" * 20, b"-", b"null", b"{", b'"', b"[]", b"\n"))
-            case 5:
-                del content[at : at + rng.randrange(1, 40)]
-            case 6:
-                del content[rng.randrange(len(content) + 1) :]
-            case 7:
-                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        content += bytes(max(0, 10 - len(content)))
-    return bytes(content)
-
-
-def survive_mutations(base: Path, adapter: Path, seeds: range) -> dict[str, int]:
-    """Load mutated weights of both kinds; how many were refused, and how many were still whole."""
-    files = {
-        base / "model.safetensors": lambda: load_base(base),
-        adapter / WEIGHTS: lambda: read_adapter(adapter, load_base(base)),
-    }
-    outcomes = {"refused": 0, "loaded": 0}
-    for path, load in files.items():
-        whole = path.read_bytes()
-        for seed in seeds:
-            path.unlink()  # the old one may still be mapped
-            path.write_bytes(mutated(whole, seed))
-            try:
-                with at_most(seconds=2):
-                    load()
-                outcomes["loaded"] += 1
-            except (BadCheckpoint, BadAdapter) as error:
-                assert len(str(error).split("\n")) == 2, (seed, str(error))
-                outcomes["refused"] += 1
-        path.unlink()
-        path.write_bytes(whole)
-    return outcomes
-
-
-def test_300_random_mutations_of_weights_are_refused_or_loaded_and_never_crash(base, adapter):
-    outcomes = survive_mutations(base, adapter, range(300))
+def test_300_random_mutations_of_weights_are_refused_or_loaded_without_a_crash(base, adapter):
+    outcomes = load_mutated(base, adapter, range(300))
     assert outcomes["refused"] > 500 and outcomes["loaded"] > 10
 
 
@@ -195,9 +100,9 @@ ABSURD = {
     "all of them": dict.fromkeys(
         ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"), 2**23
     ),
-    "as many layers as may be": {"num_hidden_layers": 512, "hidden_size": 2**23},
+    "the most layers allowed": {"num_hidden_layers": 512, "hidden_size": 2**23},
     "a vocabulary": {"vocab_size": 2**24},
-    "none": {"num_attention_heads": 0},
+    "no heads": {"num_attention_heads": 0},
     "half a head": {"num_attention_heads": 64},
     "heads that do not divide": {"num_attention_heads": 3},
     "true": {"num_hidden_layers": True},
@@ -214,7 +119,7 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(base, changes):
 
 
 @pytest.mark.parametrize("rank", [10**5, 2**40, 10**400])
-def test_an_adapters_rank_is_compared_with_its_file_before_it_is_allocated(base, adapter, rank):
+def test_an_adapters_rank_is_checked_against_its_file_before_it_is_allocated(base, adapter, rank):
     model = load_base(base)
     toys.change_json(adapter / CONFIG, r=rank)
     assert f"rank {rank} means" in refusal(lambda: read_adapter(adapter, model), BadAdapter)
@@ -222,18 +127,18 @@ def test_an_adapters_rank_is_compared_with_its_file_before_it_is_allocated(base,
 
 
 JSON_FILES = ["config.json", "generation_config.json", "tokenizer_config.json"]
-NO_JSON = {
+BAD_JSON = {
     "deep": b'{"a":' * 200_000,
     "deep lists": b"[" * 200_000,
-    "a number without end": b'{"hidden_size": ' + b"9" * 10_000 + b"}",
+    "a very long number": b'{"hidden_size": ' + b"9" * 10_000 + b"}",
     "not UTF-8": b'{"\xff\xfe": 1}',
     "a list": b"[1]",
-    "nothing": b"",
+    "empty": b"",
 }
 
 
-@pytest.mark.parametrize("content", NO_JSON.values(), ids=NO_JSON)
-def test_json_that_is_none_is_refused_wherever_it_stands(base, adapter, content):
+@pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
+def test_malformed_json_is_refused_in_every_file(base, adapter, content):
     model = load_base(base)
     (adapter / CONFIG).write_bytes(content)
     refusal(lambda: read_adapter(adapter, model), BadAdapter)
@@ -253,17 +158,17 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, CONFIG, INDEX])
-def test_random_values_in_a_json_file_are_refused_or_taken_and_never_crash(tmp_path, adapter, name):
+def test_random_values_in_a_json_file_never_cause_a_crash(tmp_path, adapter, name):
     base = toys.write_checkpoint(tmp_path / "sharded", shards=2)
     path = (adapter if name == CONFIG else base) / name
-    whole = json.loads(path.read_text())
-    keys = [(whole, key) for key in whole]
-    keys += [(whole["weight_map"], key) for key in whole.get("weight_map", ())]
+    content = json.loads(path.read_text())
+    keys = [(content, key) for key in content]
+    keys += [(content["weight_map"], key) for key in content.get("weight_map", ())]
     for place, key in keys:
         for value in random.Random(key).sample(VALUES, 4):
             before, place[key] = place[key], value
-            toys.write_json(path, whole)
-            with contextlib.suppress(UserError), at_most(seconds=2):
+            toys.write_json(path, content)
+            with contextlib.suppress(UserError), limited(seconds=2):
                 from_folder(base), read_eos_ids(base)
                 read_adapter(adapter, load_base(base))
             place[key] = before
@@ -271,25 +176,26 @@ def test_random_values_in_a_json_file_are_refused_or_taken_and_never_crash(tmp_p
 
 @contextlib.contextmanager
 def changed(path: Path, content: bytes) -> Iterator[None]:
-    whole = path.read_bytes()
+    """Replace the content of a file inside the block."""
+    intact = path.read_bytes()
     path.write_bytes(content)
     yield
-    path.write_bytes(whole)
+    path.write_bytes(intact)
 
 
-def test_a_json_file_too_large_to_be_one_is_refused_unread(base, adapter):
+def test_a_json_file_of_a_terabyte_is_refused_unread(base, adapter):
     for path in (base / "config.json", adapter / CONFIG, base / "tokenizer.json"):
-        os.truncate(path, 2**40)  # sparse: it takes no room
+        os.truncate(path, 2**40)  # sparse: it takes no space on the disk
     refusal(lambda: read_config(base), BadCheckpoint)
     refusal(lambda: from_folder(base), BadCheckpoint)
     refusal(lambda: read_adapter(adapter, None), BadAdapter)
 
 
-# Numbers
+# NaN and infinity
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_base_with_a_number_that_is_none_is_refused_and_its_tensors_are_named(base, value):
+def test_a_base_with_nan_or_infinity_is_refused_and_the_tensors_are_named(base, value):
     tensors = load_file(base / "model.safetensors")
     for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
         tensors[name].view(-1)[-1] = value
@@ -298,7 +204,7 @@ def test_a_base_with_a_number_that_is_none_is_refused_and_its_tensors_are_named(
     assert "model.norm.weight holds NaN or infinity" in cause and "layers.1.mlp.up_proj" in cause
 
 
-def test_a_base_whose_numbers_fp16_cannot_hold_is_refused_in_fp16_alone(base):
+def test_a_base_whose_values_overflow_fp16_is_refused_in_fp16_only(base):
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][3] = 1e5
     save_file(tensors, base / "model.safetensors")
@@ -308,7 +214,7 @@ def test_a_base_whose_numbers_fp16_cannot_hold_is_refused_in_fp16_alone(base):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_adapter_with_a_number_that_is_none_is_never_written(base, tmp_path, value):
+def test_an_adapter_with_nan_or_infinity_is_never_written(base, tmp_path, value):
     model, config = load_base(base), LoRAConfig(r=2)
     inject(model, config)
     list(adapters(model))[3].lora_B.data[5, 1] = value
@@ -317,7 +223,7 @@ def test_an_adapter_with_a_number_that_is_none_is_never_written(base, tmp_path, 
     assert error.value.exit_code == 1 and not (tmp_path / "new").exists()
 
 
-# Nothing that comes in is run
+# No input is executed
 
 
 SOURCES = [
@@ -332,7 +238,7 @@ MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "she
            "runpy", "jinja2", "yaml", "transformers", "peft", "datasets"}  # fmt: skip
 
 
-def test_the_source_has_no_way_to_run_what_it_reads():
+def test_the_source_calls_nothing_that_executes_what_it_reads():
     found = []
     for path in SOURCES:
         text = path.read_text()
@@ -347,19 +253,19 @@ def test_the_source_has_no_way_to_run_what_it_reads():
     assert len(SOURCES) > 30 and not found
 
 
-def test_every_regular_expression_stands_in_the_source():
+def test_every_regular_expression_is_a_constant_of_the_source():
     found = []
     for path in SOURCES:
         tree = ast.parse(path.read_text())
         inside = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
-        for node in inside:  # outside of functions there is no data yet
+        for node in inside:  # module level code has no data yet
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re."):
                 found += [] if isinstance(node.args[0], ast.Constant) else [(path, node.lineno)]
     assert not found
 
 
 @pytest.mark.parametrize(
-    "part, said",
+    "part, cause",
     [
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|a)*b"}}}, "(a|a)*b"),
         ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}}}, "part Replace"),
@@ -368,14 +274,14 @@ def test_every_regular_expression_stands_in_the_source():
         ({"model": {"type": ["BPE"], "vocab": {}, "merges": []}}, "part ['BPE']"),
     ],
 )
-def test_a_tokenizer_has_qwen2s_parts_and_expression_or_is_not_loaded(base, part, said):
+def test_a_tokenizer_with_parts_or_expressions_that_qwen2_lacks_is_refused(base, part, cause):
     text = json.loads((base / "tokenizer.json").read_text())
     assert text["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == WORDS
     toys.write_json(base / "tokenizer.json", text | part)
-    assert said in refusal(lambda: from_folder(base), BadCheckpoint)
+    assert cause in refusal(lambda: from_folder(base), BadCheckpoint)
 
 
-def test_a_tokenizer_whose_ids_leave_the_embedding_table_is_refused_though_it_is_small(base):
+def test_a_tokenizer_with_an_id_outside_the_embedding_table_is_refused(base):
     text = json.loads((base / "tokenizer.json").read_text())
     text["model"]["vocab"]["a"] = 10**6
     toys.write_json(base / "tokenizer.json", text)
@@ -401,24 +307,24 @@ print("unpickled", unpickled, "opened", sorted(set(opened) & set(sys.argv[3].spl
 """
 
 
-def test_a_pickle_is_opened_under_no_name(base, arithmetic, tmp_path):
+def test_a_pickle_is_never_opened_whatever_its_name(base, arithmetic, tmp_path):
     data, run = Path(shutil.copytree(arithmetic, tmp_path / "data")), tmp_path / "run"
     for folder in (base, data):
         for name in NAMES:
-            (folder / name).write_bytes(PICKLE % bytes(tmp_path / "was-run"))
+            (folder / name).write_bytes(PICKLE % bytes(tmp_path / "executed"))
     small = f"--data {data} --limit 20 --precision fp32 --device cpu"
     train = f"--model {base} --out {run} --max-steps 1 {small}"
     evaluate = f"--adapter {run / 'best'} --max-new-tokens 2 --limit 2 {small}"
     command = [sys.executable, "-c", WATCHED, train, evaluate, " ".join(NAMES)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert "unpickled [] opened []" in done.stdout, done.stdout + done.stderr
-    assert not (tmp_path / "was-run").exists()
+    assert not (tmp_path / "executed").exists()
 
 
-# Secrets, and what a terminal would obey
+# Secrets, and control characters
 
 
-def test_no_error_text_holds_a_secret_or_a_control_character(monkeypatch, capsys):
+def test_no_error_message_contains_a_secret_or_a_control_character(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "planted-token ")
     text = "at http://me:planted-word@hub/x?t=planted-token \x1b[2J\n\u202e \ud800 hf_" + "Q" * 34
 
@@ -426,12 +332,12 @@ def test_no_error_text_holds_a_secret_or_a_control_character(monkeypatch, capsys
         raise BadCheckpoint(text, text)
 
     assert run_script(fails) == 2
-    said = capsys.readouterr().err
-    assert "planted" not in said and "QQQQ" not in said and said.count("\n") == 2
-    assert said.replace("\n", "").isprintable() and "http://[hidden]hub/x" in said
+    message = capsys.readouterr().err
+    assert "planted" not in message and "QQQQ" not in message and message.count("\n") == 2
+    assert message.replace("\n", "").isprintable() and "http://[hidden]hub/x" in message
 
 
-def test_an_error_text_is_no_longer_than_a_screen():
+def test_an_error_message_is_no_longer_than_a_screen():
     assert len(str(BadCheckpoint("x" * 10**6, "y" * 10**6))) < 4000
 
 

@@ -30,10 +30,9 @@ from errors import BadOption, BadRun
 from run.console import validation_line
 from run.folder import default_folder
 from tests import toys
-from tests.campaign.harness import await_steps, finish, left_behind, start
-from tests.test_bad_input import TRAIN, refused, world  # noqa: F401
-from tests.test_data import some_examples, write_lines
-from tests.toys import read_log
+from tests.campaign.harness import await_steps, finish, results, start
+from tests.refusals import TRAIN, refused
+from tests.toys import read_log, some_examples, write_lines
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
@@ -279,7 +278,7 @@ def test_a_killed_and_resumed_mixture_takes_each_row_as_often_as_it_should_and_e
         child.send(9)
         assert child.wait().code == 137
     assert start([*mixed, "--save-every", 0.02], out, fault=watched(log)).wait().code == 0
-    assert left_behind(out) == left_behind(tmp_path / "whole")
+    assert results(out) == results(tmp_path / "whole")
     steps = dict(json.loads(line) for line in log.read_text().splitlines())
     counts = Counter(row for rows in steps.values() for row in rows)
     for part, per_epoch in zip(encoded(sources, checkpoint, limit=24), (1, 0.5)):
@@ -355,7 +354,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_an_impossible_mixture_is_refused_before_anything_starts(
-    world, capsys, flags  # noqa: F811
+    workspace, capsys, flags
 ):  # fmt: skip
-    (world / "empty.jsonl").write_text("")
+    (workspace / "empty.jsonl").write_text("")
     assert REFUSED[flags] in refused(train.main, TRAIN + flags, capsys)

@@ -4,8 +4,6 @@ import json
 import random
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 
@@ -30,83 +28,7 @@ from evaluation.log import read_log
 from evaluation.tasks import judge_of, run_sources
 from model.load import load_model
 from tests import toys
-
-WORDS = "the cat sat on a mat and Ice melts when heat is added to it because water boils".split()
-
-
-def said(rng: random.Random, most: int = 8) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
-
-
-def arc_row(rng: random.Random, i: int) -> dict:
-    """Three, four or five choices; labels by letter or by number."""
-    n = rng.choice((3, 4, 4, 4, 5))
-    labels = list(rng.choice(("ABCDE", "12345")))[:n]
-    choices = {"text": [f"{said(rng)} {j}" for j in range(n)], "label": labels}
-    return {"id": f"q{i}", "question": said(rng) + rng.choice(("?", "", " ", ": \n")),
-            "choices": choices, "answerKey": rng.choice(labels)}  # fmt: skip
-
-
-def mmlu_row(rng: random.Random, i: int) -> dict:
-    subjects = ("abstract_algebra", "virology", "high_school_us_history")
-    return {"question": f" {said(rng)} {i}?\n", "subject": subjects[i % 3],
-            "choices": [said(rng, 3) for _ in range(4)], "answer": rng.randrange(4)}  # fmt: skip
-
-
-def hellaswag_row(rng: random.Random, i: int) -> dict:
-    """With WikiHow's markup, also at the end of the context."""
-    marks = rng.choice(("", " [title] How", " [step]", "  then [substeps] ", " [open"))
-    after = rng.choice(("", "THE Cat"))
-    endings = [f"{said(rng)}. [step] {j}" for j in range(4)]
-    return {"ind": i, "activity_label": "Making Tea", "ctx_a": f" {said(rng)}{marks}",
-            "ctx_b": after, "ctx": "unused", "endings": endings,
-            "label": str(rng.randrange(4))}  # fmt: skip
-
-
-ROWS = {"arc-easy": arc_row, "arc-challenge": arc_row, "mmlu": mmlu_row, "hellaswag": hellaswag_row}
-
-
-def rows_of(name: str, split: str, count: int = 12) -> list[dict]:
-    rng = random.Random(f"{name} {split}")
-    return [ROWS[name](rng, i) for i in range(count)]
-
-
-def parquet(rows: list[dict]) -> bytes:
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
-    return sink.getvalue().to_pybytes()
-
-
-def splits(name: str) -> dict[str, list[dict]]:
-    """The rows of each split that the Hub has; HellaSwag's test has no labels."""
-    found = {split: rows_of(name, split) for split in ("train", "validation", "test")}
-    if name == "mmlu":
-        found["test"].sort(key=lambda row: row["subject"])
-        found["dev"] = rows_of(name, "dev", 15)
-        found["auxiliary_train"] = [row | {"subject": ""} for row in found.pop("train")]
-    if name == "hellaswag":
-        found["test"] = [row | {"label": ""} for row in found["test"]]
-    return found
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A folder with the four tasks' files, which `fetch` returns instead of asking the Hub."""
-    for name, task in CHOICE_TASKS.items():
-        write_task(tmp_path / task.repo, name)
-
-    def fetch(repo, *, patterns, revision, repo_type):
-        return tmp_path / repo
-
-    monkeypatch.setattr(multiple_choice, "fetch", fetch)
-    return tmp_path
-
-
-def write_task(folder: Path, name: str) -> None:
-    place = folder / CHOICE_TASKS[name].folder
-    place.mkdir(parents=True)
-    for split, rows in splits(name).items():
-        (place / f"{split}-00000-of-00001.parquet").write_bytes(parquet(rows))
+from tests.choice_rows import arc_row, hellaswag_row, mmlu_row, rows_of, splits
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +92,7 @@ def prompted(name: str, shots: int) -> list:
 
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("name", TASKS)
-def test_contexts_and_continuations_equal_the_harness(hub, name, shots):
+def test_contexts_and_continuations_equal_the_harness(choice_tasks, name, shots):
     theirs = [request.args for request in harness_task(name, shots).instances]
     ours = [
         (p.choices.context, " " + option)
@@ -181,7 +103,7 @@ def test_contexts_and_continuations_equal_the_harness(hub, name, shots):
 
 
 @pytest.mark.parametrize("name, shots", [(name, shots) for name in TASKS for shots in (0, 2)])
-def test_scores_acc_and_acc_norm_equal_the_harness(hub, harness, model, chat, name, shots):
+def test_scores_acc_and_acc_norm_equal_the_harness(choice_tasks, harness, model, chat, name, shots):
     task, problems = harness_task(name, shots), prompted(name, shots)
     theirs = iter(harness.loglikelihood(task.instances, disable_tqdm=True))
     scored = {s.id: s for s in score(model, chat, problems, batch_size=5)}
@@ -235,7 +157,7 @@ def alone(model, question) -> list[float]:
 
 
 @torch.no_grad()
-def test_choices_that_share_their_context_score_as_each_one_alone(hub, model, chat):
+def test_choices_that_share_their_context_score_as_each_one_alone(choice_tasks, model, chat):
     questions = [encode(p, chat) for name in CHOICE_TASKS for p in load(name).test[:6]]
     together = log_likelihoods(model, questions)
     for question, scores in zip(questions, together):
@@ -325,30 +247,30 @@ def test_markup_in_brackets_is_removed_as_by_the_harness_and_in_linear_time():
     assert multiple_choice._clean("[" * 10**6) == "[" * 10**6
 
 
-def test_a_few_malformed_rows_are_left_out_and_reported_and_many_are_an_error(hub):
-    place = hub / "cais/mmlu/all/test-00000-of-00001.parquet"
+def test_a_few_malformed_rows_are_left_out_and_reported_and_many_are_an_error(choice_tasks):
+    place = choice_tasks / "cais/mmlu/all/test-00000-of-00001.parquet"
     rows = rows_of("mmlu", "test", 200)
-    place.write_bytes(parquet([*rows[:150], rows[150] | {"answer": 4}, *rows[151:]]))
+    place.write_bytes(toys.parquet([*rows[:150], rows[150] | {"answer": 4}, *rows[151:]]))
     source = load("mmlu")
     assert len(source.test) == 199
     assert source.bad == [f"{place.name}:151: answer 4 is not one of its 4 choices, from 0"]
-    place.write_bytes(parquet([row | {"answer": 4} for row in rows]))
+    place.write_bytes(toys.parquet([row | {"answer": 4} for row in rows]))
     with pytest.raises(BadData, match="200 of 200 rows are bad: test-00000-of-00001.parquet:1: "):
         load("mmlu")
 
 
-def test_subjects_are_interleaved_and_no_row_is_lost(hub):
+def test_subjects_are_interleaved_and_no_row_is_lost(choice_tasks):
     problems = load("mmlu").test
     assert [p.category for p in problems[:3]] == [p.category for p in problems[3:6]]
     assert len({p.category for p in problems[:3]}) == 3 and len({p.id for p in problems}) == 12
 
 
-def test_hellaswag_is_tested_on_its_validation_split_which_is_reported(hub, capsys):
+def test_hellaswag_is_tested_on_its_validation_split_which_is_reported(choice_tasks, capsys):
     assert all(p.id.startswith("validation-") for p in load("hellaswag").test)
     assert "test split has no labels, so its validation split is used" in capsys.readouterr().out
 
 
-def test_a_training_question_is_never_shown_before_itself(hub):
+def test_a_training_question_is_never_shown_before_itself(choice_tasks):
     source = load("arc-easy")
     for p, solved in zip(source.train, source.shots(source.train, 5)):
         assert len({s.id for s in solved} - {p.id}) == 5
@@ -383,7 +305,7 @@ def test_weights_of_a_mixture_are_not_part_of_its_sources_names():
             run_sources({"data": odd})
 
 
-def test_choices_are_judged_by_likelihood_and_by_text_where_answers_are_generated(hub):
+def test_choices_are_judged_by_likelihood_and_by_text_where_answers_are_generated(choice_tasks):
     problems = load("arc-easy").test
     judge = judge_of(problems)
     assert (judge.name, judge.headline, judge.generated) == ("choices", "acc_norm", False)

@@ -1,13 +1,13 @@
-"""Laws of what one run needs and leaves behind: options, schedule, checkpoints, log, precision."""
+"""Laws of a run: options, learning rate, checkpoints, folder, log, device and precision."""
 
 import copy
 import dataclasses
 import json
 import math
 import os
+import re
 import string
 import typing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +23,9 @@ from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import pick_device, pick_precision
 from run.folder import Progress, Run
 from run.options import in_two_columns, option, parse, to_json
-from tests.toys import read_log
-from train import TrainConfig, learning_rate
+from tests.refusals import snapshot
+from tests.toys import new_training, read_log, train_steps
+from train import DEMO, GROUPS, HELP, TrainConfig, learning_rate
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
@@ -34,18 +35,18 @@ settings.load_profile("no deadline")
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """An option of each type and limit."""
+    """Options of every type and with every limit."""
 
-    text: str = option("a", "words")
-    path: str | None = option(None, "perhaps words")
-    names: tuple[str, ...] = option(("a", "b"), "several")
-    shape: str = option("flat", "one of them", choices=("flat", "round"))
+    text: str = option("a", "a text")
+    path: str | None = option(None, "an optional text")
+    names: tuple[str, ...] = option(("a", "b"), "several texts")
+    shape: str = option("flat", "one of two", choices=("flat", "round"))
     fast: bool = option(False, "a switch")
-    slow: bool = option(True, "another")
-    count: int = option(3, "whole", least=1)
-    limit: int | None = option(None, "perhaps whole", least=2)
-    rate: float = option(2e-4, "real", above=0)
-    share: float = option(0.1, "real", least=0, below=1)
+    slow: bool = option(True, "a switch that is on")
+    count: int = option(3, "a whole number", least=1)
+    limit: int | None = option(None, "an optional whole number", least=2)
+    rate: float = option(2e-4, "a real number", above=0)
+    share: float = option(0.1, "a fraction", least=0, below=1)
 
 
 def values(field: dataclasses.Field, kind: type) -> st.SearchStrategy:
@@ -73,7 +74,7 @@ def configs(cls: type) -> st.SearchStrategy:
 
 
 def command_line(config: object) -> list[str]:
-    """The flags that ask for `config`."""
+    """The flags that give `config`."""
     flags = []
     for name, value in vars(config).items():
         flag = "--" + name.replace("_", "-")
@@ -126,11 +127,18 @@ def test_a_wrong_flag_or_value_is_a_bad_option_that_names_it(flags, named):
     assert len(str(refusal.value).splitlines()) == 2
 
 
-def test_a_whole_number_of_any_size_is_no_defect():
+@pytest.mark.parametrize("flags", [["--r", "8"], ["--r=8"], ["--count", "2", "--r"]])
+def test_a_renamed_option_is_a_bad_option_whose_remedy_is_the_new_name(flags):
+    with pytest.raises(BadOption) as refusal:
+        parse(Every, flags, "", renamed={"r": "count"})
+    assert (refusal.value.cause, refusal.value.remedy) == ("there is no option --r", "use --count")
+
+
+def test_a_whole_number_of_any_size_is_accepted():
     assert parse(Every, ["--count", "9" * 400], "").count == int("9" * 400)
 
 
-def test_all_values_that_cannot_be_are_told_at_once():
+def test_all_invalid_values_are_reported_at_once():
     with pytest.raises(BadOption) as refusal:
         parse(Every, ["--count=0", "--rate=-1", "--share=2", "--limit=1"], "")
     for flag in ("--count 0", "--rate -1.0", "--share 2.0", "--limit 1"):
@@ -138,10 +146,10 @@ def test_all_values_that_cannot_be_are_told_at_once():
 
 
 def test_help_names_every_option_with_its_default(capsys):
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit:
         parse(TrainConfig, ["--help"], "")
     text = " ".join(capsys.readouterr().out.split())
-    assert leaving.value.code == 0
+    assert exit.value.code == 0
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         assert flag in text and " ".join(field.metadata["help"].split()) in text
@@ -151,38 +159,59 @@ def test_help_names_every_option_with_its_default(capsys):
     assert "(default: None)" not in text
 
 
-def test_the_table_shows_every_value_in_80_columns():
+def test_help_has_its_options_in_groups_and_ends_with_examples(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"], HELP, groups=GROUPS)
+    text = capsys.readouterr().out
+    titles = [line[:-1] for line in text.splitlines() if re.fullmatch(r"[a-z].*:", line)]
+    assert titles == ["options", *GROUPS, "examples"]
+    for title, flag in (("adapter", "--rank"), ("training", "--seed"), ("machine", "--device")):
+        section = text.partition(f"\n{title}:\n")[2].partition("\n\n")[0]
+        assert f"\n  {flag} " in "\n" + section
+    examples = text.partition("\nexamples:\n")[2].splitlines()
+    assert len(examples) > 3
+    for example in examples:  # each can be parsed
+        python, script, *flags = example.split()
+        assert (python, script) == ("python", "train.py")
+        parse(TrainConfig, flags, HELP, presets={"demo": DEMO}, groups=GROUPS)
+
+
+def test_the_printed_options_show_every_value_in_80_columns():
     lines = in_two_columns(to_json(TrainConfig())).splitlines()
     shown = " ".join(lines).split()
     assert max(map(len, lines)) <= 80
     assert all(name in shown for name in to_json(TrainConfig()))
 
 
-# The learning rate, and when to validate
+# The learning rate, and the steps that validate
 
 
 @given(
     st.sampled_from(["constant", "linear", "cosine"]),
     st.integers(1, 300), st.floats(0, 0.99), st.just(0.0) | st.floats(1e-9, 10),
 )  # fmt: skip
-def test_the_learning_rate_rises_over_the_warm_up_and_then_has_its_shape(shape, last, warmup, peak):
+def test_the_learning_rate_rises_linearly_and_then_decays_as_its_schedule_says(
+    shape, last, warmup, peak
+):
     config = TrainConfig(schedule=shape, warmup=warmup, learning_rate=peak)
-    top = min(round(warmup * last), last - 1)  # the step that has the peak, if the warm-up ends
+    top = min(round(warmup * last), last - 1)  # the step at the peak, if the warm-up ends
     rates = [learning_rate(config, step, last) for step in range(last)]
     if round(warmup * last) == last:
         assert rates == pytest.approx([peak * (s + 1) / (last + 1) for s in range(last)])
         return
     end = {"constant": peak, "linear": 0, "cosine": 0}[shape]
-    straight = np.interp(range(last), [-1, top, last], [0, peak, end])
+    expected = np.interp(range(last), [-1, top, last], [0, peak, end])
     if shape == "cosine":
         done = np.interp(range(last), [top, last], [0, 1])
-        straight[top:] = peak * np.cos(done[top:] * math.pi / 2) ** 2
-    assert rates == pytest.approx(list(straight), rel=1e-9, abs=1e-12 * peak)
+        expected[top:] = peak * np.cos(done[top:] * math.pi / 2) ** 2
+    assert rates == pytest.approx(list(expected), rel=1e-9, abs=1e-12 * peak)
     assert max(rates) == rates[top] == peak and min(rates) >= 0
 
 
 @given(st.integers(1, 50), st.integers(1, 60), st.integers(1, 160))
-def test_validation_comes_evenly_at_every_epochs_end_and_at_the_last_step(per_epoch, evals, last):
+def test_validations_are_spread_evenly_and_come_after_every_epoch_and_the_last_step(
+    per_epoch, evals, last
+):
     schedule = Schedule(
         [], 1, 1, epochs=200, seed=0, max_steps=last, sources=(SourceRows(per_epoch, per_epoch),)
     )
@@ -197,11 +226,11 @@ def test_validation_comes_evenly_at_every_epochs_end_and_at_the_last_step(per_ep
 # Progress
 
 
-FIGURES = st.floats() | st.sampled_from([math.nan, math.inf, 1.0, 2.0])
+LOSSES = st.floats() | st.sampled_from([math.nan, math.inf, 1.0, 2.0])
 
 
-@given(st.lists(FIGURES))
-def test_the_best_is_the_first_of_the_lowest_and_never_nan(losses):
+@given(st.lists(LOSSES))
+def test_the_best_validation_is_the_first_with_the_lowest_loss_and_never_nan(losses):
     progress = Progress()
     for step, loss in enumerate(losses, 1):
         progress.step = step
@@ -214,89 +243,68 @@ def test_the_best_is_the_first_of_the_lowest_and_never_nan(losses):
     assert progress.validations_since_best == len(losses) - progress.best_step
 
 
-@given(st.lists(st.tuples(FIGURES, st.sampled_from([0.0, 0.5, 1.0])), min_size=1))
-def test_where_answers_are_counted_the_best_has_most_of_them_right_then_the_lowest_loss(figures):
+@given(st.lists(st.tuples(LOSSES, st.sampled_from([0.0, 0.5, 1.0])), min_size=1))
+def test_with_exact_match_the_best_validation_has_the_most_correct_then_the_lowest_loss(found):
     progress = Progress()
-    for progress.step, (loss, exact_match) in enumerate(figures, 1):
+    for progress.step, (loss, exact_match) in enumerate(found, 1):
         progress.record_validation(loss, exact_match)
-    finite = [(loss, right) for loss, right in figures if math.isfinite(loss)]
+    finite = [(loss, match) for loss, match in found if math.isfinite(loss)]
     best = min(finite, key=lambda pair: (-pair[1], pair[0]), default=(None, None))
     assert (progress.best_loss, progress.best_exact_match) == best
-    assert progress.best_step == (figures.index(best) + 1 if finite else 0)
+    assert progress.best_step == (found.index(best) + 1 if finite else 0)
 
 
 # Checkpoints
 
 
-def fresh(scaled: bool = True):
-    """Parameters, AdamW and a scaler as a run would make them."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, weight_decay=0.1, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3, enabled=scaled)
-    return model, {"parameters": parameters, "optimizer": optimizer, "scaler": scaler}
-
-
-def learn(model, kept: dict, steps: range) -> None:
-    for step in steps:
-        x = torch.full((2, 5), 0.1 * step + 0.1)
-        kept["scaler"].scale(model(x).square().sum()).backward()
-        kept["scaler"].step(kept["optimizer"])
-        kept["scaler"].update()
-        kept["optimizer"].zero_grad()
-
-
 @pytest.mark.parametrize("scaled", [True, False])
-def test_a_checkpoint_restores_weights_moments_and_scaler_so_that_training_goes_on_alike(
+def test_training_resumed_from_a_checkpoint_has_the_same_weights_moments_and_scaler(
     tmp_path, scaled
 ):
-    model, kept = fresh(scaled)
-    learn(model, kept, range(5))
+    model, state = new_training(scaled)
+    train_steps(model, state, range(5))
     progress = Progress(cursor=5, step=4, best_loss=0.1 + 0.2, seconds=1 / 3, log_bytes=9)
-    save_checkpoint(Run(tmp_path), progress, **kept)
-    again, restored = fresh(scaled)
+    save_checkpoint(Run(tmp_path), progress, **state)
+    again, restored = new_training(scaled)
     assert load_checkpoint(Run(tmp_path), **restored) == progress == Run(tmp_path).read_progress()
-    learn(model, kept, range(5, 9))
-    learn(again, restored, range(5, 9))
-    assert restored["scaler"].state_dict() == kept["scaler"].state_dict()
-    for name, p in kept["parameters"].items():
+    train_steps(model, state, range(5, 9))
+    train_steps(again, restored, range(5, 9))
+    assert restored["scaler"].state_dict() == state["scaler"].state_dict()
+    for name, p in state["parameters"].items():
         assert torch.equal(p, restored["parameters"][name])
-        mine, its = (k["optimizer"].state[k["parameters"][name]] for k in (kept, restored))
-        assert mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
+        one, other = (s["optimizer"].state[s["parameters"][name]] for s in (state, restored))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
-    model, kept = fresh()
+def test_without_a_checkpoint_training_starts_from_the_given_weights(tmp_path):
+    model, state = new_training()
     before = copy.deepcopy(model.state_dict())
-    assert (
-        load_checkpoint(Run(tmp_path), **kept) == Progress()
-        and Run(tmp_path).read_progress() is None
-    )
+    assert Run(tmp_path).read_progress() is None
+    assert load_checkpoint(Run(tmp_path), **state) == Progress()
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
-def test_the_two_newest_checkpoints_are_kept_and_half_written_ones_are_not_read(tmp_path):
-    _, kept = fresh()
+def test_the_two_newest_checkpoints_are_kept_and_unfinished_ones_are_not_read(tmp_path):
+    _, state = new_training()
     for cursor in (5, 40, 300, 999_999, 1_000_000):
-        save_checkpoint(Run(tmp_path), Progress(cursor=cursor), **kept)
+        save_checkpoint(Run(tmp_path), Progress(cursor=cursor), **state)
     assert Run(tmp_path).read_progress().cursor == 1_000_000
     names = ["step-1000000", "step-999999"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names
     (tmp_path / "checkpoints" / "step-2000000.new").mkdir()
     assert Run(tmp_path).read_progress().cursor == 1_000_000
-    save_checkpoint(Run(tmp_path), Progress(cursor=1_000_000, step=7), **kept)
+    save_checkpoint(Run(tmp_path), Progress(cursor=1_000_000, step=7), **state)
     assert Run(tmp_path).read_progress().step == 7
 
 
-def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_json_file_is_replaced_completely_or_not_at_all(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
-# Whose folder it is
+# Which run a folder holds
 
 DEFAULTS = to_json(TrainConfig())
 CONFIG = {"options": to_json(TrainConfig()), "identity": {"ranks": 1, "base_commit": None}}
@@ -306,15 +314,9 @@ def changed(**options: object) -> dict:
     return CONFIG | {"options": CONFIG["options"] | options}
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    files = (p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
-
-
-def test_a_missing_or_empty_folder_is_a_new_run_and_the_same_configuration_goes_on(tmp_path):
-    assert (
-        Run(tmp_path / "a" / "b").check(CONFIG, DEFAULTS) is None and not (tmp_path / "a").exists()
-    )
+def test_a_missing_or_empty_folder_is_a_new_run_and_the_same_options_resume_it(tmp_path):
+    assert Run(tmp_path / "a" / "b").check(CONFIG, DEFAULTS) is None
+    assert not (tmp_path / "a").exists()
     assert Run(tmp_path).check(CONFIG, DEFAULTS) is None
     write_json(tmp_path / "config.json", CONFIG)
     assert Run(tmp_path).check(CONFIG, DEFAULTS) == []
@@ -322,7 +324,7 @@ def test_a_missing_or_empty_folder_is_a_new_run_and_the_same_configuration_goes_
     assert "epochs was 3, is 5" in changes and len(changes) == 3
 
 
-def test_another_runs_folder_is_refused_with_old_and_new_side_by_side(tmp_path):
+def test_the_folder_of_another_run_is_refused_with_the_old_and_new_values(tmp_path):
     write_json(tmp_path / "config.json", CONFIG)
     before = snapshot(tmp_path)
     new = {"rank": "16", "alpha": "1", "learning_rate": 1e-3, "targets": ["q_proj"], "data": "x",
@@ -346,7 +348,7 @@ def test_another_runs_folder_is_refused_with_old_and_new_side_by_side(tmp_path):
         {"config.json": '{"options": 1, "identity": 2}'},
     ],
 )  # fmt: skip
-def test_a_folder_with_other_files_is_refused_and_left_as_it_was(tmp_path, files):
+def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     before = snapshot(tmp_path)
@@ -355,7 +357,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_was(tmp_path, files
     assert snapshot(tmp_path) == before
 
 
-def test_a_place_where_no_folder_can_be_is_refused(tmp_path):
+def test_a_path_where_no_folder_can_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("file", "file/below", "file/far/below", "dangling", "dangling/below"):
@@ -374,12 +376,12 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 # The log
 
 
-def test_the_log_is_cut_back_to_what_the_checkpoint_knew(tmp_path):
+def test_a_resumed_log_is_truncated_to_the_size_in_the_checkpoint(tmp_path):
     log = JsonLines(tmp_path / "m.jsonl")
     log.write(step=1, loss=0.1 + 0.2)
-    known = log.sync()
+    size = log.sync()
     log.write(step=2, loss=0.5)
-    again = JsonLines(tmp_path / "m.jsonl", keep=known)
+    again = JsonLines(tmp_path / "m.jsonl", keep=size)
     again.write(step=2, loss=math.nan)
     assert read_log(tmp_path / "m.jsonl") == [
         {"step": 1, "loss": 0.1 + 0.2},
@@ -388,13 +390,13 @@ def test_the_log_is_cut_back_to_what_the_checkpoint_knew(tmp_path):
 
 
 def test_a_torn_last_line_is_not_read(tmp_path):
-    whole = b'{"step": 1}\n{"step": 2}\n'
+    complete = b'{"step": 1}\n{"step": 2}\n'
     for torn in (b"", b'{"st', b"\xff\x00", b'{"step": 3}'):
-        (tmp_path / "m.jsonl").write_bytes(whole + torn)
+        (tmp_path / "m.jsonl").write_bytes(complete + torn)
         assert read_log(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
 
 
-def test_a_log_that_was_lost_starts_anew_and_can_be_read(tmp_path):
+def test_a_log_that_was_lost_starts_again_and_can_be_read(tmp_path):
     JsonLines(tmp_path / "m.jsonl", keep=1000).write(step=7)
     assert read_log(tmp_path / "m.jsonl") == [{"step": 7}]
 
@@ -413,18 +415,18 @@ CPU, GPU, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
         (CPU, True, "notbf16 bf16x", "fp32"),
     ],
 )  # fmt: skip
-def test_auto_precision_is_what_the_hardware_multiplies_fast(
+def test_auto_precision_is_the_one_the_hardware_has_units_for(
     tmp_path, monkeypatch, device, gpu_has_bf16, flags, precision
 ):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n\nprocessor : 1\n")
     monkeypatch.setattr(run.device, "Path", lambda _: tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpu_has_bf16)
     assert pick_precision("auto", device)[0] == precision
-    for asked in ("bf16", "fp16", "fp32"):
-        assert pick_precision(asked, device)[0] == asked
+    for name in ("bf16", "fp16", "fp32"):
+        assert pick_precision(name, device)[0] == name
 
 
-def test_auto_device_is_the_first_there_is_and_one_that_is_not_there_is_refused(monkeypatch):
+def test_auto_device_is_the_best_available_one_and_a_missing_one_is_refused(monkeypatch):
     for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
@@ -439,7 +441,7 @@ def test_names_are_separated_by_commas_or_spaces(argv):
     assert parse(TrainConfig, argv, "").targets == ("a", "b")
 
 
-def test_other_data_under_the_same_name_is_another_run(tmp_path):
+def test_other_data_with_the_same_name_is_another_run(tmp_path):
     write_json(tmp_path / "config.json", changed() | {"identity": {"data_sha256": "a"}})
     with pytest.raises(BadRun, match="data_sha256 was a, is b"):
         Run(tmp_path).check(changed() | {"identity": {"data_sha256": "b"}}, DEFAULTS)

@@ -20,9 +20,9 @@ from evaluation.golds import gold_value
 from evaluation.rejection import correct_solutions
 from evaluation.statistics import wilson_interval
 from report.records import read_run
-from tests import test_hub
+from tests import hub_stub, toys
+from tests.choice_rows import splits
 from tests.evaluations import COMMON, completion, problem
-from tests.test_multiple_choice import hub, parquet, splits  # noqa: F401  # `hub` is a fixture
 
 CHOICES = ["arc-easy", "hellaswag", "mmlu"]
 
@@ -36,7 +36,9 @@ def measured(tuned: Path, out: Path, *flags: str) -> dict[str, dict]:
     }
 
 
-def test_several_tasks_share_a_table_and_each_has_its_conclusion(hub, tuned, tmp_path, capsys):  # noqa: F811
+def test_several_tasks_share_a_table_and_each_has_its_conclusion(
+    choice_tasks, tuned, tmp_path, capsys
+):
     sums, out = str(tuned / "sums"), tmp_path / "out"
     found = measured(tuned, out, "--data", sums, *CHOICES, "--limit", "6")
     assert set(found) == {"sums", *CHOICES} and all(r["problems"] == 6 for r in found.values())
@@ -54,7 +56,7 @@ def test_several_tasks_share_a_table_and_each_has_its_conclusion(hub, tuned, tmp
     assert set(found["mmlu"]["models"]["tuned"]["by"]) == {"area", "subject"}
 
 
-def test_a_task_has_the_same_result_alone_and_with_others(hub, tuned, tmp_path, capsys):  # noqa: F811
+def test_a_task_has_the_same_result_alone_and_with_others(choice_tasks, tuned, tmp_path, capsys):
     several = measured(tuned, tmp_path / "a", "--data", str(tuned / "sums"), "arc-easy")
     alone = measured(tuned, tmp_path / "b", "--data", "arc-easy")
     assert alone["arc-easy"]["settings"] == several["arc-easy"]["settings"]
@@ -70,7 +72,9 @@ def test_a_task_has_the_same_result_alone_and_with_others(hub, tuned, tmp_path, 
     assert both["base"]["right_choice_nats"] != both["tuned"]["right_choice_nats"]
 
 
-def test_an_evaluation_stopped_within_a_task_resumes_there(hub, tuned, tmp_path, monkeypatch):  # noqa: F811
+def test_an_evaluation_stopped_within_a_task_resumes_there(
+    choice_tasks, tuned, tmp_path, monkeypatch
+):
     flags = ["--data", "arc-easy", "hellaswag", "--batch-size", "2"]
     whole = measured(tuned, tmp_path / "whole", *flags)
     real, calls = scoring.score, []
@@ -94,7 +98,9 @@ def test_an_evaluation_stopped_within_a_task_resumes_there(hub, tuned, tmp_path,
         assert log.read_bytes().count(b"\n") == 12
 
 
-def test_sampling_options_do_not_change_the_folder_of_choices(hub, tuned, tmp_path, capsys):  # noqa: F811
+def test_sampling_options_do_not_change_the_folder_of_choices(
+    choice_tasks, tuned, tmp_path, capsys
+):
     flags = ["--samples", "2", "--temperature", "0.5", "--seed", "3"]
     measured(tuned, tmp_path, "--data", "arc-easy")
     measured(tuned, tmp_path, "--data", "arc-easy", *flags)
@@ -102,7 +108,9 @@ def test_sampling_options_do_not_change_the_folder_of_choices(hub, tuned, tmp_pa
     assert "do not apply to arc-easy: choices are scored" in capsys.readouterr().out
 
 
-def test_by_default_a_run_is_measured_on_everything_it_was_trained_on(hub, tuned, tmp_path, capsys):  # noqa: F811
+def test_by_default_a_run_is_measured_on_everything_it_was_trained_on(
+    choice_tasks, tuned, tmp_path, capsys
+):
     run = tmp_path / "run"
     shutil.copytree(tuned / "run/best", run / "best")
     own = tmp_path / "own.jsonl"  # a file by itself has no test problems
@@ -203,7 +211,7 @@ def test_correct_answers_are_kept_and_trained_on(tuned, tmp_path, monkeypatch, c
     ],
 )
 def test_solutions_that_cannot_be_kept_are_refused_before_any_is_generated(
-    hub, tuned, tmp_path, monkeypatch, flags, cause  # noqa: F811
+    choice_tasks, tuned, tmp_path, monkeypatch, flags, cause
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
     flags = ["--split", "train", "--keep-correct", "own.jsonl", *flags]
@@ -220,17 +228,17 @@ def test_every_task_is_fetched_trained_on_and_evaluated(tmp_path, lively_checkpo
     for name, form in CHOICE_TASKS.items():
         of = files.setdefault(f"datasets/{form.repo}", {"README.md": b"not asked for"})
         for split, rows in splits(name).items():
-            of[f"{form.folder}/{split}-00000-of-00001.parquet"] = parquet(rows)
+            of[f"{form.folder}/{split}-00000-of-00001.parquet"] = toys.parquet(rows)
     commits = {repo: f"{i}" * 40 for i, repo in enumerate(files, 1)}
-    monkeypatch.setattr(test_hub, "COMMITS", commits)
-    stub = test_hub.StubHub(files)
+    monkeypatch.setattr(hub_stub, "COMMITS", commits)
+    stub = hub_stub.StubHub(files)
     threading.Thread(target=stub.serve_forever, daemon=True).start()
     place, out = {"home": tmp_path, "hub": stub.url}, tmp_path / "run"
-    command = [word if word != "gsm8k" else "arc-challenge" for word in test_hub.TOY]
-    learned = test_hub.python(*command, "--out", out, **place)
+    command = [word if word != "gsm8k" else "arc-challenge" for word in hub_stub.TRAIN_ON_HUB]
+    learned = hub_stub.python(*command, "--out", out, **place)
     assert learned.returncode == 0, learned.stderr
-    asked = ["--adapter", out / "best", "--data", *CHOICE_TASKS, "--shots", 2, *test_hub.FEW]
-    found = test_hub.python("evaluate.py", *asked, **place)
+    flags = ["--adapter", out / "best", "--data", *CHOICE_TASKS, "--shots", 2]
+    found = hub_stub.python("evaluate.py", *flags, *hub_stub.FEW_ANSWERS, **place)
     stub.shutdown()
     stub.server_close()
     assert found.returncode == 0, found.stderr

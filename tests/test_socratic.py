@@ -18,8 +18,8 @@ from model.generate import generate
 from model.load import load_model
 from tests import toys
 from tests.evaluations import settings
-from tests.test_custom_data import parquet
-from tests.test_hub import hub, python  # noqa: F401
+from tests.hub_stub import python
+from tests.toys import parquet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "gsm8k"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -107,7 +107,7 @@ def test_only_the_steps_and_their_end_tokens_are_supervised(checkpoint):
     assert targets.count(chat.end) == 2
 
 
-def test_only_its_own_configuration_is_fetched_from_the_hub(hub, tmp_path):  # noqa: F811
+def test_only_its_own_configuration_is_fetched_from_the_hub(hub, tmp_path):
     files = {f"socratic/{s}-00000-of-00001.parquet": parquet([ROBE] * 3) for s in ("train", "test")}
     hub.files["datasets/openai/gsm8k"] |= files
     load = "from data.tasks import load_source; s = load_source('gsm8k-socratic');"

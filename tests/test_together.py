@@ -9,8 +9,7 @@ from data.split import normalize, split_problems
 from evaluation.generative import Completion
 from evaluation.rejection import correct_solutions
 from tests import toys
-from tests.test_data import write_lines
-from tests.test_multiple_choice import hub  # noqa: F401  # a fixture
+from tests.toys import write_lines
 
 
 def sums(count: int, **names: str) -> list[dict[str, str]]:
@@ -20,8 +19,8 @@ def sums(count: int, **names: str) -> list[dict[str, str]]:
 
 
 def test_choices_and_renamed_columns_train_in_one_run_and_are_scored_separately(
-    hub, checkpoint, tmp_path, capsys  # noqa: F811
-):  # fmt: skip
+    choice_tasks, checkpoint, tmp_path
+):
     mine, run = tmp_path / "mine.jsonl", tmp_path / "run"
     write_lines(mine, sums(40, question="problem", answer="solution"))
     flags = f"--model {checkpoint} --data arc-easy {mine}:0.5 --validation-share 0.3 --max-steps 2"

@@ -1,4 +1,4 @@
-"""Laws of a whole training run: real runs of train.py on a toy checkpoint and small sums."""
+"""Laws of whole training runs: train.py on a toy checkpoint and small sums."""
 
 import itertools
 import json
@@ -6,7 +6,6 @@ import math
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import weakref
@@ -30,6 +29,7 @@ from lora.inject import LoRAConfig, inject
 from lora.peft_format import WEIGHTS, read_adapter
 from model.load import load_model
 from run.folder import Run
+from tests import toys
 from tests.toys import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ SHORT = "--limit 40 --epochs 2 --batch-size 4 --grad-accum 2 --evals-per-epoch 2
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Toys are too small to share out, and a second thread waits for a busy core."""
+    """Toy tensors are too small to divide; a second thread would only wait for a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,13 +50,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def toy(lively_checkpoint, arithmetic):
-    """Flags of a run on the toys."""
+    """Flags of a run on the toy checkpoint and sums."""
     return ["--model", lively_checkpoint, "--data", arithmetic, "--precision", "fp32",
             "--device", "cpu", "--save-every", "0"]  # fmt: skip
 
 
 def run(out: Path, flags: list, *more: object) -> list[dict]:
-    """Train in this process; the lines of the metrics log."""
+    """Train in this process; returns the lines of the metrics log."""
     train.main([str(flag) for flag in [*flags, "--out", out, *more]])
     return read_log(out / "metrics.jsonl")
 
@@ -65,43 +65,43 @@ def series(lines: list[dict], key: str) -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
-def left_behind(out: Path) -> dict:
-    """All that a run leaves, but for what depends on clocks."""
+def results(out: Path) -> dict:
+    """Every file that a run writes, except what depends on clocks."""
     files = [*(out / "best").iterdir(), *out.glob("checkpoints/*/state.safetensors")]
-    kept = {str(f.relative_to(out)): f.read_bytes() for f in [*files, out / "validation.jsonl"]}
+    found = {str(f.relative_to(out)): f.read_bytes() for f in [*files, out / "validation.jsonl"]}
     lines = read_log(out / "metrics.jsonl")
     clocks = {"tokens_per_second", "peak_memory_gb"}
-    kept["metrics"] = [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+    found["metrics"] = [{k: v for k, v in line.items() if k not in clocks} for line in lines]
     progress = vars(Run(out).read_progress())
-    kept["progress"] = {k: v for k, v in progress.items() if k not in ("seconds", "log_bytes")}
-    return kept
+    found["progress"] = {k: v for k, v in progress.items() if k not in ("seconds", "log_bytes")}
+    return found
 
 
 class Interrupted(Exception):
-    """What stops a run in these tests."""
+    """Raised to interrupt a run."""
 
 
 def interrupt(monkeypatch, name: str, call: int) -> None:
-    """Let the `call`-th call of `train.<name>` raise."""
-    whole, calls = getattr(train, name), itertools.count(1)
+    """Make call number `call` of `train.<name>` raise Interrupted."""
+    original, calls = getattr(train, name), itertools.count(1)
 
-    def once(*args, **options):
+    def raise_once(*args, **options):
         if next(calls) == call:
             raise Interrupted
-        return whole(*args, **options)
+        return original(*args, **options)
 
-    monkeypatch.setattr(train, name, once)
+    monkeypatch.setattr(train, name, raise_once)
 
 
-# Interrupted, regrouped, spread over ranks: the same run
+# The same result, however a run is interrupted or divided
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(toy, tmp_path_factory):
-    """What a run with dropout leaves behind when nothing stops it."""
+    """The results of a run with dropout that nothing interrupts."""
     out = tmp_path_factory.mktemp("uninterrupted")
     run(out, toy, *SHORT)
-    return left_behind(out)
+    return results(out)
 
 
 @pytest.mark.parametrize(
@@ -110,22 +110,22 @@ def uninterrupted(toy, tmp_path_factory):
         ("flat_batch", 4),  # between two micro-batches of a step
         ("validate", 2),  # after the step, before its validation
         ("publish_best", 2),
-        ("save_checkpoint", 1),  # before there is anything to go on from
-        ("save_checkpoint", 6),  # after a whole epoch
+        ("save_checkpoint", 1),  # before there is anything to resume from
+        ("save_checkpoint", 6),  # at the end of an epoch
         ("save_checkpoint", 10),  # of the last step
     ],
 )
-def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path, monkeypatch, toy, uninterrupted, name, call
 ):
     with monkeypatch.context() as during, pytest.raises(Interrupted):
         interrupt(during, name, call)
         run(tmp_path / "run", toy, *SHORT)
     run(tmp_path / "run", toy, *SHORT)
-    assert left_behind(tmp_path / "run") == uninterrupted
+    assert results(tmp_path / "run") == uninterrupted
 
 
-def test_a_run_that_is_stopped_at_every_step_still_comes_to_the_same_end(
+def test_a_run_interrupted_after_every_step_ends_with_the_same_result(
     tmp_path, monkeypatch, toy, uninterrupted
 ):
     for _ in range(9):
@@ -133,17 +133,17 @@ def test_a_run_that_is_stopped_at_every_step_still_comes_to_the_same_end(
             interrupt(during, "save_checkpoint", 2)
             run(tmp_path / "run", toy, *SHORT)
     run(tmp_path / "run", toy, *SHORT)
-    assert left_behind(tmp_path / "run") == uninterrupted
+    assert results(tmp_path / "run") == uninterrupted
 
 
-def test_sittings_that_are_always_too_short_still_come_to_the_end(tmp_path, toy, uninterrupted):
+def test_sessions_of_a_single_step_end_with_the_same_result(tmp_path, toy, uninterrupted):
     flags = [*toy, *SHORT, "--out", tmp_path / "run", "--max-minutes", 1e-4]
     codes = [train.main([str(flag) for flag in flags]) for _ in range(16)]
     assert codes[0] == 75 and codes[-1] == 0 and set(codes) == {0, 75}
-    assert left_behind(tmp_path / "run") == uninterrupted
+    assert results(tmp_path / "run") == uninterrupted
 
 
-def test_what_did_not_fit_into_memory_is_let_go_before_it_is_tried_in_halves(
+def test_memory_of_a_micro_batch_that_did_not_fit_is_freed_before_its_halves_are_tried(
     tmp_path, toy, monkeypatch
 ):
     held, alive = [], []
@@ -162,10 +162,10 @@ def test_what_did_not_fit_into_memory_is_let_go_before_it_is_tried_in_halves(
     monkeypatch.setattr(train, "linear_cross_entropy", too_large)
     monkeypatch.setattr(train, "seed_dropout", before_each_forward_pass)
     run(tmp_path / "run", toy, "--limit", 20, "--max-steps", 1, "--batch-size", 4)
-    assert alive == [False] * 3  # the whole micro-batch, then its two halves
+    assert alive == [False] * 3  # the micro-batch, then its two halves
 
 
-def test_the_same_command_after_the_end_does_nothing(tmp_path, toy, capsys):
+def test_the_command_of_a_finished_run_changes_nothing(tmp_path, toy, capsys):
     flags = [*toy, "--max-steps", 2, "--limit", 20]
     run(tmp_path / "run", flags)
     files = [f for f in (tmp_path / "run").rglob("*") if f.is_file()]
@@ -184,9 +184,9 @@ def test_micro_batches_of_any_size_give_the_same_losses(tmp_path, toy):
         for batch, accum in ((8, 1), (2, 4), (1, 8))
     ]
     for key in ("train_loss", "val_loss", "grad_norm"):
-        whole, *parts = (series(each, key) for each in lines)
-        for part in parts:
-            assert part == pytest.approx(whole, rel=1e-6 if "loss" in key else 1e-5)
+        one, *others = (series(each, key) for each in lines)
+        for other in others:
+            assert other == pytest.approx(one, rel=1e-6 if "loss" in key else 1e-5)
 
 
 def encode(base: Path, problems: list, rows: list[int]) -> list[Example]:
@@ -196,7 +196,7 @@ def encode(base: Path, problems: list, rows: list[int]) -> list[Example]:
 
 
 def slow_nats(base: Path, examples: list[Example], adapter: Path | None = None) -> list[float]:
-    """Nats of each example's supervised tokens, through all the logits."""
+    """Nats of each example's supervised tokens, computed from the full logits."""
     model = load_model(base, dtype=torch.float32)
     if adapter:
         read_adapter(adapter, model)
@@ -209,7 +209,7 @@ def slow_nats(base: Path, examples: list[Example], adapter: Path | None = None) 
     return nats
 
 
-@pytest.mark.parametrize("late_rate", [3e-3, -3e-2])  # downhill to the end; uphill from half-way
+@pytest.mark.parametrize("late_rate", [3e-3, -3e-2])  # descends to the end; ascends from halfway
 def test_the_adapter_in_best_has_the_lowest_validation_loss_of_the_run(
     tmp_path, toy, late_rate, monkeypatch
 ):
@@ -226,7 +226,7 @@ def test_the_adapter_in_best_has_the_lowest_validation_loss_of_the_run(
     assert (losses[-1] == min(losses)) == (late_rate > 0)
 
 
-def test_a_steps_loss_is_the_mean_over_its_tokens_and_not_a_mean_of_means(tmp_path, toy):
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens_and_not_a_mean_of_means(tmp_path, toy):
     flags = ["--batch-size", 1, "--grad-accum", 6, "--dropout", 0, "--max-steps", 1]
     (logged,) = series(run(tmp_path / "run", toy, *flags), "train_loss")
     problems = load_source(str(toy[3])).train
@@ -240,7 +240,7 @@ def test_a_steps_loss_is_the_mean_over_its_tokens_and_not_a_mean_of_means(tmp_pa
     assert abs(mean_of_means / logged - 1) > 1e-4
 
 
-def test_the_validation_loss_is_over_all_held_out_tokens_whatever_the_batch_size(tmp_path, toy):
+def test_the_validation_loss_is_the_mean_over_all_held_out_tokens_for_any_batch_size(tmp_path, toy):
     for batch_size in (1, 3, 64):
         flags = ["--learning-rate", 0, "--batch-size", batch_size, "--max-steps", 1]
         (logged,) = series(run(tmp_path / str(batch_size), toy, *flags), "val_loss")
@@ -250,16 +250,10 @@ def test_the_validation_loss_is_over_all_held_out_tokens_whatever_the_batch_size
         assert logged == pytest.approx(sum(slow_nats(toy[1], examples)) / tokens, rel=1e-6)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def test_two_ranks_train_as_one_does(tmp_path, toy):
     flags = [*toy, "--limit", 30, "--epochs", 1, "--batch-size", 2, "--evals-per-epoch", 2]
     one = run(tmp_path / "one", flags, "--grad-accum", 4)
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(toys.free_port())}
     command = [sys.executable, "train.py", *flags, "--grad-accum", 2, "--out", tmp_path / "two"]
     ranks = [
         subprocess.Popen(
@@ -280,7 +274,7 @@ def test_two_ranks_train_as_one_does(tmp_path, toy):
 # What a run writes and prints
 
 
-def test_the_log_has_a_line_a_step_and_a_line_a_validation_with_the_named_keys(tmp_path, toy):
+def test_the_log_has_one_line_per_step_and_per_validation_with_the_documented_keys(tmp_path, toy):
     flags = ["--limit", 60, "--epochs", 2, "--evals-per-epoch", 3, "--schedule", "cosine"]
     lines = run(tmp_path / "run", toy, *flags)
     steps = [line for line in lines if "train_loss" in line]
@@ -297,7 +291,7 @@ def test_the_log_has_a_line_a_step_and_a_line_a_validation_with_the_named_keys(t
     assert all(line["tokens_per_second"] > 0 < line["peak_memory_gb"] for line in steps)
 
 
-def test_the_run_folder_holds_what_it_should_and_best_is_the_best(tmp_path, toy, arithmetic):
+def test_the_run_folder_holds_the_documented_files_and_best_is_the_best(tmp_path, toy, arithmetic):
     out = tmp_path / "run"
     lines = run(out, toy, "--limit", 60, "--epochs", 2, "--learning-rate", 0.5)
     names = "config.json metrics.jsonl validation.jsonl audit.json best checkpoints"
@@ -315,7 +309,9 @@ def test_the_run_folder_holds_what_it_should_and_best_is_the_best(tmp_path, toy,
     assert saved["options"]["limit"] == 60 and saved["versions"]["torch"] == torch.__version__
 
 
-def test_the_start_prints_the_derived_numbers_and_the_end_the_next_command(tmp_path, toy, capsys):
+def test_a_run_prints_derived_numbers_at_its_start_and_the_next_command_at_its_end(
+    tmp_path, toy, capsys
+):
     run(tmp_path / "run", toy, "--limit", 40, "--max-steps", 1)
     text = capsys.readouterr().out
     trained = 2 * 8 * ((64 + 64) + (64 + 32) + (64 + 32) + (64 + 64))  # layers, r, q k v o
@@ -326,7 +322,7 @@ def test_the_start_prints_the_derived_numbers_and_the_end_the_next_command(tmp_p
     assert f"python evaluate.py --adapter {tmp_path / 'run' / 'best'}" in text
 
 
-def test_show_example_marks_what_is_supervised_and_leaves_nothing(tmp_path, toy, capsys):
+def test_show_example_marks_the_supervised_text_and_writes_nothing(tmp_path, toy, capsys):
     out = tmp_path / "run"
     train.main([str(flag) for flag in [*toy, "--out", out, "--show-example"]])
     text = capsys.readouterr().out
@@ -339,7 +335,7 @@ def test_show_example_marks_what_is_supervised_and_leaves_nothing(tmp_path, toy,
 # What a run learns
 
 
-def test_a_learning_rate_of_zero_leaves_the_adapters_and_the_loss_where_they_were(tmp_path, toy):
+def test_a_learning_rate_of_zero_changes_neither_the_adapters_nor_the_loss(tmp_path, toy):
     lines = run(tmp_path / "run", toy, "--learning-rate", 0, "--limit", 60, "--patience", 2)
     losses = series(lines, "val_loss")
     assert len(losses) == 3 and len(set(losses)) == 1  # the best, and two more
@@ -353,7 +349,7 @@ def test_a_learning_rate_of_zero_leaves_the_adapters_and_the_loss_where_they_wer
 
 
 def write_copying(folder: Path) -> Path:
-    """A task that needs attention and little else: the answer is the number of the question."""
+    """Write a task that needs little but attention: the answer is the number in the question."""
     rows = [
         {"question": f"{who} has {n} {what}. How many?", "answer": f"#### {n}"}
         for who in ("Ann", "Bo", "Cy", "Di", "Ed") for what in ("cats", "dogs", "hats", "pens")
@@ -366,7 +362,7 @@ def write_copying(folder: Path) -> Path:
     return folder
 
 
-def test_a_task_that_can_be_learned_is_learned_and_answered(tmp_path, lively_checkpoint):
+def test_a_simple_task_is_learned_and_its_test_questions_are_answered(tmp_path, lively_checkpoint):
     place = ["--precision", "fp32", "--device", "cpu", "--max-new-tokens", 8]
     flags = ["--model", lively_checkpoint, "--data", write_copying(tmp_path / "data"), *place]
     strong = "--rank 32 --alpha 64 --learning-rate 5e-3 --batch-size 8 --epochs 8 --dropout 0"
@@ -379,42 +375,42 @@ def test_a_task_that_can_be_learned_is_learned_and_answered(tmp_path, lively_che
     assert max(series(lines, "val_exact_match")) > 0.7  # 1.0
     evaluate.main([str(flag) for flag in ["--adapter", tmp_path / "run" / "best", *place]])
     (result,) = (tmp_path / "run").rglob("result.json")
-    right = {
-        name: sum(found["outcomes"])
-        for name, found in json.loads(result.read_text())["models"].items()
-    }
-    assert right["base"] == 0 and right["tuned"] >= 14  # of 20
+    models = json.loads(result.read_text())["models"]
+    correct = {name: sum(found["outcomes"]) for name, found in models.items()}
+    assert correct["base"] == 0 and correct["tuned"] >= 14  # of 20
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_learns_nearly_as_fp32_does(tmp_path, toy, precision):
+def test_half_precision_learns_nearly_as_well_as_fp32(tmp_path, toy, precision):
     flags = [*toy, "--limit", 60, "--epochs", 2, "--batch-size", 8, "--learning-rate", 3e-3]
-    whole = run(tmp_path / "fp32", flags)
+    full = run(tmp_path / "fp32", flags)
     lines = run(tmp_path / precision, flags, "--precision", precision)
     for key, error in (("val_loss", 0.03), ("grad_norm", 0.3)):
-        assert series(lines, key) == pytest.approx(series(whole, key), rel=error)
+        assert series(lines, key) == pytest.approx(series(full, key), rel=error)
     assert lines[-1]["val_loss"] < 0.95 * lines[0]["train_loss"]  # 0.89
     last = max((tmp_path / precision / "checkpoints").iterdir())
     scaler = json.loads((last / "progress.json").read_text())["scaler"]
     assert bool(scaler) == (precision == "fp16")
 
 
-# Numbers that are not finite
+# Losses that are not finite
 
 
-def poisoned(monkeypatch, calls: set[int]) -> None:
-    """Let the training loss be NaN in these calls of the loss, from 1."""
-    whole, count = train.linear_cross_entropy, itertools.count(1)
+def make_losses_nan(monkeypatch, calls: set[int]) -> None:
+    """Make these calls of the loss, counted from 1, return NaN."""
+    loss, count = train.linear_cross_entropy, itertools.count(1)
 
     def sometimes_nan(hidden, *args):
-        nats, correct = whole(hidden, *args)
+        nats, correct = loss(hidden, *args)
         return (nats * math.nan if next(count) in calls else nats), correct
 
     monkeypatch.setattr(train, "linear_cross_entropy", sometimes_nan)
 
 
-def test_a_step_without_a_finite_loss_is_skipped_and_its_rows_are_named(tmp_path, monkeypatch, toy):
-    poisoned(monkeypatch, {2, 4})
+def test_a_step_without_a_finite_loss_is_skipped_and_its_rows_are_logged(
+    tmp_path, monkeypatch, toy
+):
+    make_losses_nan(monkeypatch, {2, 4})
     flags = ["--limit", 60, "--epochs", 2, "--evals-per-epoch", 1, "--schedule", "constant"]
     lines = run(tmp_path / "run", toy, *flags, "--warmup", 0.9, "--max-steps", 8)
     steps = [line for line in lines if "train_loss" in line]
@@ -422,18 +418,18 @@ def test_a_step_without_a_finite_loss_is_skipped_and_its_rows_are_named(tmp_path
     assert steps[1]["train_loss"] is steps[3]["train_loss"] is None
     assert steps[1]["learning_rate"] == steps[2]["learning_rate"] < steps[4]["learning_rate"]
     rows = [len(line.get("skipped_rows", [])) for line in steps]
-    assert rows == [0, 16, 0, 5, 0, 0, 0, 0]  # 53 rows: the last step of an epoch takes 5
+    assert rows == [0, 16, 0, 5, 0, 0, 0, 0]  # 53 rows: the last step of an epoch has 5
     assert Run(tmp_path / "run").read_progress().skipped == 2
     state = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-def test_a_base_that_gives_nan_stops_the_run_and_no_best_is_written(
+def test_a_base_that_computes_nan_ends_the_run_and_no_best_is_written(
     tmp_path, toy, lively_checkpoint, capsys
 ):
     folder = shutil.copytree(lively_checkpoint, tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"][3] = 3e38  # finite, until it is multiplied
+    tensors["model.layers.1.mlp.down_proj.weight"][3] = 3e38  # finite, but it overflows
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     flags = [*toy, "--model", folder, "--out", tmp_path / "run", "--batch-size", 4]
     assert run_script(lambda: train.main([str(flag) for flag in flags])) == 1

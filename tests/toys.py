@@ -1,14 +1,19 @@
-"""Toys for the tests: a tiny Qwen2 checkpoint in the Hub's own layout, and a small task to learn.
+"""Toys for the tests: a tiny Qwen2 checkpoint in the Hub's layout, small data, a tiny training.
 
-Weights are random; names, shapes, files and tokenizer format are the published ones', and so are
-the large key biases, so that an attention that drops them shows.
+The weights are random. Tensor names, files and the tokenizer's format are those of the published
+checkpoints, and the key biases are as large as theirs, so that an attention that drops them fails.
 """
 
 import functools
+import io
 import json
 import random
+import socket
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -16,10 +21,11 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from data.chat import WORDS
+from data.encode import IGNORE, Example
 from files import JsonLines
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the tokenizer's last ids, as in Qwen2
-TOKENS = 300  # entries of the tokenizer, the special ones included
+TOKENS = 300  # entries of the tokenizer, including the special ones
 TABLE = 308  # rows of the embedding table: more than the tokenizer has, as in Qwen2
 ENDOFTEXT, IM_START, IM_END = range(TOKENS - 3, TOKENS)
 SYSTEM = "You are a helpful assistant."
@@ -47,10 +53,11 @@ def write_checkpoint(
     seed: int = 0,
     lm_head_beside_tied: bool = False,
 ) -> Path:
-    """Write config, weights and tokenizer into `folder`, which is made; returns it.
+    """Create `folder` with config, weights and tokenizer; returns it.
 
-    `std` is that of the matrices: 0.02 as published, more for a text that is less monotone.
-    `lm_head_beside_tied` writes the superfluous `lm_head.weight` that some exporters leave in.
+    `std` is the standard deviation of the matrices: 0.02 as published; larger values give less
+    monotonous text. `lm_head_beside_tied` adds the redundant `lm_head.weight` that some exporters
+    write.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = random_weights(hidden, intermediate, layers, heads, kv_heads, std=std, seed=seed)
@@ -71,7 +78,7 @@ def write_checkpoint(
         "rms_norm_eps": 1e-6, "tie_word_embeddings": tied, "use_cache": True,
         "use_sliding_window": False, "vocab_size": TABLE,
     }  # fmt: skip
-    if new_config:  # as transformers 5 spells it
+    if new_config:  # with the keys of transformers 5
         rope = {"rope_theta": 1000000.0, "rope_type": "default"}
         config |= {"dtype": dtype_name, "rope_parameters": rope, "sliding_window": None,
                    "layer_types": ["full_attention"] * layers,
@@ -93,7 +100,7 @@ def write_checkpoint(
 def random_weights(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, std: float, seed: int
 ) -> dict[str, Tensor]:
-    """A tied checkpoint's tensors by name, fp32."""
+    """The fp32 tensors of a tied checkpoint, by name."""
     generator = torch.Generator().manual_seed(seed)
     kv = hidden // heads * kv_heads
     matrix = functools.partial(normal, generator, std=std)
@@ -123,7 +130,7 @@ def normal(generator: torch.Generator, *shape: int, std: float, mean: float = 0.
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
-    """One `model.safetensors`, or `shards` of them with their index."""
+    """Write one `model.safetensors`, or `shards` files and their index."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
@@ -140,7 +147,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> 
 
 
 def write_tokenizer(folder: Path) -> None:
-    """`tokenizer.json` and a `tokenizer_config.json` with Qwen2's chat template."""
+    """Write `tokenizer.json`, and a `tokenizer_config.json` with Qwen2's chat template."""
     (folder / "tokenizer.json").write_text(trained_tokenizer())
     plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     added = {
@@ -160,7 +167,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @functools.cache
 def trained_tokenizer() -> str:
-    """A byte-level BPE in Qwen2's pipeline, as the text of `tokenizer.json`."""
+    """A byte-level BPE tokenizer with Qwen2's pipeline, as the text of `tokenizer.json`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -185,9 +192,9 @@ def trained_tokenizer() -> str:
 def write_arithmetic(
     folder: Path, *, rows: int = 100, test_rows: int = 20, largest: int = 19, seed: int = 0
 ) -> Path:
-    """`train.jsonl` and `test.jsonl` of sums of two numbers from 0 to `largest`, no question twice.
+    """Write `train.jsonl` and `test.jsonl`: sums of two numbers from 0 to `largest`, each once.
 
-    Answers have GSM8K's form: the step with its calculator note, then `#### ` and the number.
+    Answers are written like GSM8K's: the step with its calculator note, then `#### ` and the sum.
     """
     pairs = [(a, b) for a in range(largest + 1) for b in range(largest + 1)]
     assert rows + test_rows <= len(pairs), f"{rows} + {test_rows} rows of {len(pairs)} questions"
@@ -205,15 +212,81 @@ def sum_problem(a: int, b: int) -> dict[str, str]:
     return {"question": f"What is {a} + {b}?", "answer": answer}
 
 
+# Files
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    """Write rows as JSON Lines; a row of bytes is written unchanged. Returns `path`."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def parquet(rows: list[dict]) -> bytes:
+    """The content of a parquet file with these rows."""
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def change_json(path: Path, **changes: object) -> None:
-    """Set keys of a JSON object in a file; a key set to None is null there."""
+    """Set keys of the JSON object in a file; None becomes null."""
     write_json(path, json.loads(path.read_text()) | changes)
 
 
 def read_log(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file, all of whose lines are whole."""
+    """The objects of a JSON Lines file without damaged lines."""
     return [line.value for line in JsonLines.read(path)]
+
+
+def free_port() -> int:
+    """A port of the loopback interface on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# Examples
+
+
+def example(row_id: int, length: int, supervised: int) -> Example:
+    """An example of `length` tokens, of which the first `supervised` targets count."""
+    targets = np.full(length, IGNORE)
+    targets[:supervised] = 5
+    return Example(row_id, np.arange(length), targets)
+
+
+def some_examples(count: int, seed: int = 0) -> list[Example]:
+    """Examples of random lengths; their row ids count from 100."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 9, count)
+    return [example(100 + i, n, rng.integers(1, n)) for i, n in enumerate(sizes)]
+
+
+# A tiny training
+
+
+def new_training(scaled: bool = True) -> tuple[torch.nn.Module, dict]:
+    """A model of two layers, and what a checkpoint saves of its training: parameters, AdamW and
+    GradScaler.
+    """
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1, weight_decay=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3, enabled=scaled)
+    return model, {"parameters": parameters, "optimizer": optimizer, "scaler": scaler}
+
+
+def train_steps(model: torch.nn.Module, state: dict, steps: range) -> None:
+    """Train `new_training`'s model on inputs that depend on the step."""
+    for step in steps:
+        x = torch.full((2, 5), 0.1 * step + 0.1)
+        state["scaler"].scale(model(x).square().sum()).backward()
+        state["scaler"].step(state["optimizer"])
+        state["scaler"].update()
+        state["optimizer"].zero_grad()

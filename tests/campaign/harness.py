@@ -1,7 +1,7 @@
-"""Runs of train.py in forked processes, with faults that come from outside.
+"""Runs of train.py in forked processes, with faults injected from outside.
 
-torch is imported once and each run is a fork, so that a run takes a second. A `fault` is called in
-the child before its run: it sets limits, or puts something between the run and the system.
+torch is imported once and every run is a fork, so a run takes about a second. A `fault` is called
+in the child before its run: it sets limits, or replaces functions between the run and the system.
 """
 
 import builtins
@@ -10,9 +10,9 @@ import ctypes
 import errno
 import io
 import os
+import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 
 import train
 from errors import run_script
+from files import damage
 from lora.peft_format import WEIGHTS, read_adapter_config
 from run import stopping
 from run.folder import KEEP, Run
 from tests import toys
 from tests.toys import read_log
 
-# 3 epochs of 12 steps of 4 micro-batches, dropout, a validation every 6 steps.
+# 3 epochs of 12 steps of 4 micro-batches, with dropout, and a validation every 6 steps.
 LONG = "--batch-size 2 --grad-accum 4 --epochs 3 --rank 2 --evals-per-epoch 2".split()
 SHORT = [*LONG, "--limit", "40", "--epochs", "2"]  # 2 epochs of 5 steps
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -50,23 +51,23 @@ def toy_flags(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended, its exit code as shells give it."""
+    """A process that has ended; `code` is its exit code as shells report it."""
 
     code: int
     seconds: float
     out: str
     err: str
 
-    def in_two_lines(self) -> str:
-        """What the run says that it failed of; no traceback, and a remedy."""
-        said = self.err.rpartition("error: ")[2]
-        assert "Traceback" not in self.err and len(said.splitlines()) == 2, self.err
-        return said
+    def two_line_error(self) -> str:
+        """The error message; fails unless it has two lines and no traceback."""
+        message = self.err.rpartition("error: ")[2]
+        assert "Traceback" not in self.err and len(message.splitlines()) == 2, self.err
+        return message
 
 
 @dataclass
 class Child:
-    """A run of its own process; its output is in `log.out` and `log.err`."""
+    """A run in a process of its own; its output goes to `log.out` and `log.err`."""
 
     pid: int
     log: Path
@@ -74,23 +75,23 @@ class Child:
     status: int | None = None
 
     def send(self, number: int) -> None:
-        if not self.is_over():
+        if not self.has_ended():
             os.kill(self.pid, number)
 
-    def is_over(self) -> bool:
+    def has_ended(self) -> bool:
         if self.status is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status is not None
 
     def wait(self, limit: float = 120) -> Ended:
-        """Until it is over; a run that hangs is killed and a failure."""
-        until = time.monotonic() + limit
-        while not self.is_over():
-            if time.monotonic() > until:
+        """Wait until it has ended; after `limit` seconds it is killed, and the test fails."""
+        deadline = time.monotonic() + limit
+        while not self.has_ended():
+            if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise AssertionError(f"still there after {limit} s: {_text(self.log, '.err')}")
+                raise AssertionError(f"still running after {limit} s: {_text(self.log, '.err')}")
             time.sleep(0.001)
         code = self.status if self.status >= 0 else 128 - self.status
         seconds = time.monotonic() - self.started
@@ -105,27 +106,27 @@ def start(
     log: Path | None = None,
     env: dict[str, str] | None = None,
 ) -> Child:
-    """`train.py --out OUT` in a fork; what it prints goes beside its folder, or to `log`."""
+    """Run `train.py --out OUT` in a fork; its output goes to `log`, by default next to `out`."""
     log = log or out.with_name(f"{out.name}-log")
     if pid := os.fork():
         return Child(pid, log)
     code = 99
     try:
-        with contextlib.suppress(AttributeError):  # on Linux it does not outlive a test that fails
+        with contextlib.suppress(AttributeError):  # on Linux it dies with a test that fails
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for ending, number in ((".out", 1), (".err", 2)):
             os.dup2(os.open(f"{log}{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        code = be_a_script([*map(str, flags), "--out", str(out)], fault, env)
+        code = _run_as_script([*map(str, flags), "--out", str(out)], fault, env)
     finally:
         os._exit(code)
 
 
-def be_a_script(argv: list[str], fault: Fault | None, env: dict | None) -> int:
-    """What a fresh process would do from here on, torch being imported."""
+def _run_as_script(argv: list[str], fault: Fault | None, env: dict | None) -> int:
+    """What a new process would do after its imports."""
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
     sys.argv = ["train.py", *argv]
     os.environ |= {"TOKENIZERS_PARALLELISM": "false"} | (env or {})
-    sys.modules["report.figures"] = None  # a report without pictures: they are a second
+    sys.modules["report.figures"] = None  # a report without figures: they take a second
     stopping.STARTED = time.monotonic()
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -149,7 +150,7 @@ def run(flags: list, out: Path, *, fault: Fault | None = None, log: Path | None 
 
 
 def finish(flags: list, out: Path) -> Ended:
-    """The same command, to the end."""
+    """Run to the end, without a fault."""
     ended = run(flags, out)
     assert ended.code == 0, ended
     return ended
@@ -160,10 +161,10 @@ def _text(log: Path, ending: str) -> str:
 
 
 def await_steps(child: Child, out: Path, steps: int) -> None:
-    """Return when the log has a line of so many steps, or the run is over."""
-    until = time.monotonic() + 120
-    while not child.is_over() and steps_logged(out) < steps:
-        assert time.monotonic() < until, f"no step {steps} in 120 s"
+    """Wait until the log has the lines of `steps` steps, or the run has ended."""
+    deadline = time.monotonic() + 120
+    while not child.has_ended() and steps_logged(out) < steps:
+        assert time.monotonic() < deadline, f"no step {steps} in 120 s"
         time.sleep(0.0005)
 
 
@@ -173,11 +174,11 @@ def steps_logged(out: Path) -> int:
 
 
 def slowed(seconds: float) -> Fault:
-    """A fault that is none: each micro-batch takes so long, so that steps can be met."""
+    """Not a fault: each micro-batch takes longer, so that a test can act between two steps."""
 
     def fault():
-        whole = train.flat_batch
-        train.flat_batch = lambda *a: time.sleep(seconds) or whole(*a)
+        flat_batch = train.flat_batch
+        train.flat_batch = lambda *a: time.sleep(seconds) or flat_batch(*a)
 
     return fault
 
@@ -185,22 +186,24 @@ def slowed(seconds: float) -> Fault:
 # What must hold
 
 
-def left_behind(out: Path) -> dict:
-    """All that a run comes to, bytes and hex floats, but for what depends on clocks."""
+def results(out: Path) -> dict:
+    """All results of a run, as bytes and hexadecimal floats, except what depends on clocks."""
     newest = max((out / "checkpoints").glob("step-??????"))
     files = [*(out / "best").iterdir(), newest / "state.safetensors", out / "validation.jsonl"]
-    kept = {str(path.relative_to(out)): path.read_bytes() for path in files}
-    kept["log"] = [
+    found = {str(path.relative_to(out)): path.read_bytes() for path in files}
+    found["log"] = [
         {k: v.hex() if isinstance(v, float) else v for k, v in line.items() if k not in CLOCKS}
         for line in read_log(out / "metrics.jsonl")
     ]
     progress = vars(Run(out).read_progress())
-    kept["progress"] = {k: v for k, v in progress.items() if k not in ("seconds", "log_bytes")}
-    return kept
+    found["progress"] = {k: v for k, v in progress.items() if k not in ("seconds", "log_bytes")}
+    return found
 
 
-def check_instant(out: Path) -> None:
-    """What holds at every instant: best/ loads and is finite, and the disk does not fill up."""
+def check_invariants(out: Path) -> None:
+    """Assert what holds at every instant: best/ can be loaded and is finite, and checkpoints do not
+    pile up.
+    """
     if (out / "best").exists():
         read_adapter_config(out / "best")
         tensors = load_file(out / "best" / WEIGHTS)
@@ -209,54 +212,105 @@ def check_instant(out: Path) -> None:
         assert len(list((out / "checkpoints").iterdir())) <= KEEP + 2
 
 
-def steps_to_do_again(out: Path) -> int:
-    """Steps that are logged and in no whole checkpoint."""
+def unsaved_steps(out: Path) -> int:
+    """Steps that are logged and in no complete checkpoint, so that they must be repeated."""
     progress = Run(out).read_progress()
     return steps_logged(out) - (progress.cursor if progress else 0)
 
 
-# What comes between a run and its files
+def check_random_kills(
+    flags: list, folder: Path, seeds: range, expected: dict, seconds: float
+) -> int:
+    """Kill a run at a random moment within `seconds`, once per seed, and finish it: its results
+    must be the expected ones. Returns how many runs were killed before their end.
+    """
+    killed = 0
+    for seed in seeds:
+        rng, out = random.Random(seed), folder / f"kill-{seed}"
+        save_every = rng.choice([0, 0.1, 1000])
+        command = [*flags, "--save-every", save_every]
+        child = start(command, out)
+        time.sleep(rng.uniform(0, seconds))
+        child.send(signal.SIGKILL)
+        killed += child.wait().code == 137
+        check_invariants(out)
+        assert save_every > 0 or unsaved_steps(out) <= 1
+        finish(command, out)
+        assert results(out) == expected, f"seed {seed}"
+        shutil.rmtree(out)
+    return killed
+
+
+def count_detected_flips(checkpoint: Path, seeds: range) -> int:
+    """Flip one random bit of a checkpoint's files, once per seed; how many flips `damage`
+    detects.
+    """
+    files = sorted(checkpoint.iterdir())
+    detected = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        path = rng.choice(files)
+        intact = path.read_bytes()
+        path.write_bytes(flip_bit(intact, rng.randrange(8 * len(intact))))
+        detected += damage(checkpoint) is not None
+        path.write_bytes(intact)
+    assert damage(checkpoint) is None
+    return detected
+
+
+def flip_bit(data: bytes, bit: int) -> bytes:
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return bytes(flipped)
+
+
+def cut_sizes(size: int) -> list[int]:
+    """Sizes to which a file of `size` bytes is cut."""
+    return [0, 1, size // 2, size - 1]
+
+
+# Faults in file calls
 
 
 @dataclass
 class FileCalls:
-    """Counts the calls that change files, and lets one of them end in a fault.
+    """Counts the calls that change files, and injects a fault into one of them.
 
-    `happen` is called before the call, or in the middle of it if it writes: at the `at`-th of these
-    moments, from 0. Only in the `nth` call of `train.<within>`, if that is given.
+    There is a fault point before each such call, and one in the middle of each write. `action` is
+    called at fault point number `at`, from 0. With `within`, only those of the `nth` call of
+    `train.<within>` count.
     """
 
     at: int = -1
-    happen: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    action: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     within: str | None = None
     nth: int = 1
-    report: Path | None = None  # where the number of moments is left
-    moments: int = 0
+    report: Path | None = None  # file for the number of fault points
+    points: int = 0
     active: bool = False
 
     NAMES = ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink", "remove", "open", "truncate",
              "ftruncate", "chmod", "link", "symlink", "sendfile")  # fmt: skip
 
     def __call__(self) -> None:
-        """The fault itself: from now on the calls go through here."""
+        """The fault itself: replace the functions that change files."""
         for name in self.NAMES:
             setattr(os, name, self.watched(getattr(os, name)))
-        whole = io.open
-        io.open = builtins.open = self.opener(whole)
+        io.open = builtins.open = self.opener(io.open)
         if self.within is None:
             self.active = True
         else:
             setattr(train, self.within, self.region(getattr(train, self.within)))
 
-    def moment(self) -> None:
+    def fault_point(self) -> None:
         if not self.active:
             return
-        self.moments += 1
-        if self.moments - 1 == self.at:
-            self.happen()
+        self.points += 1
+        if self.points - 1 == self.at:
+            self.action()
         if self.report is not None:
             self.active = False
-            self.report.write_text(str(self.moments))
+            self.report.write_text(str(self.points))
             self.active = True
 
     def region(self, function: Callable) -> Callable:
@@ -272,7 +326,7 @@ class FileCalls:
 
     def watched(self, function: Callable) -> Callable:
         def call(*args, **options):
-            self.moment()
+            self.fault_point()
             return function(*args, **options)
 
         return call
@@ -281,24 +335,24 @@ class FileCalls:
         def opened(file, mode="r", *args, **options):
             if not set(mode) & set("wax+"):
                 return function(file, mode, *args, **options)
-            self.moment()
+            self.fault_point()
             return _Written(function(file, mode, *args, **options), self)
 
         return opened
 
 
 class _Written:
-    """A file open for writing: half of what is written goes out before the rest."""
+    """A file open for writing, which writes each piece of data in two halves."""
 
     def __init__(self, file, calls: FileCalls):
         self.file, self.calls = file, calls
 
     def write(self, data) -> int:
         half = len(data) // 2
-        self.calls.moment()
+        self.calls.fault_point()
         self.file.write(data[:half])
         self.file.flush()
-        self.calls.moment()
+        self.calls.fault_point()
         self.file.write(data[half:])
         self.file.flush()
         return len(data)
@@ -318,9 +372,9 @@ def disk_full() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def count_moments(flags: list, out: Path, within: str | None, nth: int = 1) -> int:
-    """How many moments a run has in which a file call can fail."""
-    report = out.parent / f"{out.name}-moments"
+def count_fault_points(flags: list, out: Path, within: str | None, nth: int = 1) -> int:
+    """The number of fault points of a run, or of a part of it."""
+    report = out.parent / f"{out.name}-points"
     assert run(flags, out, fault=FileCalls(within=within, nth=nth, report=report)).code == 0
     return int(report.read_text())
 
@@ -334,8 +388,8 @@ def copy(source: Path, to: Path) -> Path:
 
 
 def start_ranks(flags: list, out: Path, fault: Fault | None = None) -> list[Child]:
-    """Two ranks; `fault` is in the second only."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    """Start two ranks; only the second has the `fault`."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(toys.free_port())}
     return [
         start(
             flags, out, fault=fault if rank else None, log=out.with_name(f"{out.name}-log-{rank}"),
@@ -345,12 +399,29 @@ def start_ranks(flags: list, out: Path, fault: Fault | None = None) -> list[Chil
     ]  # fmt: skip
 
 
-def go_on_with_ranks(flags: list, out: Path) -> None:
+def resume_with_ranks(flags: list, out: Path) -> None:
+    """Run two ranks to the end, without a fault."""
     ended = [rank.wait() for rank in start_ranks(flags, out)]
     assert [e.code for e in ended] == [0, 0], ended
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def check_lost_ranks(two_ranks: tuple, folder: Path, seeds: range) -> int:
+    """Kill the second of two ranks at a random step, once per seed: the first must stop, and the
+    resumed run must have the expected results. Returns how many runs this interrupted.
+    """
+    (flags, expected), interrupted = two_ranks, 0
+    for seed in seeds:
+        rng, out = random.Random(seed), folder / f"lost-{seed}"
+        first, second = start_ranks(flags, out)
+        await_steps(first, out, rng.randrange(1, 10))
+        time.sleep(rng.uniform(0, 0.05))
+        second.send(signal.SIGKILL)
+        ended = first.wait(limit=30)
+        if ended.code != 0:  # 0: it had finished before
+            interrupted += 1
+            assert ended.code == 1 and "lost another rank" in ended.two_line_error(), ended
+        second.wait()
+        check_invariants(out)
+        resume_with_ranks(flags, out)
+        assert results(out) == expected, f"seed {seed}"
+    return interrupted

@@ -1,4 +1,4 @@
-"""Disks that fill up and files that rot, at length."""
+"""The long form of tests/test_faults.py: full disks, damaged files."""
 
 import os
 import shutil
@@ -15,16 +15,18 @@ from files import damage
 from tests.campaign.harness import (
     FileCalls,
     await_steps,
-    check_instant,
+    check_invariants,
     copy,
-    count_moments,
+    count_detected_flips,
+    count_fault_points,
+    cut_sizes,
     disk_full,
     finish,
-    left_behind,
+    flip_bit,
+    results,
     run,
     start,
 )
-from tests.test_faults import cuts, survive_flips
 
 pytestmark = pytest.mark.campaign
 
@@ -34,38 +36,40 @@ pytestmark = pytest.mark.campaign
     [("write_start", 1), ("save_checkpoint", 3), ("publish_best", 1), ("publish_best", 2),
      ("write_report", 1)],
 )  # fmt: skip
-def test_a_disk_that_is_full_at_any_file_call_is_told_and_the_same_command_goes_on(
+def test_a_disk_full_at_any_file_call_is_reported_and_the_run_can_be_resumed(
     short, expected, tmp_path, within, nth
-):  # fmt: skip
-    moments = count_moments(short, tmp_path / "counted", within, nth)
+):
+    points = count_fault_points(short, tmp_path / "counted", within, nth)
     codes = []
-    for at in range(moments):
+    for at in range(points):
         out = tmp_path / "run"
         ended = run(short, out, fault=FileCalls(at, disk_full, within=within, nth=nth))
         codes.append(ended.code)
-        if ended.code != 0:  # 0: what could not be removed goes the next time
-            assert ended.code == 1 and "the disk is full" in ended.in_two_lines(), f"moment {at}"
-        check_instant(out)
+        if ended.code != 0:  # 0: only a removal failed, which the next session repeats
+            assert ended.code == 1 and "the disk is full" in ended.two_line_error(), (
+                f"fault point {at}"
+            )
+        check_invariants(out)
         finish(short, out)
-        assert left_behind(out) == expected, f"moment {at}"
+        assert results(out) == expected, f"fault point {at}"
         shutil.rmtree(out)
-    print(f"{within} {nth}: {moments} moments, {codes.count(1)} told")
-    assert codes.count(1) > 0.7 * moments
+    print(f"{within} {nth}: {points} fault points, {codes.count(1)} reported")
+    assert codes.count(1) > 0.7 * points
 
 
-def test_a_disk_that_is_full_at_any_line_of_the_log_is_told(short, expected, tmp_path):
+def test_a_disk_full_at_any_line_of_the_log_is_reported(short, expected, tmp_path):
     for at in range(0, 200, 5):
         out = tmp_path / "run"
         ended = run(short, out, fault=FileCalls(at, disk_full))
-        assert ended.code == 1 and "the disk is full" in ended.in_two_lines(), f"moment {at}"
+        assert ended.code == 1 and "the disk is full" in ended.two_line_error(), f"fault point {at}"
         finish(short, out)
-        assert left_behind(out) == expected, f"moment {at}"
+        assert results(out) == expected, f"fault point {at}"
         shutil.rmtree(out)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 70 MiB, which is just enough."""
+    """A disk of 70 MiB, which is just large enough for a run."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "none", str(place)]
@@ -84,7 +88,9 @@ def fill(place: Path) -> Path:
             return place / "filler"
 
 
-def test_a_real_disk_that_fills_up_in_a_run(short, expected, small_disk, tmp_path):
+def test_a_real_disk_that_fills_up_is_reported_and_the_run_can_be_resumed(
+    short, expected, small_disk, tmp_path
+):
     out, log = small_disk / "run", tmp_path / "log"
     child = start(short, out, log=log)
     await_steps(child, out, 3)
@@ -92,57 +98,57 @@ def test_a_real_disk_that_fills_up_in_a_run(short, expected, small_disk, tmp_pat
     filler = fill(small_disk)
     child.send(signal.SIGCONT)
     ended = child.wait()
-    assert ended.code == 1 and "No space left on device" in ended.in_two_lines()
-    check_instant(out)
+    assert ended.code == 1 and "No space left on device" in ended.two_line_error()
+    check_invariants(out)
     again = run(short, out, log=log)  # while it is still full
-    assert again.code == 1 and "No space left on device" in again.in_two_lines()
+    assert again.code == 1 and "No space left on device" in again.two_line_error()
     filler.unlink()
-    assert run(short, out, log=log).code == 0 and left_behind(out) == expected
+    assert run(short, out, log=log).code == 0 and results(out) == expected
 
 
-def test_a_real_disk_that_is_too_full_or_read_only_at_the_start(short, small_disk, tmp_path):
+def test_a_real_disk_too_full_or_read_only_at_the_start_is_refused(short, small_disk, tmp_path):
     (small_disk / "filler").write_bytes(bytes(10 << 20))
     ended = run(short, small_disk / "run", log=tmp_path / "log")
-    assert ended.code == 2 and ended.seconds < 5 and "bytes free" in ended.in_two_lines()
+    assert ended.code == 2 and ended.seconds < 5 and "bytes free" in ended.two_line_error()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     ended = run(short, small_disk / "run", log=tmp_path / "log")
-    assert ended.code == 2 and "cannot be written" in ended.in_two_lines()
+    assert ended.code == 2 and "cannot be written" in ended.two_line_error()
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
 
 
-def test_200_of_200_flipped_bits_are_noticed(whole, tmp_path):
-    folder = copy(max((whole / "checkpoints").iterdir()), tmp_path / "step-000010")
-    assert survive_flips(folder, range(200)) == 200
+def test_200_of_200_flipped_bits_are_detected(finished, tmp_path):
+    folder = copy(max((finished / "checkpoints").iterdir()), tmp_path / "step-000010")
+    assert count_detected_flips(folder, range(200)) == 200
 
 
-def test_every_flip_of_a_manifest_is_noticed(whole, tmp_path):
-    folder = copy(max((whole / "checkpoints").iterdir()), tmp_path / "step-000010")
+def test_every_flipped_bit_of_a_manifest_is_detected(finished, tmp_path):
+    folder = copy(max((finished / "checkpoints").iterdir()), tmp_path / "step-000010")
     (folder / "manifest.json").rename(tmp_path / "manifest.json")
     data = (tmp_path / "manifest.json").read_bytes()
     for bit in range(8 * len(data)):
-        spoilt = bytearray(data)
-        spoilt[bit // 8] ^= 1 << bit % 8
-        (folder / "manifest.json").write_bytes(spoilt)
+        (folder / "manifest.json").write_bytes(flip_bit(data, bit))
         assert damage(folder), f"bit {bit}"
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "progress.json", "state.safetensors"])
-def test_a_cut_or_flipped_file_of_the_newest_checkpoint_costs_that_checkpoint_only(
+def test_damage_to_a_file_of_the_newest_checkpoint_costs_only_that_checkpoint(
     short, expected, half, tmp_path, name
-):  # fmt: skip
+):
     newest = max((half / "checkpoints").glob("step-??????")).name
     data = (half / "checkpoints" / newest / name).read_bytes()
-    spoilt = [data[:size] for size in cuts(len(data))]
-    spoilt += [data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :] for i in (9, len(data) // 2)]
-    for bad in spoilt:
+    damaged = [data[:size] for size in cut_sizes(len(data))]
+    damaged += [flip_bit(data, 8 * i + 2) for i in (9, len(data) // 2)]
+    for content in damaged:
         out = copy(half, tmp_path / "run")
-        (out / "checkpoints" / newest / name).write_bytes(bad)
+        (out / "checkpoints" / newest / name).write_bytes(content)
         ended = run(short, out)
         assert ended.code == 0 and f"{newest} is damaged (" in ended.out
-        assert left_behind(out) == expected
+        assert results(out) == expected
 
 
-def test_an_evaluation_may_read_the_best_of_a_run_that_goes_on(short, expected, tiny, tmp_path):
+def test_an_evaluation_can_read_the_best_adapter_of_a_running_training(
+    short, expected, tiny, tmp_path
+):
     out = tmp_path / "run"
     child = start(short, out)
     await_steps(child, out, 8)
@@ -152,4 +158,4 @@ def test_an_evaluation_may_read_the_best_of_a_run_that_goes_on(short, expected, 
     assert run_script(lambda: evaluate.main([str(f) for f in flags])) == 0
     print(f"{time.monotonic() - started:.1f} s")
     child.send(signal.SIGCONT)
-    assert child.wait().code == 0 and left_behind(out) == expected
+    assert child.wait().code == 0 and results(out) == expected
