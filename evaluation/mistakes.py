@@ -1,31 +1,36 @@
-"""Classifies the mistake in a wrong answer, by reading its arithmetic steps (`steps.py`).
+"""Classifies the mistake in a wrong answer by what would have made it right.
 
-Steps that cannot be read with confidence are skipped. A slip in such a step is therefore counted as
-a wrong plan, but a correct step is never counted as a slip.
+The arithmetic steps of the answer are read (`steps.py`) and recomputed. A slip or a number that was
+copied wrong is mended, its right value is carried on through the later steps, and if the answer is
+then right, this was the mistake. Steps that cannot be read with confidence are skipped. A slip in
+such a step is therefore counted as a wrong plan, but a correct step is never counted as a slip.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 
 from evaluation.golds import gold_value
-from evaluation.numbers import marked_readings, readings
-from evaluation.steps import MAX_CHARACTERS, Step, numbers_written, read_steps
+from evaluation.numbers import Readings, marked_readings, readings
+from evaluation.quantities import plain as plain_text
+from evaluation.quantities import quantities_in
+from evaluation.steps import MAX_CHARACTERS, Step, numbers_written, read_steps, recompute
 from evaluation.units import CONVERSIONS, MEASURES, MONEY, TIME, convertible, words_of
 
 # Each completion gets the first kind that applies. "correct" and "format only" together are the
-# numerically correct answers. The order matters: a slip can make an answer wrong by a factor, so
-# slips come first; a unit conversion can introduce a number such as 3600, so conversions come
-# before "number copied wrong". "wrong plan" is the remainder.
+# numerically correct answers. "wrong plan" is the remainder.
 KINDS = {
     "correct": "the correct number after ####",
     "format only": "the correct number, but not after ####",
     "cut off": "stopped by the token limit before an answer",
     "no answer": "empty, or without any number",
-    "arithmetic slip": "a step whose own arithmetic is wrong",
+    "slip alone": "a step whose own arithmetic is wrong; with its right value the answer is right",
+    "answer line differs": "the last computed value is correct, but not the number after ####",
+    "number copied wrong": "a number resembles a given one; with that the answer is right",
     "unit or rounding": "off by rounding, or by a conversion between two units mentioned",
-    "number copied wrong": "a step uses a number that is not given, computed or common",
+    "slip in a wrong plan": "a step whose own arithmetic is wrong, in an answer wrong without it",
     "wrong plan": "no step was found wrong, but the answer is",
 }
 
@@ -47,20 +52,8 @@ TOPICS = {
 }  # fmt: skip
 TOPICS["money"] -= {"quarter"}  # usually a fourth of something, not a coin
 
-COMMON = {Fraction(n) for n in ("0", "1", "2", "0.5", "0.25", "0.75", "0.1", "0.01", "10000")} | {
-    Fraction(factor) for factor, _, _ in CONVERSIONS
-}
-NUMBER_WORDS = {
-    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7,
-    "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14,
-    "fifteen": 15, "sixteen": 16, "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20,
-    "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
-    "hundred": 100, "thousand": 1000, "million": 10**6, "half": 2, "third": 3, "fourth": 4,
-    "quarter": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10,
-    "double": 2, "triple": 3, "thrice": 3, "quadruple": 4, "weekday": 5,
-}  # fmt: skip
-
-MAX_STEPS = 100  # of a solution, searched for unknown numbers
+MAX_STEPS = 100  # of a solution, recomputed with other numbers
+MAX_COPIES = 20  # pairs of a number and a given one that are tried
 _MARKER = re.compile(r"####[^\w\n#]*[0-9]")
 
 
@@ -95,20 +88,25 @@ def classify(
         return Mistake("no answer")
 
     written = _before_the_answer(completion)[:MAX_CHARACTERS]
-    steps = read_steps(written)
-    for step in steps:
-        if step.verdict == "wrong":
-            return Mistake("arithmetic slip", f"{step.text}: it is {_shown(step.value)}")
-    evidence = ""
+    steps = read_steps(written)[:MAX_STEPS]
+    slip = next((step for step in steps if step.verdict == "wrong"), None)
+    told = f"{slip.text}: it is {_shown(slip.value)}" if slip else ""
     if truth is not None:
+        if slip and truth in mended_answers(question, steps, answer):
+            return Mistake("slip alone", told)
+        if evidence := _answer_line(written, marked, truth, answer):
+            return Mistake("answer line differs", evidence)
+        if evidence := _copied_wrong(question, written, steps, truth, answer):
+            return Mistake("number copied wrong", evidence)
         evidence = _conversion(f"{question}\n{gold}\n{written}", truth, answer)
-        evidence = evidence or _rounding(truth, answer, steps)
-    if evidence:
-        return Mistake("unit or rounding", evidence)
-    evidence = _unknown_number(question, steps)
-    if evidence:
-        return Mistake("number copied wrong", evidence)
-    return Mistake("wrong plan")
+        if evidence := evidence or _rounding(truth, answer, steps):
+            return Mistake("unit or rounding", evidence)
+    return Mistake("slip in a wrong plan", told) if slip else Mistake("wrong plan")
+
+
+def has_wrong_step(solution: str) -> bool:
+    """Whether the arithmetic of a step is wrong; a correct answer may have such a step as well."""
+    return any(step.verdict == "wrong" for step in read_steps(_before_the_answer(solution)))
 
 
 def topics(question: str) -> set[str]:
@@ -121,7 +119,84 @@ def topics(question: str) -> set[str]:
     return present
 
 
+def mended_answers(
+    question: str, steps: list[Step], answer: Fraction, copied: Mapping[Fraction, Fraction] = {}
+) -> set[Fraction]:
+    """What `answer` becomes if wrong steps get their right values, which later steps then use.
+
+    `copied` replaces operands from the beginning. A wrong value may equal a number of the question,
+    which later steps mean then; so there are two answers, with and without replacing those.
+    """
+    given = numbers_written(question)
+    return {_mended(steps, answer, copied, keep) for keep in (set(), given)}
+
+
+def _mended(
+    steps: list[Step], answer: Fraction, copied: Mapping[Fraction, Fraction], keep: set[Fraction]
+) -> Fraction:
+    right = dict(copied)  # a value as written -> what it should be
+    for step in steps:
+        value = recompute(step, right) if right else step.value
+        if step.verdict == "wrong" or value != step.value:
+            if step.written not in keep or step is steps[-1]:
+                right[step.written] = value
+        elif step.written not in copied:
+            right.pop(step.written, None)
+    close = [value for written, value in right.items() if abs(written - answer) < 1]
+    return right.get(answer, close[-1] if close else answer)
+
+
 # Each of the following returns the evidence for a kind of mistake, or "".
+
+
+def _answer_line(written: str, marked: Readings, truth: Fraction, answer: Fraction) -> str:
+    """The value before the marked line, if it is the correct one."""
+    if marked and truth in readings(written):
+        return f"{_shown(answer)} after {_shown(truth)}"
+    return ""
+
+
+def _copied_wrong(
+    question: str, written: str, steps: list[Step], truth: Fraction, answer: Fraction
+) -> str:
+    """An operand that is neither given nor stated earlier, and resembles a given number."""
+    given = numbers_written(question)
+    known, tried = set(given), 0
+    for step in steps:
+        stated = None
+        for number in step.numbers:
+            plain = number.value * 100 if number.percent else number.value
+            resembled = [g for g in given if plain not in known and _alike(plain, g)]
+            if not resembled:
+                continue
+            if stated is None:
+                before = plain_text(written[: step.start])
+                stated = {value for q in quantities_in(before) for value in q.readings}
+            for other in resembled:
+                tried += 1
+                if plain in stated or tried > MAX_COPIES:
+                    continue
+                if truth in mended_answers(question, steps, answer, {plain: other}):
+                    return f"{_shown(plain)} for {_shown(other)} in {step.text}"
+        known |= {step.value, step.written}
+    return ""
+
+
+def _alike(one: Fraction, other: Fraction) -> bool:
+    """Whether one number may be the other, copied wrong: 84 for 48, 15 for 12, 500 for 5000."""
+    if not one or not other or one == other:
+        return False
+    if one / other in _POWERS:
+        return True
+    a, b = (_shown(n).replace(".", "") for n in (one, other))
+    if len(a) != len(b) or len(a) < 2:
+        return False
+    differing = [(x, y) for x, y in zip(a, b) if x != y]
+    swapped = len(differing) == 2 and differing[0] == differing[1][::-1]
+    return len(differing) == 1 or swapped
+
+
+_POWERS = {Fraction(10) ** n for n in (-3, -2, -1, 1, 2, 3)}
 
 
 def _conversion(texts: str, truth: Fraction, answer: Fraction) -> str:
@@ -146,47 +221,6 @@ def _rounding(truth: Fraction, answer: Fraction, steps: list[Step]) -> str:
         if step.verdict == "rounded" and abs(answer - truth) * 100 < abs(truth):
             return f"{apart}: {step.text} is rounded"
     return ""
-
-
-def _unknown_number(question: str, steps: list[Step]) -> str:
-    """The first operand that is not in the question, not computed earlier and not COMMON."""
-    known = _given(question[:MAX_CHARACTERS]) | COMMON
-    unrounded = []
-    for step in steps[:MAX_STEPS]:
-        for number in step.numbers:
-            plain = number.value * 100 if number.percent else number.value
-            if number.value in known or plain in known:
-                continue
-            place = Fraction(1, 10**number.decimals)
-            if not any(abs(value - plain) < place for value in unrounded):
-                return f"{_shown(plain)} in {step.text}"
-        known |= {step.value, step.written}
-        if step.value.denominator != 1:
-            unrounded.append(step.value)
-    return ""
-
-
-def _given(question: str) -> set[Fraction]:
-    """The numbers in a question, in digits or words, and the forms in which a solution uses them.
-
-    3 may be used as 1/3; 20% as 0.2, 0.8, 1.2, 80 or 120; 2 hours as 120 if minutes are mentioned.
-    """
-    words = words_of(question)
-    digits = numbers_written(question)
-    spelled = [NUMBER_WORDS.get(w) or NUMBER_WORDS.get(w.removesuffix("s"), 0) for w in words]
-    given = digits | {Fraction(n) for n in spelled}
-    for one, two in zip(spelled, spelled[1:], strict=False):
-        if one and two:  # twenty five, two hundred
-            given |= {Fraction(one + two), Fraction(one * two)}
-    forms = {1 / n for n in given if n}
-    if "percent" in words:
-        for n in digits:
-            forms |= {n / 100, 1 - n / 100, 1 + n / 100, 100 - n, 100 + n}
-    named = set(words)
-    for factor, small, large in CONVERSIONS:
-        if small in named and large in named:
-            forms |= {n * factor for n in given} | {n / factor for n in given}
-    return given | forms
 
 
 def _before_the_answer(completion: str) -> str:

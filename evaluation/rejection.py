@@ -1,9 +1,9 @@
 """Rejection sampling: a model's own correct solutions become training data.
 
-A solution is kept if it is numerically equal to the gold answer and was not cut off, because an
-answer that was cut off would teach the model not to stop. Of a problem's solutions that differ only
-in white space, the first is kept. In a conversation, all assistant turns become the model's own,
-because its last answer depends on them.
+A solution is kept if it is numerically equal to the gold answer, none of its steps is found wrong,
+and it was not cut off, because an answer that was cut off would teach the model not to stop. Of a
+problem's solutions that differ only in white space, the first is kept. In a
+conversation, all assistant turns become the model's own, because its last answer depends on them.
 
 A solution without a `#### N` that all scorers can read gets the gold answer's as its last line. The
 rest of its text is unchanged. Without that line the row could not be scored, and most models that
@@ -22,6 +22,7 @@ from errors import BadOption
 from evaluation.answers import count_turns, next_turn
 from evaluation.generative import Completions, had_format, numeric_equal
 from evaluation.golds import gold_text, gold_value
+from evaluation.mistakes import has_wrong_step
 from evaluation.tasks import Task
 from files import write_file
 
@@ -38,6 +39,8 @@ def correct_solutions(
             if c.cut_off or not all(key) or key in seen or not numeric_equal(text, p.answer):
                 continue
             seen.add(key)
+            if any(map(has_wrong_step, (*earlier, text))):
+                continue
             if not had_format(text) and ("####" in p.answer or gold_value(text) is None):
                 text += f"\n#### {gold_text(p.answer)}"
             prompt = next_turn(p, earlier).messages[:-1]
@@ -48,6 +51,13 @@ def correct_solutions(
 def keep(path: Path, problems: list[Problem], completions: Completions) -> None:
     """Write the correct solutions to `path`, all or nothing, and print how many there are."""
     rows = list(correct_solutions(problems, completions))
+    by_wrong_steps = sum(
+        has_wrong_step(c.text) and not c.cut_off and numeric_equal(c.text, p.answer)
+        for p in problems
+        for c in completions[p.id]
+    )
+    if by_wrong_steps:
+        print(f"{by_wrong_steps:,} correct answers are left out: the arithmetic of a step is wrong")
     solved = len({row["id"] for row in rows})
     print(
         f"kept {len(rows):,} correct, distinct answers to {solved:,} of {len(problems):,} problems"

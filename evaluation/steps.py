@@ -6,8 +6,8 @@ calculator annotations `<<3+4=7>>`. Where a step may have another meaning than t
 """
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -34,8 +34,9 @@ class Step:
 
     text: str
     start: int  # offset in characters
-    numbers: tuple[Number, ...]  # the operands of the side that computes
-    value: Fraction  # the exact value of that side
+    expression: str  # the side that computes
+    numbers: tuple[Number, ...]  # its operands
+    value: Fraction  # its exact value
     written: Fraction  # the result as the text states it
     verdict: str  # "correct", "rounded", "wrong" or "unclear"
 
@@ -52,6 +53,14 @@ def read_steps(text: str) -> list[Step]:
     for match in _ANNOTATION.finditer(text):
         steps += _steps_of(_tokens(text, match.start(1), match.end(1)), text)
     return sorted(steps, key=lambda step: step.start)
+
+
+def recompute(step: Step, values: Mapping[Fraction, Fraction]) -> Fraction:
+    """The value of a step's expression with some of its operands replaced."""
+    tokens = [token._replace(value=values.get(token.value, token.value))
+              for token in _tokens(step.expression)]  # fmt: skip
+    read = _Reader(tokens).expression(0)
+    return step.value if read is None else read.value
 
 
 def reasoning_steps(gold: str) -> int:
@@ -127,7 +136,10 @@ def _steps_of(tokens: list[_Token], text: str) -> Iterator[Step]:
                 shown = text[tokens[start].start : tokens[right.end - 1].end]
                 shown = " ".join(_ANNOTATION.sub("", shown).split())[:120]
                 unclear = unclear or _unclear_after(tokens, right.end)
-                yield _step(left, right, unclear, shown, tokens[start].start)
+                side = (start, left.end) if left.operators else (at + 1, right.end)
+                expression = text[tokens[side[0]].start : tokens[side[1] - 1].end]
+                step = _step(left, right, unclear, shown, tokens[start].start)
+                yield replace(step, expression=expression)
             start, left, unclear = at + 1, right, False
             at = right.end if right else at + 1
 
@@ -147,6 +159,7 @@ def _step(left: _Expression, right: _Expression, unclear: bool, text: str, start
     return Step(
         text=text,
         start=start,
+        expression="",
         numbers=computed.numbers,
         value=computed.value,
         written=result.numbers[0].value if result.operators else result.value,

@@ -23,7 +23,7 @@ from evaluation.generative import (
     pass_at_k,
 )
 from evaluation.golds import gold_number
-from evaluation.mistakes import KINDS, classify, topics
+from evaluation.mistakes import KINDS, classify, has_wrong_step, topics
 from evaluation.statistics import in_words, paired, wilson_interval
 from evaluation.steps import operations, reasoning_steps
 from files import read_json
@@ -56,12 +56,16 @@ def answer_metrics(
         "votes": {},
         "pass": {},
         "mistakes": {},
+        "wrong_step": 0,  # correct, with a step whose arithmetic is wrong
         "by": {},
         "outcomes": outcomes(judge, problems, completions),
     }
     if judge.numeric:
         metrics |= sample_metrics(problems, completions)
         metrics["mistakes"] = mistakes(problems, first)
+        metrics["wrong_step"] = sum(
+            ok and has_wrong_step(first[p.id].text) for p, ok in zip(problems, metrics["outcomes"])
+        )
         metrics["by"] = breakdown(problems, metrics["outcomes"])
     return metrics
 
@@ -199,7 +203,9 @@ def models_table(result: dict[str, Any]) -> str:
         row("loss, nats per token", (f"{m['loss']:.4f}" for m in columns))
         row("token accuracy (teacher-forced)", (f"{m['token_accuracy']:.1%}" for m in columns))
     for kind in first.get("mistakes", ()):
-        row(f"classified as {kind}", (str(m["mistakes"][kind]) for m in columns))
+        row(f"classified as {kind}", (str(m["mistakes"].get(kind, "-")) for m in columns))
+    if first.get("mistakes") and "wrong_step" in first:
+        row("correct, with a wrong step in it", (str(m.get("wrong_step", "-")) for m in columns))
     if "right_choice_nats" in first:
         row("nats of the correct choice", (f"{m['right_choice_nats']:.4f}" for m in columns))
         row("questions per second", (per_second(n, m["seconds"], 1) for m in columns))

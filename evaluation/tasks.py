@@ -83,7 +83,7 @@ def judged_problems(judge: Judge, problems: list[Problem]) -> tuple[list[Problem
         return problems, f"{found} ({forms}){few}; answers are {as_text}"
     rewritten = sum(not ends_in_number(p.answer) for p in numbers)
     if rewritten:
-        found += f"; {rewritten:,} are rewritten as '#### N' for the scorers that compare texts"
+        found += f"; {rewritten:,} rewritten as '#### N' for the scorers that compare texts"
     if judge is EACH:
         return problems, f"{found}; answers to the other {len(others):,} are {as_text}"
     if others:

@@ -297,7 +297,7 @@ def test_a_problem_whose_gold_holds_no_number_is_left_out_of_numbers_with_a_word
     judged, words = judged_problems(NUMBERS, problems)
     assert [p.id for p in judged] == ["rows:1", "rows:4", "rows:5"]
     assert words == (
-        "3 of 5 golds hold a number; 1 are rewritten as '#### N' for the scorers that compare"
+        "3 of 5 golds hold a number; 1 rewritten as '#### N' for the scorers that compare"
         " texts; 2 rows left out: rows:2; rows:3"
     )
     assert judged_problems(NUMBERS, golds("#### 2")) == (

@@ -134,6 +134,7 @@ def test_by_default_a_run_is_measured_on_everything_it_was_trained_on(
 def test_correct_distinct_whole_answers_are_kept_and_end_like_gold_ones():
     p = problem("3 + 4?", "3+4=7\n#### 7", "t:1")
     texts = ["It is 7.", "It  is\n7. ", "It is 8.", "3+4=7\n#### 7", "7 <cut>", "", "so\n#### $7"]
+    texts.append("3+4=8, so 7\n#### 7")  # correct, by a wrong step
     given = [completion(text, "t:1", i) for i, text in enumerate(texts)]
     given[4] = given[4].__class__(**{**given[4].__dict__, "text": "is 7", "cut_off": True})
     rows = list(correct_solutions([p], {"t:1": given}))
