@@ -13,6 +13,7 @@ import files
 from progress_bar import progress_bar
 from run.folder import OWNER, lock
 from tests import toys
+from tests.scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("data", "lora", "model", "run", "evaluation", "report")
@@ -24,14 +25,6 @@ for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
 del signal.SIGHUP, signal.SIGPIPE, os.geteuid
 """
-
-
-def script(name: str, flags: list, *, before: str = "", **options) -> subprocess.CompletedProcess:
-    """Run `name.py` in a process of its own, after the code `before`."""
-    code = f"{before}\nimport sys, runpy\nsys.argv = {[name, *map(str, flags)]!r}\n"
-    code += f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')"
-    options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 300, **options}
-    return subprocess.run([sys.executable, "-c", code], **options)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evaluation.generative import numeric_equal
 from evaluation.mistakes import KINDS, TOPICS, classify, has_wrong_step, topics
-from evaluation.numbers import final_number
+from evaluation.numerals import numbers_in
 from evaluation.steps import operations, read_steps, reasoning_steps
 
 CLIPS = (
@@ -358,7 +358,7 @@ def test_a_slip_inserted_into_a_gold_step_is_found():
         steps = row["answer"].split("<<")
         if len(steps) > 1:
             expression = steps[1].split("=")[0]
-            wrong = f"{expression} = {final_number(steps[1]) * 3 + 1}\n#### 987654321"
+            wrong = f"{expression} = {numbers_in(steps[1])[-1].value * 3 + 1}\n#### 987654321"
             tried += 1
             found += classify(row["question"], row["answer"], wrong).kind in (
                 "slip alone",

@@ -14,8 +14,8 @@ from data.rows import parse_row
 from data.turns import BadRow, Notes
 from errors import BadData
 from tests import toys
+from tests.scripts import script
 from tests.templates import QWEN2_5
-from tests.test_machines import script
 
 QUESTION, ANSWER = "What is 1+1?", "#### 2"
 PAIR = (Message("user", QUESTION), Message("assistant", ANSWER))

@@ -1,0 +1,15 @@
+"""The scripts of the product, each in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name: str, flags: list, *, before: str = "", **options) -> subprocess.CompletedProcess:
+    """Run `name.py` in a process of its own, after the code `before`."""
+    code = f"{before}\nimport sys, runpy\nsys.argv = {[name, *map(str, flags)]!r}\n"
+    code += f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')"
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 300, **options}
+    return subprocess.run([sys.executable, "-c", code], **options)
