@@ -414,10 +414,10 @@ def train(
             peak_memory_gb=peak_memory_gb(base.device),
             **({} if finite else {"skipped_rows": step.row_ids}),
         )
-        # A smaller scale may make gradients finite, but not a loss.
-        hopeless = scaler.get_scale() <= 1 or not math.isfinite(nats)
-        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and hopeless:
-            raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
+        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            # A smaller scale may make gradients finite, but not a loss.
+            if not math.isfinite(nats) or scaler.get_scale() <= 1:
+                raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
     bar.close()
     return progress
 

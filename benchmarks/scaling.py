@@ -40,7 +40,7 @@ from errors import run_script
 from lora.config import LoRAConfig
 from model.loss import LOGITS_BYTES, PROBABILITIES_BYTES
 from model.qwen2 import Qwen2, Qwen2Config
-from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
+from run.device import DTYPES, describe, pick_device, pick_precision, prepare
 from run.options import option, parse, to_json
 
 WORSE = 1.3  # growth relative to the arithmetic above which a cost is reported
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure axis by axis; print a table and what grows worse than the arithmetic."""
     config = parse(ScalingConfig, argv, "What a training step costs as its sizes grow.")
     device = pick_device(config.device)
-    prepare_memory(device)
+    prepare(device)
     precision, _ = pick_precision(config.precision, device)
     print(f"{describe(device)}, {precision}; base: 8 x 128 tokens, rank 8, 6 layers, 512 wide")
     print(f"{'':<22}{'ms':>9}{'GFLOP/s':>10}{'growth':>9}{'MB':>11}{'formula':>9}{'growth':>9}")

@@ -10,11 +10,12 @@ query heads, G key/value heads, D head size.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -173,7 +174,7 @@ def varlen_works(
                 results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
         error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
         problem = None if error < 0.02 else f"differs from one call per example by {error:.2g}"
-    except (RuntimeError, TypeError, ValueError, AttributeError) as failure:
+    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as failure:
         problem = str(failure).splitlines()[0][:80]
     chosen = "one variable-length call" if problem is None else f"one call per example ({problem})"
     print(f"attention: {chosen}")
@@ -185,7 +186,20 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
 
     (T, H, D), (T, G, D), (T, G, D) -> (T, H, D); `offsets (examples + 1,)` are their boundaries.
     """
-    # window_size (-1, 0) is causal: all earlier tokens and no later one.
-    return varlen_attn(
-        q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=True
-    )
+    return varlen_kernel()(q, k, v, offsets, offsets, longest, longest)
+
+
+@functools.cache
+def varlen_kernel() -> Callable[..., Tensor]:
+    """PyTorch's variable-length attention, causal, with the arguments that this version takes.
+
+    Raises ImportError before PyTorch 2.10, which has none.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # here, so that older versions can start
+
+    known = inspect.signature(varlen_attn).parameters
+    # From 2.11 on a window: all earlier tokens and no later one.
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:  # from 2.12 on; earlier kernels take grouped heads without it
+        options["enable_gqa"] = True
+    return functools.partial(varlen_attn, **options)

@@ -10,6 +10,7 @@ Legend: T tokens, C hidden size, heads query or key heads, D head size, F MLP si
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_TOKENS = 128  # processed together by SwiGLU on a CPU: 1.2 MB of bf16 in Qwen2-0.5B
@@ -102,6 +103,8 @@ class _SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if torch.compiler.is_compiling():  # PyTorch 2.11 loses gradients that are written in place
+            return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         for g, u, d, dg, du in _blocks(gate, up, grad, grad_gate, grad_up):
             torch.ops.aten.silu.out(g, out=du).mul_(d)

@@ -24,7 +24,7 @@ from model.checkpoint import (
 )
 from model.load import load_model
 from model.qwen2 import Qwen2, Qwen2Config
-from run.device import DTYPES, describe, pick_device, pick_precision, prepare_memory
+from run.device import DTYPES, describe, pick_device, pick_precision, prepare
 
 # Parts of the names of quantized checkpoints, which adapters of other trainers often name.
 QUANTIZED = ("4bit", "8bit", "int4", "int8", "gptq", "awq", "gguf")
@@ -76,7 +76,7 @@ class Base:
             chat_template=chat_template,
             adapter=adapter,
         )
-        prepare_memory(device)  # before the first large tensor
+        prepare(device)  # before the first large tensor
         return cls(
             name=checkpoint.name,
             commit=checkpoint.commit,

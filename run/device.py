@@ -16,6 +16,7 @@ import torch
 from errors import BadOption, TrainingFailed
 from run.folder import Progress
 
+NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0")  # with an NVIDIA driver on Linux
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -28,13 +29,50 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         "cpu": True,
     }
     if name == "auto":
+        refuse_idle_gpu()
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         raise BadOption(
             f"--device {name}: PyTorch {torch.__version__} finds no such device here",
             "use --device auto, or install a PyTorch built for it",
         )
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device(name, local_rank)
+    check_kernels(device)
+    return device
+
+
+def refuse_idle_gpu() -> None:
+    """Raise BadOption if there is an NVIDIA GPU that this PyTorch cannot use.
+
+    Without this, `auto` would train on the CPU for hours: the driver is too old for this build of
+    PyTorch, or the build is for CPUs.
+    """
+    if torch.cuda.is_available() or not any(map(os.path.exists, NVIDIA)):
+        return
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    raise BadOption(
+        f"this machine has an NVIDIA GPU, which PyTorch {torch.__version__}, {built}, cannot use",
+        "update the driver, install a PyTorch built for it (pytorch.org/get-started), or give"
+        " --device cpu to train on the CPU",
+    )
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise BadOption if this PyTorch was built without kernels for the GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    built = torch.cuda.get_arch_list()  # such as sm_80, sm_90a, compute_120
+    versions = [(name[:2], int("".join(filter(str.isdigit, name)))) for name in built]
+    own = [v for kind, v in versions if kind == "sm" and v // 10 == major and v % 10 <= minor]
+    later = [v for kind, v in versions if kind == "co" and v <= 10 * major + minor]
+    if built and not own and not later:
+        raise BadOption(
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) needs kernels that PyTorch"
+            f" {torch.__version__} was built without: it has {', '.join(built)}",
+            "install a PyTorch built for this GPU (older ones: the cu126 builds), or give"
+            " --device cpu",
+        )
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
@@ -70,13 +108,17 @@ def cpu_bf16_feature() -> str | None:
     return next((name for name in ("amx_bf16", "avx512_bf16", "bf16") if name in flags), None)
 
 
-def prepare_memory(device: torch.device) -> None:
-    """Configure the CPU allocator to keep freed memory; call it before the first large tensor.
+def prepare(device: torch.device) -> None:
+    """Set up PyTorch for the device; call it before the first large tensor.
+
+    On CUDA, no attention may choose cuDNN. On a CPU, the allocator keeps freed memory.
 
     A training step frees and reallocates gigabytes. Every page returned to the system costs a page
     fault when it is needed again, which takes longer than the arithmetic on it. So glibc keeps what
     is freed, and PyTorch uses 2 MB pages.
     """
+    if device.type == "cuda":  # cuDNN builds a plan for each new length, which takes half a second
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if platform.libc_ver()[0] == "glibc":

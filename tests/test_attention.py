@@ -1,5 +1,10 @@
 """Every implementation of attention equals `plain_attention`, values and gradients."""
 
+import inspect
+import sys
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +16,13 @@ from model.attention import (
     attend_each,
     attend_sdpa,
     attend_varlen,
+    varlen_kernel,
     varlen_works,
 )
 from model.qwen2 import plain_attention
 
 LENGTHS = [5, 1, 9]
+WINDOW = {"window_size": (-1, 0), "enable_gqa": True}
 
 
 def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size, enable_gqa):
@@ -33,7 +40,7 @@ def inputs(dtype=torch.float64):
 
 
 def test_one_call_for_all_examples_equals_one_call_per_example(monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", fake_varlen)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: partial(fake_varlen, **WINDOW))
     offsets = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
     one_call = attend_varlen(*inputs(), offsets, 9)
     torch.testing.assert_close(one_call, attend_each(*inputs(), LENGTHS))
@@ -68,7 +75,7 @@ def test_a_kernel_that_fails_is_not_used_and_the_reason_is_printed(monkeypatch, 
     def fails(*args, **kwargs):
         raise failure
 
-    monkeypatch.setattr(attention, "varlen_attn", fails)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: fails)
     varlen_works.cache_clear()
     assert not varlen_works(torch.device("cpu"), torch.bfloat16, (4, 8), (2, 8))
     assert f"one call per example ({failure})" in capsys.readouterr().out
@@ -83,9 +90,37 @@ def test_a_kernel_is_used_only_if_its_results_agree(monkeypatch, causal):
         ys = [F.scaled_dot_product_attention(*example, **options)[0] for example in each]
         return torch.cat([y.transpose(0, 1) for y in ys])
 
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: partial(kernel, **WINDOW))
     varlen_works.cache_clear()
     assert varlen_works(torch.device("cpu"), torch.bfloat16, (4, 8), (2, 8)) == causal
+
+
+def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False): ...
+def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)): ...
+def of_2_12(query, key, value, a, b, c, d, *, window_size=(-1, -1), enable_gqa=False): ...
+
+
+@pytest.mark.parametrize(
+    "kernel, arguments",
+    [(of_2_10, {"is_causal": True}), (of_2_11, {"window_size": (-1, 0)}), (of_2_12, WINDOW)],
+)
+def test_the_kernel_of_each_pytorch_is_called_with_the_arguments_it_has(
+    monkeypatch, kernel, arguments
+):
+    module = SimpleNamespace(varlen_attn=kernel)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    varlen_kernel.cache_clear()
+    assert varlen_kernel().keywords == arguments
+    inspect.signature(kernel).bind(*range(7), **arguments)
+    varlen_kernel.cache_clear()
+
+
+def test_a_pytorch_without_the_kernel_uses_one_call_per_example(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    varlen_kernel.cache_clear()
+    varlen_works.cache_clear()
+    assert not varlen_works(torch.device("cpu"), torch.bfloat16, (4, 8), (2, 8))
+    assert "one call per example" in capsys.readouterr().out
 
 
 def test_fp32_uses_one_call_per_example():

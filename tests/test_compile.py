@@ -20,7 +20,8 @@ from lora.inject import (
     trained_parameters,
     unmerge,
 )
-from model.compile import check_compiler, compile_layers
+from model import functions
+from model.compile import check_compiler, compile_layers, gradient_error
 from model.generate import Decoding, generate
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
@@ -141,3 +142,18 @@ def test_compiled_and_plain_runs_have_equal_losses(monkeypatch, tmp_path, checkp
         losses.append([line.get("train_loss") or line["val_loss"] for line in lines])
         assert (counters["stats"]["unique_graphs"] > 0) == (name == "compile")
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_compiled_gradients_are_compared_with_plain_ones_before_training(monkeypatch):
+    assert gradient_error(torch.device("cpu"), "aot_eager") < 1e-5
+    check_compiler(torch.device("cpu"), "aot_eager")
+    swiglu = functions._SwiGLU.backward  # as PyTorch 2.11 did: the MLP's gradient is dropped
+    monkeypatch.setattr(
+        functions._SwiGLU, "backward",
+        staticmethod(lambda ctx, grad: tuple(
+            g * (not torch.compiler.is_compiling()) for g in swiglu(ctx, grad)
+        )),
+    )  # fmt: skip
+    torch._dynamo.reset()
+    with pytest.raises(BadOption, match="gradients that differ from the plain"):
+        check_compiler(torch.device("cpu"), "aot_eager")

@@ -436,7 +436,7 @@ def test_a_second_trainer_is_refused_with_the_firsts_process_id_until_the_first_
     [
         ("--learning-rate", 1e-3), ("--batch-size", 4), ("--grad-accum", 2), ("--rank", 4),
         ("--alpha", "3"), ("--targets", "q_proj"), ("--seed", 1), ("--dropout", 0.3),
-        ("--data", "other"), ("--model", "other"),
+        ("--model", "other"),
     ],
 )  # fmt: skip
 def test_an_option_that_changes_the_training_is_refused_on_resuming(

@@ -73,7 +73,8 @@ def test_a_run_that_used_a_removed_feature_is_refused_and_not_changed(short, hal
 
 def weighted(tiny: list, weight: float) -> list:
     """Flags of a run that takes this multiple of the 35 training rows in each epoch."""
-    return [*tiny, *SHORT, "--save-every", 0, "--data", f"{tiny[3]}:{weight}"]
+    model, (option, data), rest = tiny[:2], tiny[2:4], tiny[4:]
+    return [*model, option, f"{data}:{weight}", *rest, *SHORT, "--save-every", 0]
 
 
 def test_a_run_of_format_1_whose_weight_gives_a_fraction_of_a_row_is_refused(tiny, tmp_path):

@@ -485,11 +485,53 @@ def test_auto_precision_is_the_one_the_hardware_has_units_for(
 def test_auto_device_is_the_best_available_one_and_a_missing_one_is_refused(monkeypatch):
     for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(run_device, "check_kernels", lambda device: None)
+        monkeypatch.setattr(run_device, "refuse_idle_gpu", lambda: None)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert pick_device("auto").type == best
     for name in ("cuda", "mps"):
         with pytest.raises(BadOption, match=f"--device {name}"):
             pick_device(name)
+
+
+def test_auto_does_not_train_on_the_cpu_where_there_is_a_gpu_that_cannot_be_used(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run_device, "NVIDIA", (str(tmp_path),))
+    with pytest.raises(BadOption, match="has an NVIDIA GPU.*cannot use"):
+        pick_device("auto")
+    assert pick_device("cpu").type == "cpu"
+    monkeypatch.setattr(run_device, "NVIDIA", (str(tmp_path / "none"),))
+    pick_device("auto")
+
+
+@pytest.mark.parametrize(
+    "capability, built, works",
+    [
+        ((7, 5), ["sm_75", "sm_80", "sm_90"], True), ((8, 9), ["sm_80", "sm_90"], True),
+        ((9, 0), ["sm_80", "sm_90a"], True), ((7, 0), ["sm_75", "sm_80"], False),
+        ((6, 0), ["sm_75", "sm_80", "compute_80"], False), ((12, 1), ["sm_90"], False),
+        ((12, 1), ["sm_90", "compute_90"], True), ((8, 0), ["sm_86"], False), ((9, 4), [], True),
+    ],
+)  # fmt: skip
+def test_a_gpu_for_which_pytorch_has_no_kernels_is_refused(monkeypatch, capability, built, works):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    if works:
+        assert pick_device("cuda").type == "cuda"
+    else:
+        with pytest.raises(BadOption, match="a GPU .*needs kernels"):
+            pick_device("cuda")
+
+
+def test_attention_never_chooses_cudnn(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", chosen.append)
+    run_device.prepare(torch.device("cuda"))
+    assert chosen == [False]
 
 
 @pytest.mark.parametrize("argv", [["--targets", "a,b"], ["--targets", "a", "b"]])
