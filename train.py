@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.from_adapter:
         check_adapter(Path(config.from_adapter), network)
     trainable = added_parameters(network, lora)  # BadOption if the options do not fit the base
-    fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # hashes while the rest goes on
+    fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # runs in the background
     if config.show_example:
         for part in mixture:
             console.show_example(part.source, base.chat)

@@ -202,7 +202,7 @@ def _not_chosen(names: list[str], chosen: dict[str, list[str]]) -> list[str]:
 
 
 def _other_folder(names: list[str]) -> tuple[str, str]:
-    """(what a folder is if it holds no rows as files, what helps); empty if that is not known."""
+    """(what a folder without data files is, remedy); empty texts if that is not known."""
     if any(name.endswith(".arrow") for name in names):
         command = (
             FROM_ARROW if "dataset_dict.json" in names else FROM_ARROW.replace("['train']", "")

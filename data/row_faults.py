@@ -1,4 +1,4 @@
-"""Rows in no format: what they are, and what helps against that."""
+"""Rows in no known format: what they are, and the remedy for each kind."""
 
 from data.turns import BadRow, from_json, is_blank
 
@@ -13,7 +13,7 @@ PREFERENCE_REMEDY = (
 
 
 def way_in(row: dict, found: list[str]) -> str:
-    """How a column that is refused beside a question and an answer can be read after all."""
+    """How to read a column that is refused next to a question and an answer."""
     name, *others = found
     answer = next((n for n in ANSWERS if isinstance(row.get(n), str)), None)
     question = next((n for n in QUESTIONS if n != name and isinstance(row.get(n), str)), None)

@@ -1,7 +1,7 @@
 """Files of rows: JSON lines, JSON arrays, tables with a header, and parquet; texts also in gzip.
 
 Nothing is guessed or repaired. A file whose content is not what its name says, or that other
-software would have to open first, is refused for what it is, with what helps.
+software would have to open first, is refused with what it is and a remedy.
 """
 
 import csv
@@ -33,7 +33,7 @@ FROM_ARROW = (
     'python -c "from datasets import load_from_disk;'
     " load_from_disk('FOLDER')['train'].to_json('train.jsonl')\""
 )
-FOREIGN = (  # first bytes, what they say that a file is, what helps
+FOREIGN = (  # first bytes, the kind of file that has them, remedy
     (b"version https://git-lfs", "a Git LFS pointer, not the data themselves",
      "fetch the file with git lfs pull, or download it from its page"),
     (b"PK\x03\x04", "a zip archive", UNPACK),
@@ -62,7 +62,7 @@ FOREIGN = (  # first bytes, what they say that a file is, what helps
 )  # fmt: skip
 GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"
 NO_HTML = "download the file itself: on the Hub, its address has /resolve/, not /blob/"
-OTHER_KINDS = {  # suffix -> what helps
+OTHER_KINDS = {  # suffix -> remedy
     ".txt": "plain texts are not supported: write rows with a question and an answer, as .jsonl",
     ".md": "plain texts are not supported: write rows with a question and an answer, as .jsonl",
     ".xlsx": "save the sheet as CSV UTF-8",
@@ -180,7 +180,7 @@ def _read_json(path: Path, data: bytes) -> Rows:
 
 
 def _row_of_line(line: bytes) -> Any:
-    """The JSON value on a line, or a BadRow that says why there is none and what helps."""
+    """The JSON value on a line, or a BadRow that says why it is not JSON, with a remedy."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -87,7 +87,8 @@ SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 Columns = Mapping[str, str]
 NOT_RENAMED: Columns = MappingProxyType({})
 # Columns that other trainers put into the conversation: rows in which they hold something are
-# refused, unless they are renamed or mapped to nothing. The second line only beside texts.
+# refused, unless they are renamed or mapped to nothing. PAIR_COLUMNS only count in rows that are a
+# question and an answer.
 CONVERSATION_COLUMNS = (
     *SYSTEM_COLUMNS, "history", "tools", "functions", "tool_calls", "documents", "image", "images",
     "video", "videos", "audio", "audios", "reasoning_content", "chat_template_kwargs",

@@ -90,10 +90,10 @@ def classify(
     written = _before_the_answer(completion)[:MAX_CHARACTERS]
     steps = read_steps(written)[:MAX_STEPS]
     slip = next((step for step in steps if step.verdict == "wrong"), None)
-    told = f"{slip.text}: it is {_shown(slip.value)}" if slip else ""
+    detail = f"{slip.text}: it is {_shown(slip.value)}" if slip else ""
     if truth is not None:
         if slip and truth in mended_answers(question, steps, answer):
-            return Mistake("slip alone", told)
+            return Mistake("slip alone", detail)
         if evidence := _answer_line(written, marked, truth, answer):
             return Mistake("answer line differs", evidence)
         if evidence := _copied_wrong(question, written, steps, truth, answer):
@@ -101,7 +101,7 @@ def classify(
         evidence = _conversion(f"{question}\n{gold}\n{written}", truth, answer)
         if evidence := evidence or _rounding(truth, answer, steps):
             return Mistake("unit or rounding", evidence)
-    return Mistake("slip in a wrong plan", told) if slip else Mistake("wrong plan")
+    return Mistake("slip in a wrong plan", detail) if slip else Mistake("wrong plan")
 
 
 def has_wrong_step(solution: str) -> bool:

@@ -1,4 +1,4 @@
-"""Base models that cannot be read as they are: how each is recognized, and what then helps.
+"""Base models that cannot be read as they are: how each is recognized, and its remedy.
 
 Four tables map a sign to a cause and a remedy: the name that was given, the files of a folder or
 Hub repository, the first bytes of a file, and the names of tensors. `config.json` has its own
@@ -47,7 +47,7 @@ NEITHER = "neither a folder nor a Hub id (owner/name)"
 HUB = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/"
 ID = r"([\w.-]+/[\w.-]+?)"
 NAMES = {
-    HUB + r"(?:datasets|spaces)/.*": ("the URL of no model", "give the Hub id of a base model"),
+    HUB + r"(?:datasets|spaces)/.*": ("a URL, but not that of a model", "give the Hub id of a base model"),
     HUB + ID + r"(?:\.git)?/?(?:[?#].*)?": ("a URL", "give the Hub id: {1}"),
     HUB + ID + r"/(?:tree|blob|resolve|raw|commit)/main\b.*": ("a URL", "give the Hub id: {1}"),
     HUB + ID + r"/(?:tree|blob|resolve|raw|commit)/([^/?#]+).*": (

@@ -49,7 +49,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """The file of every tensor, by name: `model.safetensors`, or what the shard index says.
 
     Raises BadCheckpoint where the files and the index disagree, so that no tensor is taken from a
-    file of which it is not certain that it is meant.
+    file that may be the wrong one.
     """
     single, index = folder / "model.safetensors", folder / INDEX
     if not index.exists():

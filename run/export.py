@@ -26,8 +26,8 @@ from run.device import DTYPES
 from run.folder import check_place
 from run.options import option, parse
 
-# Files of the base that belong to the merged checkpoint. Whatever else lies in the base's folder,
-# such as other weights, stays there.
+# Files of the base that belong to the merged checkpoint. Other files in the base's folder,
+# such as other weights, are not copied.
 COPIED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
