@@ -47,7 +47,7 @@ NEITHER = "neither a folder nor a Hub id (owner/name)"
 HUB = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/"
 ID = r"([\w.-]+/[\w.-]+?)"
 NAMES = {
-    HUB + r"(?:datasets|spaces)/.*": ("a URL, but not that of a model", "give the Hub id of a base model"),
+    HUB + r"(?:datasets|spaces)/.*": ("a URL, but not of a model", "give the Hub id of a base"),
     HUB + ID + r"(?:\.git)?/?(?:[?#].*)?": ("a URL", "give the Hub id: {1}"),
     HUB + ID + r"/(?:tree|blob|resolve|raw|commit)/main\b.*": ("a URL", "give the Hub id: {1}"),
     HUB + ID + r"/(?:tree|blob|resolve|raw|commit)/([^/?#]+).*": (
