@@ -22,7 +22,7 @@ from errors import listed, printable
 
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 ROLES = {  # a turn's role in lower case -> role
-    "system": "system",
+    "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
     "ai": "assistant",

@@ -51,6 +51,7 @@ def turns(**changes) -> dict:
         ({"conversations": SHAREGPT, "system": "Count."}, (SYSTEM, *PAIR)),
         ({"messages": TURNS, "system_prompt": "Count."}, (SYSTEM, *PAIR)),
         ({"messages": TURNS, "system": ""}, PAIR),
+        ({"messages": [{"role": "developer", "content": "Count."}, *TURNS]}, (SYSTEM, *PAIR)),
         (
             {"instruction": QUESTION, "output": ANSWER, "system": "Count.",
              "history": [["a?", "b"]]},
