@@ -159,7 +159,7 @@ def up_to_the_last_supervised(messages: tuple[Message, ...], notes: Notes) -> tu
     answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.supervised]
     if not answers or answers[-1] < asked:
         raise BadRow(
-            "no answer of the assistant is to be trained on: all have weight 0 or train false",
+            "no answer of the assistant is supervised: all have weight 0 or train false",
             "leave these rows out, or set the weight of an answer to 1",
         )
     if answers[-1] < len(messages) - 1:
@@ -234,7 +234,7 @@ def _read_turn(turn: dict[str, Any], notes: Notes) -> Message:
 
 
 def _role(turn: dict[str, Any]) -> tuple[object, str]:
-    """(a turn's role as it is written, the role that this is)."""
+    """(a turn's role as written, the role that it means)."""
     found = [turn[key] for key in ROLE_KEYS if not is_blank(turn.get(key))]
     if len(found) > 1:
         raise BadRow("a turn has both role and from", "keep one of them in each turn")
@@ -247,7 +247,7 @@ def _role(turn: dict[str, Any]) -> tuple[object, str]:
     known = named.strip().casefold() if isinstance(named, str) else None
     if known in TOOL_ROLES:
         raise BadRow(
-            f"role {named!r} is of tool calls in a form that chat templates do not take",
+            f"role {named!r} belongs to a form of tool calls that chat templates do not take",
             "write tool_calls into the assistant's turn and results as turns of the role tool, in"
             " OpenAI's form, or leave rows with tool calls out",
         )

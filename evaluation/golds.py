@@ -96,7 +96,7 @@ def in_digits(number: Fraction) -> str:
 
 
 def _statements(gold_answer: str) -> Iterator[str]:
-    """The texts of which the first that is a number is the answer; the last in the text first."""
+    """Texts that may state the answer, last first; the first that is a number is the answer."""
     found = []  # (position, statement)
     at = gold_answer.rfind("####")
     if at >= 0:

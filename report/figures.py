@@ -101,7 +101,7 @@ def accuracy(
 
 @matplotlib.rc_context(STYLE)
 def mistakes(counts: dict[str, dict[str, int]], problems: int, name: str) -> str:
-    """How many answers of each model are wrong in which way."""
+    """How many wrong answers of each kind each model gave."""
     figure, axes = _canvas("Kinds of mistakes", f"answers, of {problems:,}", "kind")
     kinds = list(dict.fromkeys(kind for of_model in counts.values() for kind in of_model))
     for i, (model, of_model) in enumerate(counts.items()):

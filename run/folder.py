@@ -169,7 +169,7 @@ class Run:
         return {}
 
     def read_progress(self) -> Progress | None:
-        """`progress` of a run whose checkpoints are repaired; None if there is none."""
+        """The progress to resume from, after `repair`; None if there is no checkpoint."""
         found = self.progress()
         return Progress(**found) if found else None
 

@@ -87,7 +87,7 @@ def test_a_row_in_the_form_of_another_program_is_the_same_conversation(row, mess
     [
         (turns(weight=0.5), "weight of a turn is 0.5", "set weight to 0"),
         (turns(weight="0"), "weight of a turn is '0'", "set weight to 0"),
-        (turns(weight=0), "no answer of the assistant is to be trained on", "set the weight"),
+        (turns(weight=0), "no answer of the assistant is supervised", "set the weight"),
         (turns(reasoning_content="Hmm."), "reasoning_content, which is not read", "remove"),
         (turns(name="Bo"), "name, which is not read", "remove name"),
         (turns(audio={"id": 1}), "audio, which is not read", "remove audio"),
