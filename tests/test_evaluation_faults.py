@@ -105,7 +105,7 @@ WORST = ["9", "#", "#### ", "1,111", "1/", "-", "$", ".", "1.", "0", " ", "\n", 
 
 
 @pytest.mark.parametrize("piece", WORST)
-def test_the_worst_megabyte_is_read_within_50_milliseconds(piece):
+def test_the_worst_megabyte_is_read_in_linear_time(piece):
     text = (piece * 2**20)[: 2**20]
     for reader in (final_number, *(lambda t, s=s: s(t, "#### 7") for s in SCORERS.values())):
         seconds = []
@@ -113,4 +113,4 @@ def test_the_worst_megabyte_is_read_within_50_milliseconds(piece):
             started = time.process_time()
             reader(text)
             seconds.append(time.process_time() - started)
-        assert min(seconds) < 0.05, reader
+        assert min(seconds) < 0.5, reader  # 0.01 on an idle machine; minutes if it were quadratic
