@@ -47,7 +47,10 @@ NEITHER = "neither a folder nor a Hub id (owner/name)"
 HUB = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/"
 ID = r"([\w.-]+/[\w.-]+?)"
 NAMES = {
-    HUB + r"(?:datasets|spaces)/.*": ("a URL, but not of a model", "give the Hub id of a base"),
+    HUB + r"(?:datasets|spaces)/.*": (
+        "a URL, but not of a model",
+        "give the Hub id of a base model",
+    ),
     HUB + ID + r"(?:\.git)?/?(?:[?#].*)?": ("a URL", "give the Hub id: {1}"),
     HUB + ID + r"/(?:tree|blob|resolve|raw|commit)/main\b.*": ("a URL", "give the Hub id: {1}"),
     HUB + ID + r"/(?:tree|blob|resolve|raw|commit)/([^/?#]+).*": (

@@ -356,4 +356,4 @@ def test_each_kind_of_error_is_printed_in_two_lines_with_its_exit_code(capsys, k
 
     assert run_script(fails) == code
     assert capsys.readouterr().err == "error: the cause\n  the remedy\n"
-    assert set(KINDS) == set(UserError.__subclasses__())
+    assert set(KINDS) == {k for k in UserError.__subclasses__() if k.__module__ == "errors"}
