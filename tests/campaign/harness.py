@@ -157,7 +157,8 @@ def finish(flags: list, out: Path) -> Ended:
 
 
 def _text(log: Path, ending: str) -> str:
-    return Path(f"{log}{ending}").read_text(errors="replace")
+    path = Path(f"{log}{ending}")  # not there yet if the process was killed in its first moments
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def await_steps(child: Child, out: Path, steps: int) -> None:
