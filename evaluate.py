@@ -303,7 +303,7 @@ def results_folder(config: EvalConfig, task: Task, settings: dict[str, Any]) -> 
 
 
 def load_models(config: EvalConfig, base: Base) -> Models:
-    """The base and, with an adapter, the tuned model; with --keep-correct only the last of them."""
+    """The base, and with an adapter the tuned model (with --keep-correct, the tuned one alone)."""
     network = base.load()
     contexts: dict[str, Callable] = {"base": contextlib.nullcontext}
     if config.adapter:

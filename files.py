@@ -35,10 +35,10 @@ def read_json(
     kind: type = dict,
     missing: str | None = None,
 ) -> Any:
-    """The JSON value in a file that nobody vouches for, which must be a `kind`.
+    """The JSON value in an untrusted file; it must be of the type `kind`.
 
     Raises `error` with `remedy` if it is missing (`missing` is then the cause, if given), too
-    large, nested too deep, not JSON, or of another kind.
+    large, nested too deeply, not JSON, or of another type.
     """
     try:
         about = path.stat()
@@ -51,7 +51,7 @@ def read_json(
     except FileNotFoundError:
         raise error(missing or f"{path} does not exist", remedy) from None
     except RecursionError:
-        raise error(f"{path} cannot be read: it is nested too deep", remedy) from None
+        raise error(f"{path} cannot be read: it is nested too deeply", remedy) from None
     except (OSError, ValueError) as failure:
         raise error(f"{path} cannot be read: {failure}", remedy) from None
 
@@ -160,7 +160,7 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Rename the folder before deleting it, so that no half of it is visible under its name."""
+    """Rename the folder before deleting it, so that its name never shows a part of it."""
     gone = folder.with_name(folder.name + ".gone")
     if folder.exists():
         os.rename(folder, gone)

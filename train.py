@@ -98,15 +98,15 @@ class TrainConfig:
     targets: tuple[str, ...] = option(
         ("attention",), "layers to adapt: attention, all-linear, or layer names"
     )
-    rslora: bool = option(False, "scale by alpha / sqrt(rank): for ranks above 32")
+    rslora: bool = option(False, "scale by alpha / sqrt(rank) instead; for ranks above 32")
     dora: bool = option(False, "DoRA: train direction and magnitude separately; slower")
     from_adapter: str | None = option(
         None, "continue training this adapter (keeps its rank, alpha, targets)"
     )
 
     epochs: int = option(3, "passes over the training data", least=1)
-    batch_size: int = option(16, "sequences per micro-batch and rank", least=1)
-    grad_accum: int = option(1, "micro-batches per step: less memory for the same losses", least=1)
+    batch_size: int = option(16, "sequences per micro-batch, in each process", least=1)
+    grad_accum: int = option(1, "micro-batches accumulated per step, to save memory", least=1)
     learning_rate: float = option(2e-4, "peak learning rate", least=0)
     schedule: str = option(
         "linear", "decay after warm-up", choices=("constant", "linear", "cosine")
@@ -124,7 +124,7 @@ class TrainConfig:
     max_length: int = option(2048, "longest example in tokens; longer rows are left out", least=2)
     limit: int | None = option(None, "use only the first N rows of each source", least=2)
     max_steps: int | None = option(None, "stop after this many steps", least=1)
-    seed: int = option(0, "of data order, dropout and initial adapters", least=0, below=2**32)
+    seed: int = option(0, "random seed of data order, dropout and adapters", least=0, below=2**32)
 
     validation_share: float = option(
         0.1, "fraction of the rows held out for validation", above=0, below=1
@@ -136,7 +136,7 @@ class TrainConfig:
         choices=("loss", "exact-match"),
     )  # fmt: skip
     exact_match_problems: int = option(64, "held-out problems answered for exact-match", least=1)
-    max_new_tokens: int = option(512, "longest of these answers, in tokens", least=1)
+    max_new_tokens: int = option(512, "longest answer for exact-match, in tokens", least=1)
 
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
@@ -425,7 +425,7 @@ def train(
 def forward_backward(
     model: Qwen2, examples: list[Example], step: Step, *, seed: int, scaler: torch.amp.GradScaler
 ) -> Tensor:
-    """One micro-batch: adds its gradients, and returns (2,): its nats and its correct tokens.
+    """Backpropagate one micro-batch; returns (2,): its nats and its number of correct tokens.
 
     Dividing by the supervised tokens of the whole step, rather than of the micro-batch, is what
     makes the gradient independent of how the step is split.
@@ -446,11 +446,11 @@ def validate(
     config: TrainConfig, progress: Progress, data: Data, base: Base, model: Qwen2, world: World,
     stop: Stop,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Loss and teacher-forced token accuracy over all validation rows; the share of a sample that
-    is answered correctly, with --stop-on exact-match.
+    """Loss and teacher-forced token accuracy over all validation rows, by the log's keys.
 
-    Ranks exchange sums, not means. The keys are those of the log. Returns None if a stop is
-    requested meanwhile, which a single rank polls for; several ranks finish the validation.
+    With --stop-on exact-match, also the share of a sample of these rows that is answered correctly.
+    Ranks exchange sums, not means. A single rank polls for a stop request, and returns None if one
+    comes during the validation; several ranks always complete it.
     """
     poll = stop.poll if world.size == 1 else bool
     batch_size = max(1, config.batch_size >> progress.halved)
@@ -482,7 +482,7 @@ def validate(
 
 
 def learning_rate(config: TrainConfig, step: int, last: int) -> float:
-    """Learning rate of optimizer step `step`, from 0, of `last`: a function of the step alone."""
+    """The learning rate of step `step`, counted from 0, in a run of `last` optimizer steps."""
     warmup = round(config.warmup * last)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)

@@ -68,7 +68,7 @@ class SpeedConfig:
     steps: int = option(6, "timed steps of each trainer", least=1)
     warm_up: int = option(1, "untimed steps before them", least=1)
     batch_size: int = option(16, "sequences in an optimizer step", least=1)
-    seed: int = option(0, "of data order, dropout and initial adapters", least=0)
+    seed: int = option(0, "random seed of data order, dropout and adapters", least=0)
     device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu"))
     precision: str = option("auto", "dtype of both bases", choices=("auto", "bf16", "fp32"))
     json: str | None = option(None, "file to write the result to")

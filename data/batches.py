@@ -111,7 +111,7 @@ class Schedule:
         return divmod(index, self.steps_per_epoch)
 
     def epochs_in(self, steps: int) -> float:
-        """How many epochs the first `steps` steps are."""
+        """How many epochs the first `steps` steps make up."""
         return min(steps / self.steps_per_epoch, self.epochs)
 
     def validation_steps(self, evals_per_epoch: int) -> set[int]:

@@ -1,6 +1,6 @@
 """Custom data: files, folders, or datasets on the Hub, with rows in a format of `rows.py`.
 
-The names of files tell their split, in the layouts that the Hub uses: `train.jsonl`,
+The names of files say which split they are, in the layouts that the Hub uses: `train.jsonl`,
 `data/train-00000-of-00003.parquet`, `main/test/0000.parquet`. If the names are ambiguous, nothing
 is chosen: the error lists the candidates. If there is no test file, a validation file takes its
 place, since the rows for validation are split off the training rows. Other data files are named as
@@ -77,8 +77,8 @@ def is_hub_id(name: str) -> bool:
 def load_path(path: Path, columns: Columns = NOT_RENAMED) -> Source:
     """Read a file of training rows; or a folder with a training file, and perhaps a test file.
 
-    Files of a folder that are named exactly train.*, test.* and valid.* go before the Hub's
-    layouts.
+    Files of a folder that are named exactly train.*, test.* and valid.* take precedence over
+    the Hub's layouts.
     """
     source = Source(str(path))
     if not path.is_dir():

@@ -157,8 +157,8 @@ def _drawn_shots(
 ) -> list[list[Problem]]:
     """The harness's default sampler: a new draw for each problem, in their order.
 
-    One more is drawn where a problem can be among the training rows, and removed if it is. The
-    harness always does that for a task without a test split (`spare`).
+    If problems can be among the training rows, one more is drawn for each, and the problem itself
+    is removed. The harness always does that for a task without a test split (`spare`).
     """
     rng, known = random.Random(SHOTS_SEED), {p.id for p in train}
     n = min(len(train), count + (spare or any(p.id in known for p in problems)))

@@ -8,7 +8,7 @@ QUESTIONS = ("question", "prompt", "instruction", "query", "problem", "input", "
 ANSWERS = ("answer", "completion", "output", "response", "solution", "target", "assistant",
            "generated_solution", "chosen")  # fmt: skip
 PREFERENCE_REMEDY = (
-    "preference data (DPO, KTO) are not learned from as such: to fine-tune on the chosen answers,"
+    "this is not a trainer for preference data (DPO, KTO): to fine-tune on the chosen answers,"
 )
 
 

@@ -192,7 +192,7 @@ def _line_remedy(line: bytes, error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return TO_UTF8.format("WINDOWS-1252")
     if isinstance(error, RecursionError):
-        return "leave this line out: it is nested too deep"
+        return "leave this line out: it is nested too deeply"
     if line.endswith(b",") and _is_json(line[:-1]):
         return (
             "remove the comma after each row: sed 's/,[[:space:]]*$//' OLD > NEW; or make the file"

@@ -9,7 +9,7 @@
 
 A row may also have a "system" prompt, a "history" of earlier [question, answer] pairs if it is a
 question and an answer, and a "category". A column that would change the conversation, such as
-"tools" or "context", is honoured, or the row is refused; any other column is reported as not used.
+"tools" or "context", is honored, or the row is refused; any other column is reported as not used.
 Null, NaN and empty values count as missing.
 
 Bad rows are never repaired: each is left out and reported, and if they are more than 1 % of a file,

@@ -1,8 +1,8 @@
-"""Renders a chat template that nobody vouches for: in jinja2's sandbox, on a limited budget.
+"""Renders untrusted chat templates in jinja2's sandbox, with limited time and memory.
 
-transformers renders templates in jinja2's `ImmutableSandboxedEnvironment`, which keeps a template
-away from the machine, but not from its time and memory: `{{ 'a' * 10**10 }}`. The environment here
-is the same, but a template's syntax tree is changed before it is compiled: each pass of a loop
+transformers renders templates in jinja2's `ImmutableSandboxedEnvironment`, which limits what a
+template can reach, but not how much time and memory it takes: `{{ 'a' * 10**10 }}`. The environment
+here is the same, but a template's syntax tree is changed before it is compiled: each pass of a loop
 costs as many units as it has nodes, and each value that is made costs its size, so no value
 outgrows the budget. What can make a value much larger than its operands is charged first, or
 refused. No clock, thread or process is involved: a template that is refused is refused everywhere.
@@ -29,9 +29,9 @@ MAX_ARGUMENT = 2**10  # characters given to an operation on texts: `strip` takes
 MAX_DEPTH = 64  # of values that contain each other
 DATE = "\ue000(the date)\ue000"  # of `strftime_now`: a run that trains on a date cannot be repeated
 
-# All that published chat templates use, and more. None takes more time than its operands are large,
-# and the ways out of older sandboxes are not among them (`format`, CVE-2024-56326, and the filter
-# `attr`, CVE-2025-27516).
+# All that published chat templates use, and more. Each takes time linear in the size of its
+# operands. Those by which templates escaped from older sandboxes are not among them: `format`
+# (CVE-2024-56326) and the filter `attr` (CVE-2025-27516).
 FILTERS = """abs capitalize count d default dictsort e escape first float int items join last length
     list lower map max min reject rejectattr replace reverse safe select selectattr sort string
     title tojson trim unique upper""".split()
@@ -66,7 +66,7 @@ class Program:
             raise _reason(error) from None
 
     def render(self, characters: int, variables: Mapping[str, Any]) -> str:
-        """The text for these variables, whose texts have so many characters in total."""
+        """The text for `variables`, whose texts have `characters` characters in total."""
         self._sandbox.meter.left = BUDGET + PER_CHARACTER * characters
         try:
             text = self._template.render(variables)
@@ -82,7 +82,7 @@ def _reason(error: Exception) -> Unrenderable:
     if isinstance(error, TemplateSyntaxError):
         return Unrenderable(f"cannot be compiled: {error.message} (line {error.lineno})")
     if isinstance(error, RecursionError):
-        return Unrenderable("is nested too deep, or calls itself without end")
+        return Unrenderable("is nested too deeply, or calls itself without end")
     return Unrenderable(f"fails: {error or type(error).__name__}")
 
 
@@ -97,7 +97,7 @@ class Generation(Extension):
 
 
 class Meters(NodeTransformer):
-    """Inserts into a template's tree what charges the budget; raises for a tag of `REFUSED`."""
+    """Adds calls that charge the budget to a template's tree; raises for a tag of `REFUSED`."""
 
     def visit(self, node: nodes.Node) -> nodes.Node:
         if isinstance(node, REFUSED) or getattr(node, "recursive", False):
@@ -168,7 +168,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif isinstance(value, (list, tuple)):
             parts = value
         if depth > MAX_DEPTH:
-            raise Unrenderable("nests values too deep")
+            raise Unrenderable("nests values too deeply")
         if isinstance(value, int) and value.bit_length() > 64:
             raise Unrenderable("computes a number of more than 64 bits")
         self._spend(1 + (len(value) if hasattr(value, "__len__") else 0))

@@ -13,7 +13,7 @@ NUMBER = re.compile(r"\d[\d,.]*")
 
 
 def normalize(text: str) -> str:
-    """`text` without differences in case and white space: equal questions are compared so."""
+    """`text` in the form in which questions are compared: case and white space do not count."""
     return " ".join(text.casefold().split())
 
 

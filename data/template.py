@@ -160,7 +160,7 @@ class ChatTemplate:
         *,
         prompt: bool = False,
     ) -> tuple[Message, ...]:
-        """A conversation as the turns that the template writes, each to its end.
+        """A conversation as the complete turns that the template writes.
 
         A message is a Message, or a mapping as transformers' `apply_chat_template` takes it. With
         `prompt`, an answer is to follow. Raises BadData if the template does not write ChatML here,
@@ -188,8 +188,8 @@ class ChatTemplate:
     def files(self) -> dict[str, str]:
         """The template for other software, by file name, with `system` as its default prompt.
 
-        In an adapter's or a merged model's folder they make everyone, `evaluate.py` included, use
-        the prompts of the training.
+        In the folder of an adapter or a merged model, they make all software, `evaluate.py`
+        included, use the prompts of the training.
         """
         system, head = self.system, ""
         if system is not None:
@@ -199,7 +199,7 @@ class ChatTemplate:
         return {path[name]: head + text for name, text in self.source.texts.items()}
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of what it makes of conversations; None if it is as the checkpoint has it."""
+        """SHA-256 of the template and its system prompt; None if both are the checkpoint's."""
         if self.system is None and self.origin == "the checkpoint's":
             return None
         return hashlib.sha256(repr(sorted(self.files().items())).encode()).hexdigest()
@@ -288,7 +288,7 @@ def _mapping(message: Message | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(message, Message):
         extra = message.extra or {}
-        # A turn that only calls tools has no content; templates tell that from an empty one.
+        # A turn that only calls tools has no content; templates distinguish that from an empty one.
         content = message.content if message.content or not extra else None
         message = {"role": message.role, "content": content, **extra}
     found = {key: value for key, value in message.items() if value is not None}
@@ -333,7 +333,7 @@ def _replaced(value: Any, words: Mapping[str, str]) -> Any:
 def _read_turns(text: str, texts: Sequence[str]) -> tuple[list[Message], str | None]:
     """Read ChatML: the turns, and what follows the last `<|im_start|>` if that turn has no end.
 
-    The `texts` of the conversation only serve to tell what the template writes around them.
+    The `texts` of the conversation only serve to recognize what the template writes around them.
     """
     first, *pieces = text.split(START)
     if first or not pieces:
@@ -362,7 +362,7 @@ def _last_turn(rest: str | None, role: str, prompt: bool) -> list[Message]:
     if rest is None and prompt:
         raise Unrenderable("does not begin an answer when asked to (add_generation_prompt)")
     if rest is None or rest == "assistant\n" and (prompt or role != "assistant"):
-        return []  # some templates begin the answer behind each question, asked to or not
+        return []  # some templates begin the answer even without add_generation_prompt
     found, newline, body = rest.partition("\n")
     if prompt or found != role or not newline:
         raise Unrenderable(f"begins an answer with {(START + rest)[:60]!r}")
@@ -370,7 +370,7 @@ def _last_turn(rest: str | None, role: str, prompt: bool) -> list[Message]:
 
 
 def _check_tools(turns: list[Message], wanted: list[dict], tools: Sequence[Any]) -> None:
-    """Raise Unrenderable if a text of a conversation with tools is missing, or not its author's."""
+    """Raise Unrenderable if a text of a conversation with tools is missing or in a wrong turn."""
     answers = [turn.content for turn in turns if turn.role == "assistant"]
     count = sum(message.get("role") == "assistant" for message in wanted)
     if len(answers) != count:

@@ -1,4 +1,4 @@
-"""The turns of a row become messages, or are refused by the name of what cannot be honoured.
+"""The turns of a row become messages, or are refused, with the name of what cannot be honored.
 
     {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
     {"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}                  ShareGPT
@@ -152,8 +152,8 @@ def _calls_tools(message: Message, after: Message | None) -> bool:
 def up_to_the_last_supervised(messages: tuple[Message, ...], notes: Notes) -> tuple[Message, ...]:
     """`messages` without what follows the last supervised turn: no supervised token sees it.
 
-    The answer by which a model is judged is then one that the row wants to be learned. BadRow if no
-    answer to the user is.
+    The last answer, by which a model is judged, is then one that is trained on. Raises BadRow if no
+    answer to the user is supervised.
     """
     asked = next(i for i, message in enumerate(messages) if message.role == "user")
     answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.supervised]
@@ -266,7 +266,7 @@ def _pop_supervised(rest: dict[str, Any], role: str) -> bool:
         if isinstance(value, str) or value not in (0, 1):
             raise BadRow(
                 f"{key} of a turn is {value!r}, and only 0 and 1, or false and true, can be"
-                " honoured",
+                " honored",
                 f"set {key} to 0 for turns that are context, and to 1 for those to learn",
             )
         if value and role != "assistant":

@@ -78,8 +78,8 @@ class Judge:
     def score(self, name: str, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:
         """The verdict of one scorer.
 
-        Of an answer that was cut off, our scorers accept a number only after `####` or in a box:
-        another may be part of the reasoning. The scorers of other projects do not know about this.
+        If an answer was cut off, our scorers accept a number only after `####` or in a box: any
+        other may be part of the reasoning. The scorers of other projects make no such difference.
         """
         scorer = self.scorers[name]
         if cut_off and scorer in (numeric_equal, numeric_or_exact):

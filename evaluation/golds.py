@@ -73,7 +73,7 @@ def gold_text(gold_answer: str) -> str:
     """The N of the gold answer as text, for scorers that compare texts.
 
     This is everything after the last `#### ` if it consists of digits, points and commas, as
-    lm-evaluation-harness defines it. Of all other golds it is the number, written out: `####18`,
+    lm-evaluation-harness defines it. For all other golds it is the number in digits: `####18`,
     `#### **18**` and `The answer is: 18` are all `18`.
     """
     text = gold_answer.rpartition("#### ")[2]

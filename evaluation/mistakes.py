@@ -1,9 +1,10 @@
 """Classifies the mistake in a wrong answer by what would have made it right.
 
-The arithmetic steps of the answer are read (`steps.py`) and recomputed. A slip or a number that was
-copied wrong is mended, its right value is carried on through the later steps, and if the answer is
-then right, this was the mistake. Steps that cannot be read with confidence are skipped. A slip in
-such a step is therefore counted as a wrong plan, but a correct step is never counted as a slip.
+The arithmetic steps of the answer are read (`steps.py`) and recomputed. A slip, or a number that
+was copied wrong, is corrected, and the later steps are recomputed with the right value. If that
+makes the answer right, this was the mistake. Steps that cannot be read with confidence are skipped.
+A slip in such a step is therefore counted as a wrong plan, but a correct step is never counted as a
+slip.
 """
 
 import re
@@ -92,7 +93,7 @@ def classify(
     slip = next((step for step in steps if step.verdict == "wrong"), None)
     detail = f"{slip.text}: it is {_shown(slip.value)}" if slip else ""
     if truth is not None:
-        if slip and truth in mended_answers(question, steps, answer):
+        if slip and truth in corrected_answers(question, steps, answer):
             return Mistake("slip alone", detail)
         if evidence := _answer_line(written, marked, truth, answer):
             return Mistake("answer line differs", evidence)
@@ -119,19 +120,20 @@ def topics(question: str) -> set[str]:
     return present
 
 
-def mended_answers(
+def corrected_answers(
     question: str, steps: list[Step], answer: Fraction, copied: Mapping[Fraction, Fraction] = {}
 ) -> set[Fraction]:
     """What `answer` becomes if wrong steps get their right values, which later steps then use.
 
     `copied` replaces operands from the beginning. A wrong value may equal a number of the question,
-    which later steps mean then; so there are two answers, with and without replacing those.
+    and later steps may then mean that number, so there are two answers: with and without replacing
+    such values.
     """
     given = numbers_written(question)
-    return {_mended(steps, answer, copied, keep) for keep in (set(), given)}
+    return {_corrected(steps, answer, copied, keep) for keep in (set(), given)}
 
 
-def _mended(
+def _corrected(
     steps: list[Step], answer: Fraction, copied: Mapping[Fraction, Fraction], keep: set[Fraction]
 ) -> Fraction:
     right = dict(copied)  # a value as written -> what it should be
@@ -176,7 +178,7 @@ def _copied_wrong(
                 tried += 1
                 if plain in stated or tried > MAX_COPIES:
                     continue
-                if truth in mended_answers(question, steps, answer, {plain: other}):
+                if truth in corrected_answers(question, steps, answer, {plain: other}):
                     return f"{_shown(plain)} for {_shown(other)} in {step.text}"
         known |= {step.value, step.written}
     return ""

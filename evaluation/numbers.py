@@ -11,10 +11,10 @@ The first of these that holds a number counts:
 N is a quantity (`quantities.py`) or an expression of quantities (`40 + 2`, `6*7 = 42`). An answer
 that names several numbers (`2 or 3`, `Ann 12, Bob 42`) has none. Labels (`Step 2:`), years (`in
 2024`), times (`2:30`), and remarks in brackets (`4 (since 3.3 is not enough)`) are not counted. The
-text ends where the model asks itself another question (`\nQuestion: ...`). Of an answer that was
-cut off, only a number after `####` or in a box counts: another may be part of the reasoning.
+text ends where the model asks itself another question (`\nQuestion: ...`). If an answer was
+cut off, only a number after `####` or in a box counts: any other may be part of the reasoning.
 
-All functions take linear time, and little of it, since they read the ends of long texts only.
+All functions take linear time, and read only the ends of long texts.
 """
 
 import re
@@ -128,7 +128,7 @@ def _after_answer_is(text: str) -> Readings:
 
 
 def _in_last_line(text: str) -> Readings:
-    """Of the last line with a number; number words count in the last line only."""
+    """The readings of the last line with a number; number words count in the last line only."""
     first = True
     for line in _lines_backwards(text):
         if first and _UNDECIDED.search(line):
@@ -211,7 +211,9 @@ def _of_line(line: str, quantities: list[Quantity]) -> Readings:
 
 
 def _leading(text: str, quantities: list[Quantity]) -> tuple[Readings, int]:
-    """The value of the first quantity, or of the expression that it begins, and its end."""
+    """The readings of the first quantity, or of the expression that begins with it, and where that
+    ends.
+    """
     first, *rest = quantities
     terms, operators, end = [first.readings[0]], [], first.end
     for q in rest:
@@ -248,7 +250,7 @@ def _computed(terms: list[Fraction], operators: list[str]) -> Fraction | None:
 
 
 def _counted(text: str, labels: bool = True) -> list[Quantity]:
-    """The quantities of a text that may be an answer."""
+    """The quantities in `text`, except for those that cannot be the answer, such as labels."""
     items = [m.span() for m in _ITEM.finditer(text)] if labels else []
     found = []
     for q in quantities_in(text):
@@ -262,7 +264,7 @@ def _counted(text: str, labels: bool = True) -> list[Quantity]:
 
 
 def _without(text: str, found: list[Quantity]) -> list[Quantity]:
-    """`found` without what is rarely an answer, if anything is left then."""
+    """`found` without the kinds that are rarely the answer, unless nothing would be left."""
     remarks = [m.span() for m in _REMARK.finditer(text)]
     in_remarks = {q for q in found if any(start < q.start < end for start, end in remarks)}
     found = [q for q in found if q not in in_remarks] or found

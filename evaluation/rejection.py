@@ -1,9 +1,9 @@
 """Rejection sampling: a model's own correct solutions become training data.
 
 A solution is kept if it is numerically equal to the gold answer, none of its steps is found wrong,
-and it was not cut off, because an answer that was cut off would teach the model not to stop. Of a
-problem's solutions that differ only in white space, the first is kept. In a
-conversation, all assistant turns become the model's own, because its last answer depends on them.
+and it was not cut off, because an answer that was cut off would teach the model not to stop. If
+solutions to a problem differ only in white space, the first is kept. In a conversation, all
+assistant turns become the model's own, because its last answer depends on them.
 
 A solution without a `#### N` that all scorers can read gets the gold answer's as its last line. The
 rest of its text is unchanged. Without that line the row could not be scored, and most models that

@@ -134,7 +134,7 @@ def _adapters_inside(folder: Path) -> list[Path]:
 
 
 def _by_number(folder: Path) -> tuple[int, str]:
-    """Sorts checkpoint-40 behind checkpoint-5."""
+    """A sort key by which checkpoint-40 comes after checkpoint-5."""
     digits = folder.name[len(folder.name.rstrip("0123456789")) :]
     return int(digits[-18:] or -1), str(folder)
 

@@ -2,7 +2,7 @@
 
 The tensors say where they belong: layers are taken from their keys, and ranks from the rows of A
 where the config gives them by an expression. The config says how they are scaled, and must not
-contradict them: PEFT itself drops tensors outside `target_modules` in silence, and computes with
+contradict them: PEFT itself silently drops tensors outside `target_modules`, and computes with
 the bare base where the tensors of a layer are missing. Here both are problems.
 """
 
@@ -91,7 +91,7 @@ class AdapterFolder:
         return {name: full[name] for name in self.tensors.layers if name in full}
 
     def problems(self, model: nn.Module) -> list[Problem]:
-        """Everything that does not fit `model`, except values; it may be on the meta device."""
+        """What does not fit `model`, which may be on the meta device; values are not compared."""
         names, layers, found = self.names_in(model), self.tensors.layers, []
         for name in sorted(layers.keys() - names.keys()):
             found += [_unexpected(key) for key in layers[name].keys.values()]
@@ -116,7 +116,7 @@ class AdapterFolder:
     def compare_others(self, model: nn.Module) -> tuple[list[Problem], list[str]]:
         """(problems, keys of equal tensors) of the tensors that are not an adapter's.
 
-        They are compared with the base's own. PEFT saves an embedding unasked if it takes it for
+        They are compared with the base's own. PEFT also saves an embedding that it believes to be
         resized; a whole state dict holds every tensor of the base.
         """
         state, problems, equal = _base_tensors(model), [], []
@@ -178,7 +178,7 @@ def _targets(settings: Settings, tensors: Tensors) -> tuple[str, ...]:
 
 
 def _plain_pattern(pattern: Mapping[str, T]) -> dict[str, T] | None:
-    """The pattern by plain name endings; None if one of its keys is another expression."""
+    """The pattern with plain name endings as keys; None if a key is any other expression."""
     plain: dict[str, T] = {}
     for key, value in pattern.items():
         if (name := plain_name(key)) is None:
@@ -198,7 +198,7 @@ def _by_name(values: Mapping[str, T], default: T) -> dict[str, T]:
 
 
 def _pattern_problems(settings: Settings, tensors: Tensors) -> Iterator[Problem]:
-    """Entries of rank_pattern and alpha_pattern that no layer with tensors answers to."""
+    """Entries of rank_pattern and alpha_pattern that match no layer with tensors."""
     paths = {layer.path for layer in tensors.layers.values()}
     patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
     for field, pattern in patterns.items():

@@ -42,7 +42,7 @@ def save_adapter(
     tensors = {peft_key(n): p.detach().float().cpu().contiguous() for n, p in parameters.items()}
     if bad := [f"{key} holds NaN or infinity" for key, t in tensors.items() if not _finite(t)]:
         raise TrainingFailed(
-            f"the adapter is not written to {folder}: {listed(bad)}",
+            f"the adapter was not written to {folder}: {listed(bad)}",
             "lower --learning-rate, or use --precision fp32",
         )
     settings = {
@@ -75,7 +75,7 @@ def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None
     """Inject the adapter in `folder` into `model`; returns its settings.
 
     `dropout` replaces the adapter's own, to continue training at another rate. Prints a line about
-    anything that is left aside, or read although PEFT would write it otherwise.
+    anything that is ignored, or is read although PEFT would write it differently.
 
     Raises BadAdapter, listing every tensor that is missing, not expected, or of the wrong shape;
     `model` is then unchanged.

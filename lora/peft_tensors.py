@@ -1,7 +1,7 @@
 """The tensors in `adapter_model.safetensors`: which layer and which of its matrices each one is.
 
 PEFT writes `base_model.model.LAYER.lora_A.weight`. A state dict that was saved by hand also has the
-adapter's name behind `lora_A`, and the names that compilers and parallel trainers give to their
+adapter's name after `lora_A`, and the names that compilers and parallel trainers give to their
 wrappers. These are left out, so that a layer is found by its own name. A key in which there is no
 such matrix is kept under its name in the base, to be compared with the base's tensor.
 """
@@ -59,7 +59,7 @@ class Tensors:
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        """The rows of A by bare name, where there is a matrix A."""
+        """Rank by bare name: the number of rows of A, for the layers that have an A."""
         shapes = {
             name: self.header[layer.keys["lora_A"]].shape
             for name, layer in self.layers.items()
@@ -69,7 +69,7 @@ class Tensors:
 
     @cached_property
     def endings(self) -> set[str]:
-        """Everything in whole parts that the path of a layer ends in: b.c and c of a.b.c, too."""
+        """All endings of the layers' paths, in whole dotted parts: a.b.c, b.c and c of a.b.c."""
         paths = [layer.path.split(".") for layer in self.layers.values()]
         return {".".join(parts[i:]) for parts in paths for i in range(len(parts))}
 
@@ -128,7 +128,7 @@ def sort_keys(header: dict[str, Shape]) -> Tensors:
 
 
 def bare(name: str | list[str]) -> str:
-    """`layers.0.self_attn.q_proj` of a name with any number of `base_model` and `model` before."""
+    """`name` without its leading `base_model` and `model` parts: `layers.0.self_attn.q_proj`."""
     parts = name.split(".") if isinstance(name, str) else name
     start = next((i for i, part in enumerate(parts) if part not in ("base_model", "model")), 0)
     return ".".join(parts[start:])

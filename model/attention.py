@@ -193,7 +193,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
 def varlen_kernel() -> Callable[..., Tensor]:
     """PyTorch's variable-length attention, causal, with the arguments that this version takes.
 
-    Raises ImportError before PyTorch 2.10, which has none.
+    Raises ImportError in versions of PyTorch before 2.10, which do not have it.
     """
     from torch.nn.attention.varlen import varlen_attn  # here, so that older versions can start
 

@@ -31,7 +31,7 @@ PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenize
 # Largest accepted sizes. Layers are built before the weights are checked, so few are allowed.
 MAX_LAYERS, MAX_SIZE = 2**9, 2**24
 
-# Files with weights that may lie in a checkpoint's folder without being read.
+# Weight files that may be in a checkpoint's folder and are not read.
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.npz", "*.onnx")
 
 
@@ -47,7 +47,7 @@ class Checkpoint:
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Locate the base model `name`: a key of `SHIPPED`, a folder, or a Hub id (downloaded).
 
-    Of the Hub cache's folder of a repository, the snapshot of `revision` or of main is meant.
+    In a repository's folder of the Hub cache, the snapshot of `revision`, or of main, is used.
     Raises BadCheckpoint if `name` is none of these, HubError if the download fails.
     """
     if name in SHIPPED and revision is None:
@@ -81,7 +81,7 @@ def is_cached_repository(folder: Path) -> bool:
 
 
 def find_snapshot(folder: Path, revision: str) -> Path:
-    """The snapshot in the Hub cache's folder of a repository; BadCheckpoint if it is not there."""
+    """A snapshot in a repository's folder in the Hub cache; BadCheckpoint if it is not there."""
     snapshots = {path.name: path for path in sorted((folder / "snapshots").iterdir())}
     try:
         commit = (folder / "refs" / revision).read_text("utf-8", "replace")[:64].strip()
@@ -90,7 +90,7 @@ def find_snapshot(folder: Path, revision: str) -> Path:
     if commit not in snapshots:
         remedy = f"give one of its snapshots: {listed(map(str, snapshots.values()), 3)}"
         raise BadCheckpoint(
-            f"{folder} is the Hub cache's folder of a repository, without a snapshot of {revision}",
+            f"{folder} is a repository's folder in the Hub cache, without a snapshot of {revision}",
             remedy if snapshots else "download the repository again, or give its Hub id",
         )
     return snapshots[commit]
@@ -223,7 +223,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
 
 
 def remarks(folder: Path, config: Qwen2Config) -> list[str]:
-    """What a user should know of how the checkpoint in `folder` was understood, one line each."""
+    """What a user should know about how the checkpoint in `folder` is read, one line each."""
     lines = []
     raw = read_object(folder / "config.json")
     if raw.get("tie_word_embeddings") and not config.tie_word_embeddings:

@@ -19,8 +19,8 @@ TINY = Qwen2Config(64, 96, 1, 4, 2, 128)  # a network of one layer, on which com
 def check_compiler(device: torch.device, backend: str = "inductor") -> None:
     """Raise BadOption if `torch.compile` does not work for `device`, or computes other gradients.
 
-    Tried on a tiny network: a version of PyTorch that drops a gradient says nothing, and its loss
-    is right. A CPU needs a C++ compiler; CUDA needs Triton and a C compiler.
+    Both are checked on a tiny network: a version of PyTorch that drops a gradient raises no error,
+    and computes the right loss. A CPU needs a C++ compiler; CUDA needs Triton and a C compiler.
     """
     try:
         error = gradient_error(device, backend)

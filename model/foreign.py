@@ -88,7 +88,7 @@ def refuse_name(name: str) -> None:
 
 
 class Sign(NamedTuple):
-    """Files that tell what a folder is, if it lacks all the files in `lacks`."""
+    """Files that show what a folder is, if it has none of the files in `lacks`."""
 
     lacks: tuple[str, ...]
     holds: str  # patterns of paths within the folder; those without / are of files directly in it
@@ -154,7 +154,7 @@ def refuse_files(place: str, names: Iterable[str]) -> None:
             raise BadCheckpoint(sign.cause.format(**about), sign.remedy.format(**about))
     if ADAPTER in names:
         raise BadCheckpoint(
-            f"{place} holds a base model and an adapter, so which is meant is not clear",
+            f"{place} holds a base model and an adapter, so it is not clear which is meant",
             f"to use the base model alone, remove {ADAPTER} from a copy of it on this machine",
         )
 
@@ -178,7 +178,7 @@ def refuse_folder(folder: Path) -> None:
 
 # First bytes
 
-# Of a file that could not be read: a valid safetensors file may begin with any bytes.
+# Only for files that could not be read: a valid safetensors file may begin with any bytes.
 STARTS = {
     b"version https://git-lfs": (
         "is a pointer of Git LFS, not the file itself",

@@ -157,8 +157,8 @@ def _uniform_draws(sequence_id: int, decoding: Decoding) -> Iterator[float]:
 def pick(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
     """The next token (B,) for each row of `logits (B, V)`, sampled with uniform `draws (B,)`.
 
-    It is `NOT_FINITE` for a row with NaN or infinity: the host reads the tokens anyway, so that
-    this check makes it wait no more often.
+    It is `NOT_FINITE` for a row with NaN or infinity. The host reads the tokens anyway, so this
+    check costs no further synchronization.
     A draw in [0, 1) is mapped to a token by the inverse of the cumulative distribution over the
     tokens that top-k and top-p allow.
     """
@@ -183,7 +183,7 @@ def pick(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
 
 
 def not_finite_logits(dtype: torch.dtype) -> UserError:
-    """The error for logits of NaN or infinity, of a model in `dtype`: they would mean nothing."""
+    """The error for NaN or infinity in the logits of a model that computes in `dtype`."""
     if dtype == torch.float16:
         return BadOption(
             "in fp16 the model's logits are not finite: its activations exceed 65504, which is the"

@@ -32,7 +32,7 @@ class PackedWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the model's linear layers compute with the packed weights; no gradients."""
+        """Inside the block, linear layers use the packed weights, and compute no gradients."""
         for layer, weight in self.layers.items():
             # A `forward` in the instance's dict takes precedence over the one of its class.
             layer.__dict__["forward"] = functools.partial(

@@ -58,7 +58,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_tensor_names(single), single)
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
-        raise BadCheckpoint(f"{index} has no weight_map", "copy it again from where it is from")
+        raise BadCheckpoint(f"{index} has no weight_map", "copy it again from its source")
     shards = sorted(set(weight_map.values()))
     # An index is not trusted: it must not name a file outside its folder.
     bad = [

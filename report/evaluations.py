@@ -67,7 +67,7 @@ def setup(e: Evaluation) -> str:
 
 
 def changed_answers(e: Evaluation) -> list[Block]:
-    """On how many problems base and tuned differ, and what that is worth."""
+    """On how many problems base and tuned differ, with p-value and interval."""
     if (d := e.difference) is None:
         return []
     values = {

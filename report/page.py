@@ -69,12 +69,12 @@ def heading(text: str, level: int = 2) -> Block:
 
 
 def paragraph(text: str, kind: str = "") -> Block:
-    """A paragraph; nothing without text. `kind` is "lead" or, for small print, "note"."""
+    """A paragraph, or nothing if there is no text. `kind` is "lead" or, for small print, "note"."""
     return Block(tag("p", text, kind), inert(text)) if text else Block("", "")
 
 
 def code(text: str) -> Block:
-    """Lines to copy, or to read exactly as they are; nothing without text."""
+    """Lines to copy, or to read exactly as they are; nothing if there is no text."""
     return Block(tag("pre", text, "code"), fenced(text)) if text else Block("", "")
 
 
@@ -100,7 +100,7 @@ def pictures(svgs: Sequence[str]) -> Block:
 
 
 def transcript(title: str, parts: Sequence[tuple[str, str, str]], *, opened: bool) -> Block:
-    """Texts behind a title, each as (label, text, kind); `kind` is "correct", "wrong" or ""."""
+    """Texts that a title unfolds, as (label, text, kind); `kind` is "correct", "wrong" or ""."""
     boxes = "".join(
         f'<div class="part {kind}">{tag("b", label)}{tag("pre", text)}</div>'
         for label, text, kind in parts
@@ -114,7 +114,7 @@ def transcript(title: str, parts: Sequence[tuple[str, str, str]], *, opened: boo
 def table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, folded: bool = False
 ) -> Block:
-    """A table; nothing without rows. `folded`: in HTML, its title must be clicked to see it."""
+    """A table, or nothing without rows. `folded`: in HTML, a click on its title shows it."""
     if not rows:
         return Block("", "")
     head = "".join(tag("th", cell) for cell in header)

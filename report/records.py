@@ -86,7 +86,7 @@ class Evaluation:
     examples: list[dict[str, str]]
     problems: int = 0
     difference: Paired | None = None  # tuned versus base
-    in_words: str = ""  # what the difference is worth
+    in_words: str = ""  # the conclusion about the difference
 
     @property
     def task(self) -> str:
@@ -143,11 +143,11 @@ class RunRecord:
     unfinished: list[str]  # evaluations without a readable result, with their number of answers
 
     def train(self, key: str) -> Series:
-        """One value of the steps' lines, where there is one."""
+        """(step, value) of each logged step that has `key`."""
         return [(v["step"], v[key]) for v in self.steps if v.keys() >= {"step", key}]
 
     def validation(self, key: str) -> Series:
-        """One value of the validations' lines, where there is one."""
+        """(step, value) of each logged validation that has `key`."""
         return [(v["step"], v[key]) for v in self.validations if v.keys() >= {"step", key}]
 
     @property

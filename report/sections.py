@@ -113,7 +113,7 @@ def subtitle(run: RunRecord) -> str:
 
 
 def accuracy_card(run: RunRecord) -> tuple[str, str, str]:
-    """Base and tuned in the most important evaluation, and what the difference is worth."""
+    """Base and tuned in the most important evaluation, and how they differ."""
     if not run.evaluations:
         note = "no evaluation is finished; loss and token accuracy are not a substitute"
         return "Answer accuracy (generated)", "not measured", note

@@ -30,7 +30,7 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 
 def from_to(shares: Sequence[float]) -> str:
-    """`1.0 → 97.5 %`; a single share alone."""
+    """`1.0 → 97.5 %`, or `97.5 %` for a single share."""
     return " → ".join(f"{100 * value:.1f}" for value in shares) + " %" if shares else "not known"
 
 

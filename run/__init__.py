@@ -1,1 +1,1 @@
-"""What one run needs and leaves behind."""
+"""What a training run needs and writes."""

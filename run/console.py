@@ -1,4 +1,4 @@
-"""What a training run prints: lines of 80 columns, readable in a log file and without colour."""
+"""What a training run prints: lines of 80 columns, readable in a log file and without color."""
 
 import itertools
 import os
@@ -38,7 +38,7 @@ def print_start(
 
 
 def print_sizes(trainable: int, total: int, schedule: Schedule) -> None:
-    """How many parameters are trained, and how the steps come about."""
+    """How many parameters are trained, and how many sequences and steps there are."""
     print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
     print(
         f"{schedule.batch_size} sequences x {schedule.grad_accum} micro-batches x"
@@ -55,8 +55,8 @@ def show_example(source: Source, chat: ChatFormat) -> None:
     """Print how a source was read, and its first example: supervised text green, or in [[ ]]."""
     print("\n".join(source.lines()))
     encoded = chat.encode(source.train[0].messages, source.train[0].tools)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[32m", "\033[0m") if color else ("[[", "]]")
     pairs = zip(encoded.supervised_mask, encoded.tokens)
     for supervised, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         text = chat.tokenizer.decode([token for _, token in group], skip_special_tokens=False)
@@ -100,5 +100,5 @@ def print_end(progress: Progress, run: Run) -> None:
 
 
 def shell_word(path: Path) -> str:
-    """A path as one types it."""
+    """A path as it is typed in a shell."""
     return str(path) if " " not in str(path) else f"'{path}'"

@@ -128,8 +128,9 @@ def prepare(device: torch.device) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far: allocated on the device with CUDA, else the process's resident set; NaN
-    where the system does not tell.
+    """Peak memory so far: allocated on the device with CUDA, else the process's resident set.
+
+    NaN where the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9

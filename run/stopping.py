@@ -31,7 +31,7 @@ class Stop:
     def __init__(self, minutes: float | None = None):
         self.signal: signal.Signals | None = None
         self.deadline = None if minutes is None else STARTED + 60 * minutes
-        self.longest = 0.0  # seconds of the longest stretch between two polls
+        self.longest = 0.0  # seconds of the longest piece of work between two polls
 
     def __enter__(self) -> "Stop":
         """Record signals from now on; one that was ignored, as under nohup, stays ignored."""
@@ -53,21 +53,21 @@ class Stop:
             _detach_from_terminal()
 
     def requested(self) -> bool:
-        """Whether a signal came, or another stretch as long as the longest would end too late."""
+        """Whether a signal came, or too little time is left for another piece of work."""
         late = self.deadline is not None and time.monotonic() + 2 * self.longest > self.deadline
         return late or self.signal is not None
 
     def poll(self) -> None:
         """Raise StopRequested if a stop is requested: for loops that need not finish first.
 
-        The time limit does not interrupt the first stretch of a session: sessions shorter than it
-        would otherwise repeat it forever.
+        The time limit does not interrupt the first piece of work of a session: sessions shorter
+        than that would otherwise repeat it forever.
         """
         if self.signal is not None or self.longest and self.requested():
             raise StopRequested
 
     def record(self, seconds: float) -> None:
-        """Record how long a stretch between two polls took."""
+        """Record how long the work between two polls took."""
         self.longest = max(self.longest, seconds)
 
     @property

@@ -1,4 +1,4 @@
-"""Chat templates as they are published, for the laws of `data/template.py`.
+"""Chat templates as they are published, for the tests of `data/template.py`.
 
 From the models' `tokenizer_config.json` on the Hub (Apache 2.0), and as LLaMA-Factory and Unsloth
 export them (Apache 2.0).

@@ -1,4 +1,4 @@
-"""Laws of the adapters beyond plain LoRA, of the adapter options, and of continued training.
+"""Tests of the adapters beyond plain LoRA, of the adapter options, and of continued training.
 
 DoRA, LoRA+, ranks and alphas by layer, `--rank` and `--alpha`, `--from-adapter`.
 The expected results come from the base model, from the plain formula, or from PEFT.

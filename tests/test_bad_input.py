@@ -1,4 +1,4 @@
-"""Laws of bad input: cause and remedy in two lines, exit code 2, and no file changed."""
+"""Tests of bad input: cause and remedy in two lines, exit code 2, and no file changed."""
 
 import json
 import math

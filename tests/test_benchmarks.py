@@ -1,4 +1,4 @@
-"""Laws of the benchmarks: each can be started, and its figures come from the product as it is."""
+"""Tests of the benchmarks: each can be started, and its figures come from the product as it is."""
 
 import importlib
 import json

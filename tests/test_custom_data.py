@@ -1,4 +1,4 @@
-"""Laws of custom data: the formats of rows, the files of a dataset that are read, and refusals."""
+"""Tests of custom data: the formats of rows, the files of a dataset that are read, and refusals."""
 
 import json
 import re

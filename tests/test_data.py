@@ -1,4 +1,4 @@
-"""Laws of the data: rows and problems, the split, ChatML, flat batches, the schedule, the audit."""
+"""Tests of the data: rows and problems, the split, ChatML, batches, the schedule, the audit."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Laws of what `evaluate.py` measures: prompts, resuming, votes, breakdowns, comparisons."""
+"""Tests of what `evaluate.py` measures: prompts, resuming, votes, breakdowns, comparisons."""
 
 import json
 import random
@@ -292,7 +292,7 @@ def test_a_task_is_judged_as_numbers_if_at_least_half_of_its_golds_hold_one():
     assert NUMBERS.is_correct("It is 2.", "#### 2") and not TEXT.is_correct("It is 2.", "#### 2")
 
 
-def test_a_problem_whose_gold_holds_no_number_is_left_out_of_numbers_with_a_word():
+def test_a_problem_whose_gold_holds_no_number_is_left_out_and_reported():
     problems = golds("#### 2", "#### 3 or 4", "So 5.\n5", "The answer is: 6", "#### 7")
     judged, words = judged_problems(NUMBERS, problems)
     assert [p.id for p in judged] == ["rows:1", "rows:4", "rows:5"]
@@ -306,7 +306,7 @@ def test_a_problem_whose_gold_holds_no_number_is_left_out_of_numbers_with_a_word
     )
 
 
-def test_no_problem_is_left_out_of_text_and_what_that_means_is_said():
+def test_no_problem_is_left_out_when_judged_as_text_and_the_output_explains_it():
     problems = golds("Paris", "Rome", "#### 7")
     judged, words = judged_problems(judge_of(problems), problems)
     assert judged == problems

@@ -1,4 +1,4 @@
-"""Laws of an evaluation that is killed, and of models and texts at their worst."""
+"""Tests of an evaluation that is killed, and of models and texts at their worst."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Laws of faults during a run: kills, signals, full disks, damaged files, NaN, lost ranks.
+"""Tests of faults during a run: kills, signals, full disks, damaged files, NaN, lost ranks.
 
 This is a short sample of the campaign in tests/campaign, which repeats it at length.
 """

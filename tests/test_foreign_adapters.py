@@ -1,7 +1,7 @@
-"""Laws of adapters that other programs have saved: read as PEFT reads them, or refused by name.
+"""Tests of adapters that other programs have saved: read as PEFT reads them, or refused by name.
 
 PEFT is the oracle: it makes most of the adapters here, and its logits and merged weights are the
-expected ones. A refusal must name the cause, and its remedy must belong to that very fault.
+expected ones. A refusal must name the cause, and its remedy must be the one for that fault.
 """
 
 import json
@@ -99,7 +99,7 @@ def rename(adapter: Path, old: str, new: str) -> None:
     change_tensors(adapter, lambda ts: {re.sub(old, new, key): t for key, t in ts.items()})
 
 
-# Layers and ranks that only the tensors tell
+# Layers and ranks that only the tensors determine
 
 
 SELECTIONS = {
@@ -287,7 +287,7 @@ def test_an_adapter_on_the_head_is_refused_by_name(tmp_path):
         assert f"{target}.lora_" in error.cause and "not supported: merge it" in error.remedy
 
 
-def test_selected_layers_are_described_shortly():
+def test_selected_layers_are_described_briefly():
     names = [f"model.layers.{i}.self_attn.{n}" for i in (0, 1, 2, 10) for n in QV]
     config = LoRAConfig(4, 8, targets=(*names, "layers.7.mlp.up_proj", "o_proj"))
     text = "on o_proj; q_proj, v_proj of layers 0-2, 10; up_proj of layers 7"
@@ -318,7 +318,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("old, new", SPELLINGS.values(), ids=SPELLINGS)
-def test_keys_with_the_names_of_wrappers_are_read_and_said(folder, plain, capsys, old, new):
+def test_keys_with_the_names_of_wrappers_are_read_and_reported(folder, plain, capsys, old, new):
     expected = bits(loaded(folder, plain))
     assert "read as" not in capsys.readouterr().out
     rename(plain, old, new)
@@ -399,14 +399,14 @@ def test_tensors_that_were_saved_wrongly_are_refused(folder, plain, change, caus
     assert cause in error.cause and remedy in error.remedy
 
 
-def test_an_adapter_whose_every_b_is_zero_is_said_to_change_nothing(folder, plain, capsys):
+def test_an_adapter_whose_every_b_is_zero_is_reported_to_change_nothing(folder, plain, capsys):
     change_tensors(plain, lambda ts: {k: t * ("lora_A" in k) for k, t in ts.items()})
     base = logits(load_model(folder, dtype=torch.float32))
     assert torch.equal(logits(loaded(folder, plain)), base)
     assert "every matrix B is zero" in capsys.readouterr().out
 
 
-# Tensors of the base beside the adapter's
+# Tensors of the base next to the adapter's
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -416,7 +416,7 @@ def test_an_adapter_whose_every_b_is_zero_is_said_to_change_nothing(folder, plai
     "base_model.model.lm_head.original_module.weight", KEY.replace("lora_A", "base_layer"),
     "base_model.model.lm_head.modules_to_save.default.weight",
 ])  # fmt: skip
-def test_a_tensor_of_the_base_is_ignored_with_a_word_or_refused(folder, plain, capsys, key, dtype):
+def test_a_tensor_of_the_base_is_ignored_and_reported_or_refused(folder, plain, capsys, key, dtype):
     state = load_model(folder, dtype=torch.float32).state_dict()
     name = key.replace("base_layer.", "").removeprefix("base_model.model.")
     own = state["model.embed_tokens.weight" if "lm_head" in key else name].to(dtype)
@@ -439,7 +439,7 @@ def test_a_tensor_of_the_base_is_ignored_with_a_word_or_refused(folder, plain, c
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_that_peft_saves_unasked_does_not_hinder(tmp_path, capsys, tied):
+def test_an_unchanged_embedding_that_peft_saves_is_accepted_and_reported(tmp_path, capsys, tied):
     base = toys.write_checkpoint(tmp_path / "base", tied=tied, std=0.1)
     theirs = peft_adapter(base, tmp_path / "adapter", {"save_embedding_layers": True})
     assert TABLE in load_file(tmp_path / "adapter" / WEIGHTS)
@@ -511,7 +511,7 @@ def names_base(adapter: Path, base: object, revision: object = None) -> Path:
     "/content/drive/MyDrive/models/qwen2", "./models/qwen2", "~/qwen2", r"C:\models\qwen2",
     r"models\qwen2", "qwen2", "a/b/c", "../x",
 ])  # fmt: skip
-def test_a_base_of_another_machine_is_named_and_asked_for(folder, plain, base):
+def test_a_base_on_another_machine_is_named_and_asked_for(folder, plain, base):
     with pytest.raises(BadAdapter) as caught:
         checkpoint_of_adapter(names_base(plain, base))
     assert f"names {base} as its base, which is not a folder on this machine" in caught.value.cause
@@ -528,7 +528,7 @@ def test_an_adapter_that_names_no_base_asks_for_one(folder, plain, base):
 
 
 @pytest.mark.parametrize("revision", [None, "main", "0123abcd", 7])
-def test_the_revision_of_an_adapter_does_not_hinder_a_local_base(folder, plain, revision):
+def test_the_revision_of_an_adapter_is_ignored_for_a_local_base(folder, plain, revision):
     names_base(plain, str(folder), revision)
     assert checkpoint_of_adapter(plain).folder == folder
     assert checkpoint_of_adapter(names_base(plain, "demo", revision)).name == "demo"

@@ -1,4 +1,4 @@
-"""Laws of other people's base models: each is read as transformers reads it, or refused for what it
+"""Tests of other people's base models: each is read as by transformers, or refused for what it
 is, with a remedy of its own.
 """
 
@@ -82,7 +82,7 @@ READ = {
     "a window after as many layers as Qwen2 has by default": {"use_sliding_window": True,
                                                               "sliding_window": 8},
     "no key heads, which means as many as query heads": {},
-    "rope_scaling of null beside rope_parameters": {
+    "rope_scaling of null next to rope_parameters": {
         "rope_scaling": None, "rope_theta": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "classes of remote code": {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}},
@@ -133,7 +133,7 @@ def test_the_hub_caches_folder_of_a_repository_means_its_snapshot_of_main(folder
         assert "without a snapshot of main" in found.cause and "snapshots/aaaa" in found.remedy
 
 
-def test_weights_that_are_left_aside_are_named(folder):
+def test_weights_that_are_not_read_are_named(folder):
     assert remarks(folder, read_config(folder)) == []
     for name in ("pytorch_model.bin", "old.safetensors", "x-q4.gguf"):
         (folder / name).write_bytes(bytes(100))
@@ -182,7 +182,7 @@ def test_a_tensor_that_is_not_where_the_index_says_is_refused_by_name(sharded):
     assert f"model.norm.weight is not in {other}" in cause
 
 
-def test_one_whole_file_beside_an_index_of_others_is_refused(sharded, checkpoint):
+def test_one_whole_file_next_to_an_index_of_others_is_refused(sharded, checkpoint):
     shutil.copy(checkpoint / "model.safetensors", sharded)
     found = refusal(sharded)
     assert "model.safetensors and shards" in found.cause and "remove one of them" in found.remedy
@@ -254,7 +254,7 @@ REFUSED = {
     "yarn of a shorter length": (
         config(rope_scaling={"rope_type": "yarn", "original_max_position_embeddings": 100}),
         "'yarn'", "within 100 tokens"),
-    "yarn beside parameters": (
+    "yarn next to parameters": (
         config(rope_scaling={"type": "yarn"}, rope_parameters={"rope_type": "default"}), "'yarn'",
         "take rope_scaling out"),
     "dynamic": (config(rope_scaling={"type": "dynamic", "factor": 2.0}), "'dynamic'", "take rope"),

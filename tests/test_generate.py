@@ -1,4 +1,4 @@
-"""Laws of decoding: the truth is transformers, the full forward pass, or a prompt decoded alone.
+"""Tests of decoding; the reference is transformers, a full forward pass, or a prompt decoded alone.
 
 Legend: T tokens, B sequences, C hidden size, V vocabulary size.
 """

@@ -1,4 +1,4 @@
-"""Laws of hostile files: refused in two lines, within seconds, before memory is allocated."""
+"""Tests of hostile files: refused in two lines, within seconds, before memory is allocated."""
 
 import ast
 import contextlib

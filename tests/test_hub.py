@@ -1,4 +1,4 @@
-"""Laws of the Hub, held by a stub that serves a toy checkpoint and a small gsm8k."""
+"""Tests of the Hub's client against a stub that serves a toy checkpoint and a small gsm8k."""
 
 import json
 import time

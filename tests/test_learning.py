@@ -1,4 +1,4 @@
-"""Laws of learning: after a run the model answers test problems that its base cannot answer.
+"""Tests of learning: after a run the model answers test problems that its base cannot answer.
 
 The task is small enough for a tiny network with random weights: the number of legs of ten animals,
 which belong to twenty people. The test questions are pairs of person and animal that are not in the

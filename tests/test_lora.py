@@ -1,4 +1,4 @@
-"""Laws of LoRA adapters, their dropout and their files.
+"""Tests of LoRA adapters, their dropout and their files.
 
 The expected results come from the base model, from the plain formula, or from PEFT.
 Legend: r rank, T tokens, C channels, V vocabulary.

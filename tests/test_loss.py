@@ -1,4 +1,4 @@
-"""Laws of the linear cross-entropy; the truth is `plain_loss`, which holds all logits at once.
+"""Tests of the linear cross-entropy; the reference is `plain_loss`, which holds all logits at once.
 
 Legend: T tokens, C hidden size, V vocabulary size.
 """

@@ -1,4 +1,4 @@
-"""Laws of other systems: Windows, network file systems, narrow terminals, log files."""
+"""Tests of other systems: Windows, network file systems, narrow terminals, log files."""
 
 import ast
 import errno

@@ -1,4 +1,4 @@
-"""Laws of the mistake finder: hand-written transcripts of every kind, and every gold of GSM8K."""
+"""Tests of the mistake finder: hand-written transcripts of every kind, and every gold of GSM8K."""
 
 import json
 from fractions import Fraction
@@ -234,7 +234,7 @@ def test_slips_are_looked_for_in_the_first_hundred_steps():
         assert classify("How many?", "#### 987654321", text).kind == kind
 
 
-def test_a_mended_slip_is_carried_on_until_the_value_is_computed_again():
+def test_a_corrected_slip_is_propagated_until_the_value_is_computed_again():
     text = "3 + 4 = 8, 8 * 2 = 16, {} 16 + 1 = 17\n#### 17"
     assert classify("3 and 4?", "#### 15", text.format("")).kind == "slip alone"
     assert classify("3 and 4?", "#### 15", text.format("4 * 4 = 16,")).kind != "slip alone"

@@ -1,4 +1,4 @@
-"""Laws of mixtures: which rows an epoch takes of each source, and what the audit reports."""
+"""Tests of mixtures: which rows an epoch takes of each source, and what the audit reports."""
 
 import json
 import random
@@ -134,7 +134,7 @@ def test_a_schedule_of_very_many_epochs_costs_no_more_than_one_of_few():
     assert schedule.step(schedule.total_steps - 1).epoch == 10**15 - 1
 
 
-def test_sources_are_shuffled_together_and_anew_in_each_epoch():
+def test_sources_are_shuffled_together_and_again_in_each_epoch():
     sources = (SourceRows(30, 30), SourceRows(60, 30))
     rows = taken(Schedule(some_examples(90), 4, 1, epochs=4, seed=0, sources=sources))
     halves = [{row for row in rows[epoch] if row >= 130} for epoch in range(4)]
@@ -157,7 +157,7 @@ def test_a_single_source_is_one_shuffle_per_epoch(count, seed, per_step):
         assert schedule.epochs_in(index) == index / -(-count // per_step)
 
 
-# The law of old runs: this order must never change, or a saved run would resume with other rows.
+# The order in old runs. It must never change, or a saved run would resume with other rows.
 ORDER = {
     0: [111, 110, 112, 102, 112, 100, 101, 104, 108, 107, 111, 105, 103, 110],
     1: [109, 104, 100, 112, 110, 112, 101, 102, 105, 111, 110, 111, 106, 103],

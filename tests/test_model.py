@@ -1,4 +1,4 @@
-"""Laws of the network and its loading; the truth is transformers, or the plain formulas.
+"""Tests of the network and its loading; the reference is transformers, or the plain formulas.
 
 Legend: T tokens, C hidden size, V vocabulary size.
 """

@@ -1,4 +1,4 @@
-"""Laws of tasks with choices; the truth is lm-evaluation-harness's own code, or a plain loop."""
+"""Tests of tasks with choices; the reference is lm-evaluation-harness itself, or a plain loop."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Laws of run folders that earlier versions wrote: resumed with today's options, or refused."""
+"""Tests of run folders that earlier versions wrote: resumed with today's options, or refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Laws of flags that other programs have: each is answered with the one here."""
+"""Tests of flags that other programs have: each is answered with the one here."""
 
 import pytest
 

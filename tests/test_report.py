@@ -1,4 +1,4 @@
-"""Laws of the report: correct figures, inert text, and no exception for any damage."""
+"""Tests of the report: correct figures, inert text, and no exception for any damage."""
 
 import json
 import random

@@ -1,6 +1,6 @@
-"""Laws of rows as people have them: read exactly, or refused by name; nothing is dropped silently.
+"""Tests of rows as people have them: read exactly, or refused by name; nothing is dropped silently.
 
-`tests/test_custom_data.py` has the laws of files, folders and renamed columns.
+`tests/test_custom_data.py` has the tests of files, folders and renamed columns.
 """
 
 import gzip
@@ -180,7 +180,7 @@ def test_a_file_that_is_something_else_is_refused_for_what_it_is(
     assert "--columns" not in refused.value.remedy
 
 
-def test_an_archive_of_endless_rows_is_not_unpacked_without_end(tmp_path, monkeypatch):
+def test_unpacking_an_archive_of_endless_rows_stops(tmp_path, monkeypatch):
     monkeypatch.setattr("data.row_files.MIN_LIMIT", 10_000)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode() * 100_000))
     with pytest.raises(BadData):
@@ -206,7 +206,7 @@ def test_context_is_shown_and_encoded_but_not_supervised(tmp_path):
     assert "assistant\n3<|im_end|>" in shown.stdout and f"[[{ANSWER}<|im_end|>]]" in shown.stdout
 
 
-def test_tool_calls_are_supervised_if_the_template_lays_them_out_and_else_refused(tmp_path):
+def test_tool_calls_are_supervised_if_the_template_lays_them_out_and_otherwise_refused(tmp_path):
     base = toys.write_checkpoint(tmp_path / "base", hidden=32, intermediate=48)
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TOOL_TURNS, "tools": [TOOL]}) + "\n")
     flags = ["--model", base, "--data", tmp_path / "a.jsonl", "--show-example"]

@@ -1,4 +1,4 @@
-"""Laws of a run: options, learning rate, checkpoints, folder, log, device and precision."""
+"""Tests of a run: options, learning rate, checkpoints, folder, log, device and precision."""
 
 import copy
 import dataclasses

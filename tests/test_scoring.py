@@ -1,4 +1,4 @@
-"""Laws of reading numbers and scoring with them; the truth is a table or a plain loop."""
+"""Tests of reading numbers and scoring with them; the reference is a table or a plain loop."""
 
 import json
 import random
@@ -228,10 +228,10 @@ def test_of_an_answer_that_was_cut_off_only_a_marked_or_boxed_number_counts():
 
 
 def read_lines(*path: str) -> list[dict]:
-    """The rows of a file beside the repository; skips the test without it."""
+    """The rows of a file next to the repository; skips the test without it."""
     file = SHARED.joinpath(*path)
     if not file.is_file():
-        pytest.skip(f"{file.name} is not beside the repository")
+        pytest.skip(f"{file.name} is not next to the repository")
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
@@ -244,7 +244,7 @@ def test_completions_are_judged_as_by_a_reader(name):
         assert correct == row["right"], row
 
 
-def test_nearly_all_human_solutions_are_read_right_without_their_marked_line():
+def test_nearly_all_human_solutions_are_read_correctly_without_their_marked_line():
     golds = [row["answer"] for row in read_lines("gsm8k", "test.jsonl")]
     right = sum(numeric_equal(gold.rpartition("\n####")[0], gold) for gold in golds)
     assert (len(golds), right) == (1319, 1309)
@@ -278,7 +278,7 @@ def test_a_found_number_has_its_position_and_whether_it_has_a_unit():
     ]
 
 
-# What numbers are written with, and what may stand beside them, in few enough pieces to meet often.
+# The pieces of which numbers and their surroundings consist: few, so that they often meet.
 awkward = st.lists(
     st.sampled_from([*"0123$€%-−,./# \nxé₂٣", "1/2", "####", "1" * 99, ",234", " 3/4"]), max_size=40
 ).map("".join)
@@ -336,7 +336,7 @@ def gold_answers() -> list[str]:
     """The answers of GSM8K's train and test sets."""
     files = [SHARED / "gsm8k" / f"{split}.jsonl" for split in ("train", "test")]
     if not all(file.is_file() for file in files):
-        pytest.skip("GSM8K is not beside the repository")
+        pytest.skip("GSM8K is not next to the repository")
     lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
     return [json.loads(line)["answer"] for line in lines]
 

@@ -1,4 +1,4 @@
-"""Laws of one evaluation over several tasks, and of a model's own solutions as data."""
+"""Tests of one evaluation over several tasks, and of a model's own solutions as data."""
 
 import json
 import shutil

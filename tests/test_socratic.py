@@ -1,4 +1,4 @@
-"""Laws of conversations with several turns: what is supervised, and how they are evaluated."""
+"""Tests of conversations with several turns: what is supervised, and how they are evaluated."""
 
 import json
 from dataclasses import replace
@@ -154,7 +154,7 @@ def slowly(model, chat, problem: Problem, asking: GenerationSettings, place: int
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 @pytest.mark.parametrize("samples, temperature", [(1, 0.0), (2, 1.0)])
-def test_each_turn_hears_the_models_own_answers(model, chat, batch_size, samples, temperature):
+def test_each_turn_sees_the_models_own_answers(model, chat, batch_size, samples, temperature):
     asking = settings(6, samples=samples, temperature=temperature, seed=3, batch_size=batch_size)
     given = {(c.id, c.sample): c for c in answers(model, chat, PROBLEMS, asking)}
     assert len(given) == len(PROBLEMS) * samples
@@ -184,9 +184,7 @@ def test_what_is_shown_before_a_turn_holds_no_gold():
     assert asked_for == Message("assistant", "gold 1")
 
 
-def test_conversations_that_are_done_are_not_held_again_and_the_rest_comes_out_the_same(
-    model, chat
-):
+def test_finished_conversations_are_not_repeated_and_the_others_are_unchanged(model, chat):
     asking = settings(5, samples=2, temperature=1.0, batch_size=1)
     whole = {(c.id, c.sample): (c.text, c.turns)
              for c in answers(model, chat, PROBLEMS, asking)}  # fmt: skip
@@ -196,7 +194,7 @@ def test_conversations_that_are_done_are_not_held_again_and_the_rest_comes_out_t
     assert rest == {key: value for key, value in whole.items() if key not in done}
 
 
-def test_one_may_leave_in_the_middle_of_a_conversation(model, chat):
+def test_poll_can_stop_generation_in_the_middle_of_a_conversation(model, chat):
     looks = []
 
     def poll():

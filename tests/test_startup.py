@@ -1,4 +1,4 @@
-"""Laws of a fast start: no unneeded imports, and fast paths that equal the plain ones."""
+"""Tests of a fast start: no unneeded imports, and fast paths that equal the plain ones."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def test_a_script_does_not_import_what_only_some_runs_need(script):
     assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
 
 
-def test_the_public_names_of_the_data_room_are_imported_without_pyarrow():
+def test_the_public_names_of_the_data_package_are_imported_without_pyarrow():
     names = "ChatFormat, Schedule, encode_problems, flat_batch, load_source, split_problems"
     code = f"import sys; from data import {names}; sys.exit('pyarrow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

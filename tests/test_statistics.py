@@ -1,4 +1,4 @@
-"""Laws of the intervals and paired tests; the truth is SciPy, a worked case or a plain loop."""
+"""Tests of the intervals and paired tests; the reference is SciPy, an example or a plain loop."""
 
 from dataclasses import astuple
 from math import isfinite, sqrt
@@ -12,7 +12,7 @@ from evaluation.statistics import bootstrap_interval, in_words, mcnemar_p, paire
 
 
 def outcomes(*, fixed: int, broke: int, right: int, wrong: int) -> tuple[list[bool], list[bool]]:
-    """Two lists of bools, base and tuned, with so many problems in each cell."""
+    """Two lists of bools, base and tuned, with these numbers of problems in the four cells."""
     cells = [(0, 1)] * fixed + [(1, 0)] * broke + [(1, 1)] * right + [(0, 0)] * wrong
     return [bool(b) for b, _ in cells], [bool(t) for _, t in cells]
 

@@ -1,4 +1,4 @@
-"""Laws of chat templates: what the template writes is what is encoded, or it is refused by name."""
+"""Tests of chat templates: exactly what a template writes is encoded, or it is refused by name."""
 
 import json
 import threading
@@ -121,7 +121,7 @@ def test_a_last_turn_that_the_template_leaves_open_is_ended_and_its_end_is_super
     assert open_end.encode(turns).supervised_mask[-2:] == [True, False]
 
 
-def test_a_template_that_strips_texts_is_followed_and_said(checkpoint, tmp_path):
+def test_a_template_that_strips_texts_is_followed_and_reported(checkpoint, tmp_path):
     name = "texts stripped"
     chat = chat_format(checkpoint, PUBLISHED[name][0], tmp_path)
     assert "it strips white space" in chat.template.lines()[0]
@@ -259,7 +259,7 @@ def test_the_folder_of_an_adapter_gives_everyone_the_system_prompt_of_the_traini
         assert ours.prompt(messages(turns[:-1])) == expected == oracle(turns[:-1], prompt=True)
 
 
-def test_the_system_prompt_is_always_said():
+def test_the_system_prompt_is_always_printed():
     assert template(QWEN2).lines()[1] == "system prompt: 'You are a helpful assistant.'"
     assert template(QWEN2, system="").lines()[1] == "system prompt: '' (--system)"
     assert template(TRL).lines()[1] == "system prompt: none"
@@ -299,7 +299,7 @@ ODD = {  # template: what is said of it
 
 
 @pytest.mark.parametrize("text, said", ODD.items())
-def test_a_template_that_is_not_chatml_is_refused_with_its_odd_part(text, said):
+def test_a_template_that_is_not_chatml_is_refused_and_the_odd_part_is_named(text, said):
     with pytest.raises(BadCheckpoint) as refused:
         template(text)
     assert said in refused.value.cause
@@ -510,7 +510,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
-def test_a_hostile_template_is_refused_soon_in_any_thread(text):
+def test_a_hostile_template_is_refused_quickly_in_any_thread(text):
     said = []
 
     def render() -> None:

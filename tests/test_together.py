@@ -1,4 +1,4 @@
-"""Laws of features combined: mixtures, choices, conversations, adapters."""
+"""Tests of features combined: mixtures, choices, conversations, adapters."""
 
 import json
 

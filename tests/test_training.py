@@ -1,4 +1,4 @@
-"""Laws of whole training runs: train.py on a toy checkpoint and small sums."""
+"""Tests of whole training runs: train.py on a toy checkpoint and small sums."""
 
 import itertools
 import json
