@@ -48,7 +48,7 @@ from tests.adapter_helpers import (
 QV = ["q_proj", "v_proj"]
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 TABLE = "base_model.model.model.embed_tokens.weight"
-CASES = Path("/work/shared/cases/make_cases.py")
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "make_cases.py"
 
 
 @pytest.fixture(scope="module")
