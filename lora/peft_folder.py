@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from errors import listed
 from lora.config import LoRAConfig, last_part, of_layer
 from lora.foreign import CONFIG, WEIGHTS, check_folder
-from lora.peft_settings import MERGE, Problem, Settings, plain_name, read_settings, refuse
+from lora.peft_settings import MERGE, Fault, Settings, plain_name, read_settings, refuse
 from lora.peft_tensors import (
     PREFIX,
     Tensors,
@@ -90,7 +90,7 @@ class AdapterFolder:
         }
         return {name: full[name] for name in self.tensors.layers if name in full}
 
-    def problems(self, model: nn.Module) -> list[Problem]:
+    def problems(self, model: nn.Module) -> list[Fault]:
         """What does not fit `model`, which may be on the meta device; values are not compared."""
         names, layers, found = self.names_in(model), self.tensors.layers, []
         for name in sorted(layers.keys() - names.keys()):
@@ -105,15 +105,15 @@ class AdapterFolder:
             if name not in state:
                 found.append(_unexpected(key))
             elif (shape := self.tensors.header[key].shape) != (ours := tuple(state[name].shape)):
-                found.append(Problem(f"{key} is {shape}, and {ours} in the base", TRAINED))
+                found.append(Fault(f"{key} is {shape}, and {ours} in the base", TRAINED))
         parts = {part for name in self.tensors.others.values() for part in name.split(".")}
         lacking = [m for m in self.settings.saved_modules if last_part(m) not in parts]
         if lacking:
             cause = f"modules_to_save is {', '.join(lacking)}, without tensors in {WEIGHTS}"
-            found.append(Problem(cause, INCOMPLETE))
+            found.append(Fault(cause, INCOMPLETE))
         return found
 
-    def compare_others(self, model: nn.Module) -> tuple[list[Problem], list[str]]:
+    def compare_others(self, model: nn.Module) -> tuple[list[Fault], list[str]]:
         """(problems, keys of equal tensors) of the tensors that are not an adapter's.
 
         They are compared with the base's own. PEFT also saves an embedding that it believes to be
@@ -129,12 +129,12 @@ class AdapterFolder:
             if same_values(comparable[key], tensor):
                 equal.append(key)
             else:
-                problems.append(Problem(f"{key} differs from the base's own", TRAINED))
+                problems.append(Fault(f"{key} differs from the base's own", TRAINED))
         return problems, equal
 
     def _shape_problems(
         self, name: str, keys: Mapping[str, str], model: nn.Module
-    ) -> Iterator[Problem]:
+    ) -> Iterator[Fault]:
         out_features, in_features = model.get_submodule(name).weight.shape
         rank = of_layer(name, self.config.ranks, self.config.r)
         rows = self.tensors.ranks.get(bare(name), rank)  # a wrong rank is one problem, not two
@@ -142,18 +142,18 @@ class AdapterFolder:
         if self.config.dora:
             shapes["lora_magnitude_vector"] = (out_features,)
         elif key := keys.get("lora_magnitude_vector"):
-            yield Problem(f"{key} is not expected: use_dora is false", OTHER_CONFIG)
+            yield Fault(f"{key} is not expected: use_dora is false", OTHER_CONFIG)
         for matrix, shape in shapes.items():
             if matrix not in keys:
-                yield Problem(f"{peft_key(f'{name}.{matrix}')} is missing", INCOMPLETE)
+                yield Fault(f"{peft_key(f'{name}.{matrix}')} is missing", INCOMPLETE)
                 continue
             found = self.tensors.header[keys[matrix]].shape
             if found != shape and 0 not in found:  # an empty tensor has a problem of its own
                 other_rank = matrix == "lora_A" and found[1:] == shape[1:]
                 remedy = OTHER_CONFIG if other_rank else OTHER_BASE
-                yield Problem(f"{keys[matrix]} is {found}, not {shape}", remedy)
+                yield Fault(f"{keys[matrix]} is {found}, not {shape}", remedy)
 
-    def _selection_problems(self, names: set[str], model: nn.Module) -> Iterator[Problem]:
+    def _selection_problems(self, names: set[str], model: nn.Module) -> Iterator[Fault]:
         """Layers without tensors that the config selects, and the reverse."""
         adaptable = nn.Linear | nn.Embedding
         modules = (name for name, m in model.named_modules() if isinstance(m, adaptable))
@@ -161,11 +161,11 @@ class AdapterFolder:
         for name in sorted(selected - names):
             for matrix in ("lora_A", "lora_B"):
                 remedy = HEAD if _is_table(name) else INCOMPLETE
-                yield Problem(f"{peft_key(f'{name}.{matrix}')} is missing", remedy)
+                yield Fault(f"{peft_key(f'{name}.{matrix}')} is missing", remedy)
         for name in sorted(names - selected):
             keys = listed(self.tensors.layers[bare(name)].keys.values())
             cause = f"{keys}: not expected, by {self.settings.selection()}"
-            yield Problem(cause, OTHER_CONFIG)
+            yield Fault(cause, OTHER_CONFIG)
 
 
 def _targets(settings: Settings, tensors: Tensors) -> tuple[str, ...]:
@@ -197,7 +197,7 @@ def _by_name(values: Mapping[str, T], default: T) -> dict[str, T]:
     return {key: value for key, value in (own | shared).items() if value != default}
 
 
-def _pattern_problems(settings: Settings, tensors: Tensors) -> Iterator[Problem]:
+def _pattern_problems(settings: Settings, tensors: Tensors) -> Iterator[Fault]:
     """Entries of rank_pattern and alpha_pattern that match no layer with tensors."""
     paths = {layer.path for layer in tensors.layers.values()}
     patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
@@ -209,19 +209,19 @@ def _pattern_problems(settings: Settings, tensors: Tensors) -> Iterator[Problem]
                 unmatched.append(key)
         if unmatched:
             cause = f"{field}: no adapted layer is named {', '.join(unmatched)}"
-            yield Problem(cause, UNUSED_ENTRY)
+            yield Fault(cause, UNUSED_ENTRY)
     if _plain_pattern(settings.rank_pattern) is not None:
         return
     ranks, allowed = set(tensors.ranks.values()), {settings.r, *settings.rank_pattern.values()}
     for key, rank in settings.rank_pattern.items():
         if rank not in ranks:
-            yield Problem(f"rank_pattern: no layer has the rank {rank} of {key!r}", OTHER_CONFIG)
+            yield Fault(f"rank_pattern: no layer has the rank {rank} of {key!r}", OTHER_CONFIG)
     if ranks - allowed:
         cause = f"layers have the ranks {sorted(ranks - allowed)}: neither r nor in rank_pattern"
-        yield Problem(cause, OTHER_CONFIG)
+        yield Fault(cause, OTHER_CONFIG)
 
 
-def _unexpected(key: str) -> Problem:
+def _unexpected(key: str) -> Fault:
     parts = key.split(".")
     if "language_model" in parts or "visual" in parts:
         remedy = VISION
@@ -231,16 +231,16 @@ def _unexpected(key: str) -> Problem:
         remedy = HEAD
     else:
         remedy = OTHER_BASE
-    return Problem(f"{key} is not expected", remedy)
+    return Fault(f"{key} is not expected", remedy)
 
 
-def _no_layers(tensors: Tensors) -> Problem:
+def _no_layers(tensors: Tensors) -> Fault:
     if not tensors.header:
-        return Problem("it holds no tensors: what was trained was not saved", ADAPTER_ONLY)
+        return Fault("it holds no tensors: what was trained was not saved", ADAPTER_ONLY)
     first = min(tensors.header)
     found = _unexpected(first)
     remedy = ADAPTER_ONLY if found.remedy == OTHER_BASE else found.remedy
-    return Problem(f"it holds no tensors of PEFT's adapters, but {first}", remedy)
+    return Fault(f"it holds no tensors of PEFT's adapters, but {first}", remedy)
 
 
 def _is_table(name: str) -> bool:

@@ -20,7 +20,7 @@ from lora.foreign import CONFIG, WEIGHTS
 from lora.inject import inject, load_trained, trained_parameters
 from lora.layer import LoRALinear
 from lora.peft_folder import INCOMPLETE, OTHER_BASE, AdapterFolder, peft_key
-from lora.peft_settings import Problem, refuse
+from lora.peft_settings import Fault, refuse
 from lora.peft_tensors import read_tensors
 
 NOT_FINITE = "train the adapter again, or give an earlier checkpoint of it"
@@ -92,7 +92,7 @@ def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None
     for key, tensor in read_tensors(folder / WEIGHTS, parameters):
         tensors[parameters[key]] = tensor.float()
         if not _finite(tensor):
-            problems.append(Problem(f"{key} holds NaN or infinity", NOT_FINITE))
+            problems.append(Fault(f"{key} holds NaN or infinity", NOT_FINITE))
     differing, ignored = adapter.compare_others(model)
     _refuse_all(folder, problems + differing)
     inject(model, replace(config, targets=tuple(names.values())))
@@ -127,7 +127,7 @@ def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str | None, str | Non
     return adapter.config, adapter.settings.base, adapter.settings.revision
 
 
-def _refuse_all(folder: Path, problems: list[Problem]) -> None:
+def _refuse_all(folder: Path, problems: list[Fault]) -> None:
     if problems:
         is_other = any(problem.remedy in (OTHER_BASE, INCOMPLETE) for problem in problems)
         refuse(f"{folder} does not fit its base" if is_other else folder, problems)

@@ -66,7 +66,7 @@ UNKNOWN = (
 PLAIN_KEYS = f"write the names of the layers in its place in {CONFIG}, such as 'layers.0.q_proj'"
 
 
-class Problem(NamedTuple):
+class Fault(NamedTuple):
     """Something that cannot be honored, and what the user can do about it."""
 
     cause: str
@@ -156,7 +156,7 @@ def read_settings(folder: Path) -> Settings:
     )
 
 
-def refuse(where: Path | str, problems: list[Problem]) -> NoReturn:
+def refuse(where: Path | str, problems: list[Fault]) -> NoReturn:
     """Raise BadAdapter with all problems and the remedy of each kind."""
     remedies = dict.fromkeys(problem.remedy for problem in problems)
     raise BadAdapter(
@@ -178,14 +178,14 @@ def plain_name(key: str) -> tuple[str, bool] | None:
     return (name, is_full) if _is_name(name) else None
 
 
-def _problems(raw: dict[str, Any]) -> list[Problem]:
+def _problems(raw: dict[str, Any]) -> list[Fault]:
     """Everything in the config that cannot be honored."""
     if raw.get("peft_type") != "LORA":
-        return [Problem(f"peft_type is {raw.get('peft_type')!r}, not 'LORA'", UNSUPPORTED)]
+        return [Fault(f"peft_type is {raw.get('peft_type')!r}, not 'LORA'", UNSUPPORTED)]
     long = [field for field, value in raw.items() if isinstance(value, list | dict | str)
             and len(value) > LONGEST]  # fmt: skip
     if long:
-        return [Problem(f"{', '.join(long)}: more than {LONGEST:,} entries", UNSUPPORTED)]
+        return [Fault(f"{', '.join(long)}: more than {LONGEST:,} entries", UNSUPPORTED)]
     wrong = []
     if not _is_rank(raw.get("r")):
         wrong.append(f"r is {raw.get('r')!r}")
@@ -205,18 +205,18 @@ def _problems(raw: dict[str, Any]) -> list[Problem]:
         if not isinstance(raw.get(field, False), bool)
     ]
     wrong += _selection_problems(raw)
-    problems = [Problem(cause, f"correct {CONFIG}, or save the adapter again") for cause in wrong]
+    problems = [Fault(cause, f"correct {CONFIG}, or save the adapter again") for cause in wrong]
     if not wrong and (keys := [k for k in raw.get("alpha_pattern") or () if not plain_name(k)]):
         cause = f"alpha_pattern has {listed(map(repr, keys))}: an expression, which is not run"
-        problems.append(Problem(cause, PLAIN_KEYS))
+        problems.append(Fault(cause, PLAIN_KEYS))
     for field, unused in UNUSED.items():
         if field in raw and raw[field] not in unused:
             is_convertible = str(raw[field]).startswith(CONVERTIBLE)
             remedy = CONVERT if is_convertible else UNSUPPORTED
-            problems.append(Problem(f"{field} is {raw[field]!r}", remedy))
+            problems.append(Fault(f"{field} is {raw[field]!r}", remedy))
     known = UNUSED.keys() | READ | HARMLESS
     problems += [
-        Problem(f"{field} is {value!r}, a setting of another version of PEFT", UNKNOWN)
+        Fault(f"{field} is {value!r}, a setting of another version of PEFT", UNKNOWN)
         for field, value in raw.items()
         if field not in known and not _is_off(value)
     ]

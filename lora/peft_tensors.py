@@ -18,7 +18,7 @@ from torch import Tensor
 
 from errors import BadAdapter, listed
 from lora.foreign import is_lfs_pointer
-from lora.peft_settings import Problem
+from lora.peft_settings import Fault
 
 PREFIX = "base_model.model."
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -55,7 +55,7 @@ class Tensors:
     header: dict[str, Shape]  # by key
     layers: dict[str, Layer]  # by the layer's bare name
     others: dict[str, str]  # key -> bare name of the base's tensor that it would be
-    problems: list[Problem]
+    problems: list[Fault]
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -116,14 +116,14 @@ def sort_keys(header: dict[str, Shape]) -> Tensors:
         layer = layers.setdefault(bare(parts[:place]), Layer(_path(parts[:place])))
         first = layer.keys.setdefault(parts[place], key)
         if first != key and len(adapters) == 1:
-            problems.append(Problem(f"{first} and {key} are the same matrix", RESAVE))
+            problems.append(Fault(f"{first} and {key} are the same matrix", RESAVE))
         if 0 in shape:
-            problems.append(Problem(f"{key} is empty", GATHER))
+            problems.append(Fault(f"{key} is empty", GATHER))
         elif not is_float:
-            problems.append(Problem(f"{key} is not a floating-point tensor", DAMAGED))
+            problems.append(Fault(f"{key} is not a floating-point tensor", DAMAGED))
     if len(adapters) > 1:
         names = listed(sorted(name or "one without a name" for name in adapters))
-        problems.append(Problem(f"it holds {len(adapters)} adapters: {names}", ONE_ADAPTER))
+        problems.append(Fault(f"it holds {len(adapters)} adapters: {names}", ONE_ADAPTER))
     return Tensors(header, layers, others, problems)
 
 
