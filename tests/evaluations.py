@@ -101,7 +101,7 @@ def kill_repeatedly(arguments: list[str], out: Path, kills: int) -> int:
         while logged_bytes(out) == before and time.monotonic() < deadline:
             assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself: give it more rows"
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
+        time.sleep(rng.uniform(0, 0.006))  # one answer takes a few milliseconds
         os.kill(child, signal.SIGKILL)
         died += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     return died
