@@ -99,6 +99,7 @@ def kill_repeatedly(arguments: list[str], out: Path, kills: int) -> int:
         before, child = logged_bytes(out), start(arguments)
         deadline = time.monotonic() + 60
         while logged_bytes(out) == before and time.monotonic() < deadline:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended by itself: give it more rows"
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.campaign
 
 
 def test_an_evaluation_killed_200_times_equals_a_whole_one(tuned, tmp_path):
-    assert_killed_equals_whole(tuned, tmp_path, rows=320, kills=200)
+    assert_killed_equals_whole(tuned, tmp_path, rows=1000, kills=200)
 
 
 @pytest.mark.parametrize("part", range(10))
