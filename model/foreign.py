@@ -212,8 +212,8 @@ QUANTIZED_NAMES = re.compile(
 )
 QUANTIZED_DTYPES = re.compile(r" is (U8|I8|I32|U32|F8_\w+|F4\w*|I16),")
 TENSORS = (
-    (QUANTIZED_NAMES, UNQUANTIZED),
-    (QUANTIZED_DTYPES, UNQUANTIZED),
+    (QUANTIZED_NAMES, "its weights are quantized: " + UNQUANTIZED),
+    (QUANTIZED_DTYPES, "its weights are quantized: " + UNQUANTIZED),
     (
         re.compile(r"lora_[AB]\b|lora_magnitude|\.base_layer\."),
         "it holds an adapter that is not merged: save it after PEFT's merge_and_unload()",
@@ -237,7 +237,8 @@ TENSORS = (
     ),
     (
         re.compile(r"^(model\.embed_tokens|lm_head)\.weight is \("),
-        "its vocabulary was resized: give the config.json that was saved with these weights",
+        "its vocabulary was resized: give the config.json that was saved with these weights, or set"
+        " vocab_size in it to the rows of the embedding",
     ),
     (re.compile(r"inv_freq is not expected"), RESAVE),
     (re.compile(r" is (F64|BOOL|I64)[, ]"), RESAVE.replace("'auto'", "'bfloat16'")),

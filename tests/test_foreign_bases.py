@@ -277,7 +277,7 @@ REFUSED = {
                         renamed(lambda n: n.replace("proj.weight", "proj.qweight"))(f)),
              "quantized (gptq, 4 bits)", "quantized from"),
     "awq without a word": (renamed(lambda n: n.replace("proj.weight", "proj.qweight")),
-                           "qweight is not expected", "quantized from"),
+                           "qweight is not expected", "weights are quantized: give the checkpoint"),
     "mlx": (lambda f: (config(quantization={"group_size": 64, "bits": 4})(f),
                        tensors(model__layers__0__scales=torch.zeros(1))(f)),
             "quantized (mlx)", "quantized from"),
