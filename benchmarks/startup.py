@@ -36,6 +36,7 @@ PARTS = {
     "train:load_mixture": "read rows",
     "train:Base.find": "find the base",
     "run.base:ChatFormat.from_folder": "tokenizer",
+    "train:Qwen2": "network without weights",  # its first embedding imports torch._dynamo
     "train:added_parameters": "find the layers to adapt",
     "concurrent.futures:Future.result": "wait for the hash of the base",
     "train:mixture_identity": "hash of the rows",

@@ -91,6 +91,6 @@ def test_the_startup_benchmark_divides_all_seconds_to_the_first_step(checkpoint,
     options = ["--model", str(checkpoint), "--data", str(arithmetic), "--max-steps", "1"]
     found = startup.measure(FOLDER.parent, options)
     parts = list(found)[: list(found).index("to the first step")]
-    assert {"import torch", "weights", "adapters", "everything else"} <= set(parts)
+    assert {"import torch", "network without weights", "weights", "everything else"} <= set(parts)
     assert sum(found[part] for part in parts) == pytest.approx(found["to the first step"])
     assert found["first step"] > 0
