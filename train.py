@@ -55,11 +55,10 @@ from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import (
     DTYPES,
+    check_halving,
     check_trained,
     describe,
-    is_out_of_memory,
     no_finite_gradient,
-    out_of_memory,
     peak_memory_gb,
     pick_device,
     versions,
@@ -201,12 +200,12 @@ def main(argv: list[str] | None = None) -> int:
         system=config.system, chat_template=config.chat_template,
         adapter=Path(config.from_adapter) if config.from_adapter else None,
     )  # fmt: skip
+    fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # runs in the background
     with torch.device("meta"):
         network = Qwen2(base.config)
     if config.from_adapter:
         check_adapter(Path(config.from_adapter), network)
     trainable = added_parameters(network, lora)  # BadOption if the options do not fit the base
-    fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # runs in the background
     if config.show_example:
         for part in mixture:
             console.show_example(part.source, base.chat)
@@ -336,9 +335,8 @@ def train(
             found = validate(config, progress, data, base, model, world, stop)
             stopping = found is None  # a stop was requested; the validation is repeated on resuming
             if found:
-                is_best = progress.record_validation(
-                    found["val_loss"], found.get("val_exact_match")
-                )
+                scores = found["val_loss"], found.get("val_exact_match")
+                is_best = progress.record_validation(*scores)
                 progress.stopped = progress.reason_finished(*goal)
                 if is_best and world.is_main:
                     publish_best(model, lora, base, run, progress)
@@ -368,10 +366,8 @@ def train(
             for examples in step.micro_batches:
                 sums += forward_backward(model, examples, step, seed=config.seed, scaler=scaler)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(examples) == 1 or world.size > 1:  # ranks cannot agree in the middle of a step
-                raise out_of_memory([len(e.tokens) for e in examples], error) from error
+            # Ranks cannot agree in the middle of a step, so that only a single one continues.
+            check_halving(error, [len(e.tokens) for e in examples], alone=world.size == 1)
             progress.halved += 1  # the same step again, with micro-batches half as large
             bar.write("out of memory: micro-batches are half as large from now on")
             optimizer.zero_grad()
@@ -404,20 +400,17 @@ def train(
         bar.update()
         bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         log.write(
-            step=progress.step,
-            epoch=data.schedule.epochs_in(progress.cursor),
-            train_loss=train_loss,
-            train_token_accuracy=correct / step.supervised_count,
-            learning_rate=lr,
-            grad_norm=grad_norm,
-            tokens_per_second=speed,
-            peak_memory_gb=peak_memory_gb(base.device),
+            step=progress.step, epoch=data.schedule.epochs_in(progress.cursor),
+            train_loss=train_loss, train_token_accuracy=correct / step.supervised_count,
+            learning_rate=lr, grad_norm=grad_norm,
+            tokens_per_second=speed, peak_memory_gb=peak_memory_gb(base.device),
             **({} if finite else {"skipped_rows": step.row_ids}),
-        )
-        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW:
-            # A smaller scale may make gradients finite, but not a loss.
-            if not math.isfinite(nats) or scaler.get_scale() <= 1:
-                raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
+        )  # fmt: skip
+        # A smaller scale may make gradients finite, but not a loss.
+        if progress.skipped_in_a_row >= SKIPS_IN_A_ROW and (
+            not math.isfinite(nats) or scaler.get_scale() <= 1
+        ):
+            raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
     bar.close()
     return progress
 

@@ -172,16 +172,22 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
-def out_of_memory(lengths: list[int], error: Exception) -> TrainingFailed:
-    """The error for a micro-batch of sequences of these lengths that does not fit into memory."""
+def check_halving(error: Exception, lengths: list[int], *, alone: bool) -> None:
+    """Return if memory ran out in a micro-batch of sequences of these lengths, and halves of it may
+    fit; else raise: the error itself if it is another one, TrainingFailed if there is no half.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if len(lengths) > 1 and alone:
+        return
     reason = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
     fewer = f"leave out long rows with --max-length {max(lengths) - 1}"
     if len(lengths) > 1:
         fewer = f"use a --batch-size below {len(lengths)}"
-    return TrainingFailed(
+    raise TrainingFailed(
         f"{len(lengths)} sequences of {sum(lengths)} tokens do not fit into memory: {reason[:200]}",
         f"{fewer}, a smaller --precision, or fewer --targets, with another --out",
-    )
+    ) from error
 
 
 def no_finite_gradient(
