@@ -112,7 +112,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         assert len(q) == len(k), "the backward pass needs all queries of the example"
         (L, H, D), G = q.shape, k.shape[1]
-        grad_q = torch.empty(L, H, D, dtype=q.dtype)
+        grad_q = torch.empty(L, H, D, dtype=q.dtype, device=q.device)
         grad_k, grad_v = torch.zeros(2, L, G, D, device=v.device)  # fp32: they sum over blocks
         along = torch.linalg.vecdot(grad.float(), out.float())[..., None]  # (L, H, 1)
         half_k = k.to(v.dtype)
@@ -279,7 +279,8 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: in
 
     Arguments and result are those of `attend_varlen`.
     """
-    lengths = offsets.diff().tolist()
+    ends = offsets.tolist()
+    lengths = [end - start for start, end in zip(ends, ends[1:])]
     examples = zip(*(x.float().split(lengths) for x in (q, k, v)), strict=True)
     return torch.cat([attend_blockwise(*example) for example in examples]).to(v.dtype)  # (T, H, D)
 

@@ -255,6 +255,12 @@ def test_values_and_gradients_of_one_example_equal_the_plain_formulas(length, he
         torch.testing.assert_close(blockwise, plain, rtol=2e-6, atol=2e-6)  # sums in fp32
 
 
+def test_the_explicit_formula_allocates_on_the_device_of_its_inputs():
+    q, k, v = (x.to("meta").requires_grad_() for x in inputs(torch.float32))
+    y = attend_blockwise(q, k, v)
+    assert {g.device.type for g in torch.autograd.grad(y.sum(), (q, k, v))} == {"meta"}
+
+
 def test_large_scores_keep_their_digits_in_half_precision():
     q = torch.full((2, 1, 64), 8.0)
     k = torch.stack([torch.full((1, 64), 8.0), torch.full((1, 64), 8.03)])  # 4096 and 4111 / 8
