@@ -65,6 +65,7 @@ from run.device import (
 )
 from run.distributed import World
 from run.folder import Progress, Run, check_place, check_space, default_folder, lock
+from run.fp16 import settle_fp16
 from run.options import option, parse, to_json
 from run.stopping import Stop, StopRequested
 
@@ -210,6 +211,10 @@ def main(argv: list[str] | None = None) -> int:
         for part in mixture:
             console.show_example(part.source, base.chat)
         return 0
+
+    rows = [row for part in mixture for row in part.source.train]
+    saved = run.identity.get("precision")
+    base = settle_fp16(base, config.precision, saved, rows, config.max_length)
 
     # 3. The run: new, resumed, or refused because the folder holds another one.
     world = distributed.join(device)

@@ -1,16 +1,18 @@
 """Causal attention over a flat micro-batch: tokens attend only within their own example.
 
-On a GPU, one variable-length kernel processes all examples. Elsewhere there is one call per
-example, which costs no more, since the work grows with the square of each example's length. For
-half precision on a CPU that call is implemented below, because PyTorch's own has a slow backward
-pass there. `plain_attention` in `qwen2.py` is the same formula in plain PyTorch.
+On a GPU, one call processes all examples: by a variable-length kernel if one works there, else on
+examples padded for the call. On a CPU there is one call per example, which costs no more, since the
+work grows with the square of each example's length. For half precision on a CPU that call is
+implemented below, because PyTorch's own has a slow backward pass there. `plain_attention` in
+`qwen2.py` is the same formula in plain PyTorch.
 
 Legend: T tokens of the micro-batch, L queries and N keys of one example, n queries of a block, H
-query heads, G key/value heads, D head size.
+query heads, G key/value heads, D head size; in `attend_padded`, B examples of at most L tokens.
 """
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 
 import torch
@@ -19,26 +21,32 @@ from torch import Tensor
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
+# attend(q (T, H, D), k (T, G, D), v (T, G, D), offsets (examples + 1,), longest) -> (T, H, D)
+AttendAll = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
 
 class FlatAttention:
     """`attend(layer, q, k, v)` for concatenated examples of the given lengths.
 
-    `offsets`, int32 (examples + 1,), are the boundaries of the examples; None except on CUDA.
+    `offsets`, int32 (examples + 1,), are the boundaries of the examples; None on a CPU.
     """
 
     def __init__(self, lengths: list[int], device: torch.device):
         self.lengths = lengths
         self.offsets = None
-        if device.type == "cuda":
+        if device.type != "cpu":
             ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            offsets = F.pad(ends, (1, 0)).pin_memory()  # pinned, so that the copy is asynchronous
+            offsets = F.pad(ends, (1, 0))
+            if device.type == "cuda":
+                offsets = offsets.pin_memory()  # so that the copy is asynchronous
             self.offsets = offsets.to(device, non_blocking=True)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, D), (T, G, D), (T, G, D) -> (T, H, D)."""
-        if self.offsets is not None and varlen_works(q.device, q.dtype, q.shape[1:], k.shape[1:]):
-            return attend_varlen(q, k, v, self.offsets, max(self.lengths))
-        return attend_each(q, k, v, self.lengths)
+        if self.offsets is None:
+            return attend_each(q, k, v, self.lengths)
+        attend = working_kernel(q.device, q.dtype, q.shape[1:], k.shape[1:])
+        return attend(q, k, v, self.offsets, max(self.lengths))
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -89,7 +97,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (L, H, D), G = q.shape, k.shape[1]
         earlier = len(k) - L
-        out = torch.empty(L, H, D, dtype=v.dtype)
+        out = torch.empty(L, H, D, dtype=v.dtype, device=v.device)
         for start, end in _blocks(L):
             queries = _by_group(q[start:end], G)  # (G, nH/G, D)
             p = _probabilities(queries, k[: earlier + end], H // G)  # (G, nH/G, earlier + end)
@@ -104,8 +112,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         assert len(q) == len(k), "the backward pass needs all queries of the example"
         (L, H, D), G = q.shape, k.shape[1]
-        grad_q = torch.empty(L, H, D, dtype=q.dtype)
-        grad_k, grad_v = torch.zeros(2, L, G, D)  # fp32, since they accumulate over blocks
+        grad_q = torch.empty(L, H, D, dtype=q.dtype, device=q.device)
+        grad_k, grad_v = torch.zeros(2, L, G, D, device=v.device)  # fp32: they sum over blocks
         along = torch.linalg.vecdot(grad.float(), out.float())[..., None]  # (L, H, 1)
         half_k = k.to(v.dtype)
         for start, end in _blocks(L):
@@ -142,49 +150,74 @@ def _probabilities(queries: Tensor, k: Tensor, heads: int) -> Tensor:
     """
     G, _, D = queries.shape
     N, n = len(k), queries.shape[1] // heads
-    later = torch.full((n, N), -torch.inf).triu_(N - n + 1)  # (n, N): -inf at later keys, else 0
+    later = torch.full((n, N), -torch.inf, device=k.device)
+    later = later.triu_(N - n + 1)  # (n, N): -inf at later keys, else 0
     scores = queries @ k.permute(1, 2, 0)  # (G, n * heads, N)
     scores = scores.view(G, n, heads, N).mul_(D**-0.5).add_(later[:, None])
     return torch.softmax(scores, dim=-1, out=scores).flatten(1, 2)  # (G, n * heads, N)
 
 
-@functools.cache
-def varlen_works(
-    device: torch.device, dtype: torch.dtype, queries: tuple[int, int], keys: tuple[int, int]
-) -> bool:
-    """Whether the variable-length kernel runs here and agrees with `attend_each`.
+# All examples in one call, on a GPU.
 
-    It needs an Ampere GPU and half precision, and PyTorch may still change its interface. It is
-    tried once for each device, dtype, and shape of `queries` (H, D) and `keys` (G, D); the result
-    is printed.
+
+@functools.cache
+def working_kernel(
+    device: torch.device, dtype: torch.dtype, queries: tuple[int, int], keys: tuple[int, int]
+) -> AttendAll:
+    """The first of KERNELS that runs on this device and agrees with `attend_plainly`.
+
+    Which one it is depends on the GPU and the version of PyTorch. They are tried once for each
+    device, dtype, and shape of `queries` (H, D) and `keys` (G, D); rank 0 prints the result.
     """
-    if dtype not in HALF_PRECISION:
-        return False
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            generator = torch.Generator(device).manual_seed(0)
-            offsets = torch.tensor([0, 40, 43], dtype=torch.int32, device=device)
-            inputs = [
-                torch.randn(43, *heads, generator=generator, device=device, dtype=dtype)
-                for heads in (queries, keys, keys)
-            ]
-            inputs = [x.requires_grad_() for x in inputs]
-            results = []
-            for y in (attend_varlen(*inputs, offsets, 40), attend_each(*inputs, [40, 3])):
-                results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
-        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results))
-        problem = None if error < 0.02 else f"differs from one call per example by {error:.2g}"
-    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as failure:
-        problem = str(failure).splitlines()[0][:80]
-    chosen = "one variable-length call" if problem is None else f"one call per example ({problem})"
-    print(f"attention: {chosen}")
-    return problem is None
+    chosen, problems = "the plain formula, one example at a time", []
+    for name, attend in KERNELS.items():
+        try:
+            error = kernel_error(attend, device, dtype, queries, keys)
+            problem = f"differs by {error:.2g}"
+        except torch.OutOfMemoryError:
+            raise
+        except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as failure:
+            error, problem = torch.inf, (str(failure).splitlines() or [repr(failure)])[0][:80]
+        if error < (0.02 if dtype in HALF_PRECISION else 1e-3):
+            chosen = name
+            break
+        problems.append(f"\n  not {name}: {problem}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"attention in {str(dtype).removeprefix('torch.')}: {chosen}{''.join(problems)}")
+    return KERNELS.get(chosen, attend_plainly)
+
+
+def kernel_error(
+    attend: AttendAll,
+    device: torch.device,
+    dtype: torch.dtype,
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+) -> float:
+    """The largest relative difference of values and gradients from `attend_plainly`.
+
+    The arguments are those of `working_kernel`.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        generator = torch.Generator(device).manual_seed(0)
+        offsets = torch.tensor([0, 40, 43], dtype=torch.int32, device=device)
+        inputs = [
+            torch.randn(43, *heads, generator=generator, device=device, dtype=dtype)
+            for heads in (queries, keys, keys)
+        ]
+        inputs = [x.requires_grad_() for x in inputs]
+        results = []
+        for y in (attend(*inputs, offsets, 40), attend_plainly(*inputs, offsets, 40)):
+            results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+        errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(*results)]
+        return torch.stack(errors).max().item()
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """All examples in one call of the variable-length flash kernel (CUDA, half precision).
+    """By PyTorch's variable-length flash kernel: half precision, on Ampere GPUs and newer.
 
-    (T, H, D), (T, G, D), (T, G, D) -> (T, H, D); `offsets (examples + 1,)` are their boundaries.
+    (T, H, D), (T, G, D), (T, G, D) -> (T, H, D); `offsets (examples + 1,)` are the boundaries of
+    the examples, the longest of which has `longest` tokens.
     """
     return varlen_kernel()(q, k, v, offsets, offsets, longest, longest)
 
@@ -203,3 +236,63 @@ def varlen_kernel() -> Callable[..., Tensor]:
     if "enable_gqa" in known:  # from 2.12 on; earlier kernels take grouped heads without it
         options["enable_gqa"] = True
     return functools.partial(varlen_attn, **options)
+
+
+def attend_efficient(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """By the kernel of PyTorch's memory-efficient attention: any dtype, on CUDA GPUs from 2014 on.
+
+    Arguments and result are those of `attend_varlen`. The kernel needs as many key as query heads.
+    It is the internal function that scaled_dot_product_attention calls for nested tensors.
+    """
+    k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))  # (T, H, D)
+    y, *_ = torch.ops.aten._efficient_attention_forward(
+        q[None], k[None], v[None], None, offsets, offsets, longest, longest,
+        dropout_p=0.0, custom_mask_type=CAUSAL_FROM_TOP_LEFT, compute_log_sumexp=True,
+    )  # fmt: skip
+    return y[0]  # (T, H, D)
+
+
+CAUSAL_FROM_TOP_LEFT = 1  # sdp::CustomMaskType: the first query of an example sees its first key
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """By one call on examples padded to the longest: any device.
+
+    Arguments and result are those of `attend_varlen`. The padding comes after each example, where
+    no causal query sees it, so it needs no mask.
+    """
+    B, tokens = len(offsets) - 1, torch.arange(len(q), device=q.device)  # (T,)
+    example = (tokens[:, None] >= offsets[1:]).sum(1)  # (T,)
+    slots = tokens - offsets[example] + example * longest  # (T,): of a token in (B * L,)
+
+    def pad(x: Tensor) -> Tensor:
+        padded = x.new_zeros(B * longest, *x.shape[1:]).index_add(0, slots, x)
+        return padded.unflatten(0, (B, longest)).transpose(1, 2)  # (B, H, L, D)
+
+    k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))  # (T, H, D)
+    y = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True)  # (B, H, L, D)
+    return y.transpose(1, 2).flatten(0, 1).index_select(0, slots)  # (T, H, D)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """By `attend_blockwise` in fp32 on each example: any device, slow, and the host waits.
+
+    Arguments and result are those of `attend_varlen`.
+    """
+    ends = offsets.tolist()
+    lengths = [end - start for start, end in zip(ends, ends[1:])]
+    examples = zip(*(x.float().split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([attend_blockwise(*example) for example in examples]).to(v.dtype)  # (T, H, D)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """(T, G, D) -> (T, H, D): each key or value head, once for each query head that uses it."""
+    T, G, D = x.shape
+    return x[:, :, None].expand(T, G, heads // G, D).reshape(T, heads, D)
+
+
+KERNELS: dict[str, AttendAll] = {  # in the order of preference
+    "one variable-length call": attend_varlen,
+    "one call of the memory-efficient kernel": attend_efficient,
+    "one call on padded examples": attend_padded,
+}

@@ -94,6 +94,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        if torch.compiler.is_compiling():  # PyTorch 2.11 drops gradients of `out=`
+            return F.silu(gate) * up
         out = torch.empty_like(gate)
         for g, u, o in _blocks(gate, up, out):
             torch.ops.aten.silu.out(g, out=o).mul_(u)
@@ -103,7 +105,7 @@ class _SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if torch.compiler.is_compiling():  # PyTorch 2.11 loses gradients that are written in place
+        if torch.compiler.is_compiling():
             return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         for g, u, d, dg, du in _blocks(gate, up, grad, grad_gate, grad_up):

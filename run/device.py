@@ -31,6 +31,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "auto":
         refuse_idle_gpu()
         name = next(kind for kind, there in available.items() if there)
+        if name == "cpu" and torch.xpu.is_available():
+            print("this machine's Intel GPU is not used: nothing here has been tried on XPU")
     if not available[name]:
         raise BadOption(
             f"--device {name}: PyTorch {torch.__version__} finds no such device here",
@@ -111,7 +113,9 @@ def cpu_bf16_feature() -> str | None:
 def prepare(device: torch.device) -> None:
     """Set up PyTorch for the device; call it before the first large tensor.
 
-    On CUDA, no attention may choose cuDNN. On a CPU, the allocator keeps freed memory.
+    On CUDA, no attention may choose cuDNN, and the allocator's segments can grow: each step has
+    other sizes, for which fixed segments would hold a third more memory than is used. On a CPU, the
+    allocator keeps freed memory.
 
     A training step frees and reallocates gigabytes. Every page returned to the system costs a page
     fault when it is needed again, which takes longer than the arithmetic on it. So glibc keeps what
@@ -119,6 +123,9 @@ def prepare(device: torch.device) -> None:
     """
     if device.type == "cuda":  # cuDNN builds a plan for each new length, which takes half a second
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Read when CUDA first allocates; PyTorch before 2.9 knows only this name.
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if device.type == "cpu":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if platform.libc_ver()[0] == "glibc":

@@ -5,13 +5,21 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import files
+from data import load_source
 from progress_bar import progress_bar
+from run import device as run_device
+from run.base import Base
+from run.device import pick_device, prepare
 from run.folder import OWNER, lock
+from run.fp16 import overflows, settle_fp16
 from tests import toys
 from tests.scripts import script
 
@@ -23,6 +31,7 @@ WINDOWS = """
 import sys, signal, os, errno
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
+os.environ["USERNAME"] = "someone"
 del signal.SIGHUP, signal.SIGPIPE, os.geteuid
 """
 
@@ -135,3 +144,69 @@ def test_a_progress_bar_in_a_log_file_writes_whole_lines(capfd):
     assert found.out == "a line\n"
     lines = found.err.splitlines()
     assert len(lines) >= 4 and all(line.startswith("x:") and "\r" not in line for line in lines)
+
+
+# fp16, on GPUs without bf16 units
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """A base that is finite in fp32, and whose MLPs exceed 65504."""
+    folder = toys.write_checkpoint(tmp_path_factory.mktemp("fp16") / "base", hidden=32, std=0.3)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "down_proj" in name or "up_proj" in name:
+            tensors[name] *= 1e4  # which fp16 holds, but not the product of the two
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_auto_takes_fp32_where_fp16_overflows_and_a_resumed_run_stays_as_it_began(
+    overflowing, flags
+):
+    rows = load_source(str(flags[3])).train
+    bases = [Base.find(str(f), precision="fp16", device="cpu") for f in (overflowing, flags[1])]
+    for base, expected in zip(bases, (["fp32", "fp32", "fp16"], ["fp16", "fp32", "fp16"])):
+        settled = [settle_fp16(base, "auto", saved, rows, 2048) for saved in (None, "fp32", "fp16")]
+        assert [s.precision for s in settled] == expected
+    assert settle_fp16(bases[1], "fp16", None, rows, 2048) is bases[1]
+    assert "overflows in fp16" in settle_fp16(bases[0], "auto", None, rows, 2048).lines()[-1]
+    as_fp32 = replace(bases[0], precision="fp32")
+    assert settle_fp16(as_fp32, "fp32", None, rows, 2048) is as_fp32
+    assert not overflows(as_fp32, rows[:4], 2048)
+
+
+def test_fp16_that_was_requested_and_overflows_is_refused_before_the_run_has_a_folder(
+    overflowing, flags, tmp_path
+):
+    asked = ["--model", overflowing, *flags[2:4], "--device", "cpu", "--precision", "fp16"]
+    done = script("train.py", [*asked, "--out", tmp_path / "run"])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
+    assert "not finite" in done.stderr and "--precision bf16" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# Memory and devices
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_on_cuda_grows_in_place_unless_the_user_configured_it(monkeypatch, own):
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: None)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "x")  # so that it is restored
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:64")
+    prepare(torch.device("cpu"))
+    assert ("PYTORCH_CUDA_ALLOC_CONF" in os.environ) == (own == "PYTORCH_CUDA_ALLOC_CONF")
+    prepare(torch.device("cuda"))
+    kept = {None: "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == kept.get(own)
+
+
+def test_an_intel_gpu_that_is_not_used_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(run_device, "NVIDIA", ())
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert pick_device("auto").type == "cpu" and "Intel GPU is not used" in capsys.readouterr().out

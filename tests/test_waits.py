@@ -14,7 +14,8 @@ from data.batches import Schedule, flat_batch
 from data.encode import Example
 from evaluation.teacher_forced import teacher_forced
 from lora.inject import LoRAConfig, inject
-from model.attention import FlatAttention
+from model import attention
+from model.attention import FlatAttention, attend_padded
 from model.qwen2 import Qwen2, Qwen2Config
 from run.base import Base
 from run.distributed import World
@@ -44,7 +45,8 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.fixture
-def model():
+def model(monkeypatch):
+    monkeypatch.setattr(attention, "working_kernel", lambda *_: attend_padded)
     with META:
         model = Qwen2(SIZES)
     inject(model, LoRAConfig())
