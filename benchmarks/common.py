@@ -23,6 +23,7 @@ from errors import UserError
 from lora.config import LoRAConfig
 from lora.inject import inject, trained_parameters
 from lora.options import lora_config
+from model.compile import compile_layers
 from model.qwen2 import Qwen2
 from run.device import synchronize
 from train import TrainConfig, forward_backward
@@ -37,29 +38,38 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "numpy")
 class Ours:
     """A model with adapters, and `step`: the loop of `train.py` without its checks and records."""
 
-    def __init__(self, model: Qwen2, lora: LoRAConfig = LORA, *, seed: int = 0):
+    def __init__(
+        self, model: Qwen2, lora: LoRAConfig = LORA, *, seed: int = 0, compile: bool = False
+    ):
         inject(model, lora, seed=seed)
+        if compile:
+            compile_layers(model)
         self.model, self.seed = model.train(), seed
+        self.device = model.head_weight.device
         self.parameters = trained_parameters(model)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=DEFAULTS.learning_rate, weight_decay=0.0, fused=True
         )
-        self.scaler = torch.amp.GradScaler(model.head_weight.device.type, enabled=False)
+        fp16 = model.head_weight.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
     def step(self, step: Step) -> float:
         """Make one optimizer step; returns its mean loss, in nats per supervised token."""
-        loss = self.backward(step)
-        nn.utils.clip_grad_norm_(self.parameters.values(), DEFAULTS.clip)
-        self.optimizer.step()
+        sums = self.backward(step)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), DEFAULTS.clip)
+        nats, _, _ = torch.cat((sums, norm[None])).tolist()  # the only wait for the device
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        return loss
+        return nats / step.supervised_count
 
-    def backward(self, step: Step) -> float:
-        """Add the gradients of a step's mean loss; returns that loss."""
-        sums = torch.zeros(2, device=self.model.head_weight.device)  # nats, correct tokens
+    def backward(self, step: Step) -> Tensor:
+        """Add the gradients of a step's mean loss; returns (2,): its nats and correct tokens."""
+        sums = torch.zeros(2, device=self.device)
         for examples in step.micro_batches:
             sums += forward_backward(self.model, examples, step, seed=self.seed, scaler=self.scaler)
-        return sums[0].item() / step.supervised_count
+        return sums
 
 
 def frozen_weights(model: Qwen2) -> list[Tensor]:
@@ -101,7 +111,6 @@ class GemmPeak:
 
     def __init__(self, model: Qwen2, steps: list[Step], device: torch.device):
         self.device = device
-        self.repeat = 10 if device.type == "cuda" else 1  # or waiting would outweigh the product
         tokens, supervised = map(round, mean_counts(steps))
         layers = model.config.num_hidden_layers
         self.products = [(w, tokens, layers) for w in frozen_weights(model)]  # weight, rows, times
@@ -120,12 +129,7 @@ class GemmPeak:
 
     def _seconds(self, x: Tensor, matrix: Tensor) -> float:
         y = x.new_empty(len(x), matrix.shape[1])
-
-        def products() -> None:
-            for _ in range(self.repeat):
-                torch.mm(x, matrix, out=y)
-
-        return timed(products, self.device)[0] / self.repeat
+        return device_seconds(lambda: torch.mm(x, matrix, out=y), self.device)
 
 
 # The peer
@@ -153,6 +157,24 @@ def timed(function: Callable[[], T], device: torch.device) -> tuple[float, T]:
     result = function()
     synchronize(device)
     return time.perf_counter() - started, result
+
+
+def device_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call on the device, without the time in which the device waits for the host.
+
+    With CUDA: the mean of 10 calls between two events, since a product of a small matrix takes 7 us
+    and waiting for it on the host 20 us.
+    """
+    if device.type != "cuda":
+        return timed(function, device)[0]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    function()  # a first call may choose a kernel
+    start.record()
+    for _ in range(10):
+        function()
+    end.record()
+    synchronize(device)
+    return start.elapsed_time(end) / 10 / 1e3
 
 
 class MemoryMeter:
@@ -199,6 +221,53 @@ def resident_bytes() -> int:
     except OSError:
         return 0
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon:")), 0)
+
+
+class CudaCounter:
+    """Counts the CUDA calls of a function: launches, waits of the host, and copies.
+
+    On a GPU by torch.profiler, from the names of the runtime's functions. A runtime that only
+    counts has its own counters, in the library that the environment variable COUNTING names.
+    """
+
+    # our name: (a counter of that library, the beginning of a CUDA function's name)...
+    NAMES = {
+        "launches": ("launch gemm", "cudaLaunch cuLaunch cudaGraphLaunch"),
+        "waits": ("sync_stream sync_event sync_device memcpy_sync",
+                  "cudaStreamSynchronize cudaEventSynchronize cudaDeviceSynchronize"),
+        "copies": ("h2d d2h d2d", "cudaMemcpy"),
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self.library = os.environ.get("COUNTING")
+
+    def count(self, function: Callable[[], object]) -> dict[str, float]:
+        """By our names, how often `function` makes each kind of call."""
+        if self.library:
+            before = self._counters()
+            function()
+            after = self._counters()
+            return {
+                name: sum(after[counter] - before[counter] for counter in counters.split())
+                for name, (counters, _) in self.NAMES.items()
+            }
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            function()
+        calls = [event.name for event in seen.events()]  # the profiler's own wait is not among them
+        return {
+            name: sum(call.startswith(tuple(starts.split())) for call in calls)
+            for name, (_, starts) in self.NAMES.items()
+        }
+
+    def _counters(self) -> dict[str, int]:
+        library = ctypes.CDLL(self.library)
+        library.fake_name.restype, library.fake_count.restype = ctypes.c_char_p, ctypes.c_long
+        found: dict[str, int] = {}
+        while name := library.fake_name(len(found)):
+            found[name.decode()] = library.fake_count(len(found))
+        return found
 
 
 class StepTimer:
