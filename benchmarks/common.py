@@ -18,14 +18,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from data.batches import Step
+from data.batches import Schedule, Step
+from data.encode import IGNORE, encode_problems
+from data.tasks import load_source
 from errors import UserError
+from evaluation.answers import prompt_tokens
 from lora.config import LoRAConfig
 from lora.inject import inject, trained_parameters
 from lora.options import lora_config
 from model.compile import compile_layers
+from model.generate import Decoding, generate
 from model.qwen2 import Qwen2
-from run.device import synchronize
+from run.base import Base
+from run.device import DTYPES, synchronize
 from train import TrainConfig, forward_backward
 
 T = TypeVar("T")
@@ -72,6 +77,14 @@ class Ours:
         return sums
 
 
+def randomize_B(ours: Ours, seed: int = 0) -> None:
+    """Small random values for B, which is zero in a new adapter: then A has a gradient too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in ours.parameters.items():
+        if name.endswith("lora_B"):
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.01)
+
+
 def frozen_weights(model: Qwen2) -> list[Tensor]:
     """The frozen weight matrices (out, in) of one layer."""
     layer = model.model.layers[0].parameters()
@@ -93,6 +106,31 @@ def step_flop(model: Qwen2, step: Step) -> float:
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     head = 4 * model.head_weight.numel() * step.supervised_count
     return (4 * frozen + 6 * trained) * step.token_count + 12 * C * layers * pairs + head
+
+
+def training_steps(base: Base, data: str, count: int, batch_size: int) -> list[Step]:
+    """The first `count` steps over shuffled training rows, or as many as there are rows for."""
+    rows = load_source(data).train[: count * batch_size]
+    examples, _ = encode_problems(rows, range(len(rows)), base.chat, max_length=2**20)
+    schedule = Schedule(examples, batch_size, grad_accum=1, epochs=1, seed=0)
+    return [schedule.step(i) for i in range(schedule.total_steps)]
+
+
+def problem_prompts(base: Base, data: str, count: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of the first test problems, and how many tokens their gold answers have."""
+    problems = load_source(data).test[:count]
+    lengths = [sum(base.chat.encode(p.messages).supervised_mask) for p in problems]
+    return [prompt_tokens(p, base.chat, "chat", []) for p in problems], lengths
+
+
+def answer(
+    model: Qwen2, prompts: list[list[int]], lengths: list[int], vocab_size: int, width: int = 128
+) -> list[list[int]]:
+    """Our greedy answers, each of its given length, with `width` sequences in parallel."""
+    decoding = Decoding(max(lengths), (), vocab_size, batch_size=width)
+    answers = [a.tokens for a in generate(model, prompts, decoding, limits=lengths)]
+    assert [len(tokens) for tokens in answers] == lengths
+    return answers
 
 
 def mean_counts(steps: list[Step]) -> tuple[float, float]:
@@ -141,6 +179,45 @@ def is_installed(peer: str, packages: tuple[str, ...]) -> bool:
     if missing:
         print(f"{peer}: not measured, without {', '.join(missing)} (pip install -e '.[bench]')")
     return not missing
+
+
+class PlainPeft:
+    """transformers + PEFT on `base`, and `step`: the shortest loop, over a padded batch."""
+
+    def __init__(self, base: Base):
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        self.device = base.device
+        model = AutoModelForCausalLM.from_pretrained(
+            base.folder, dtype=DTYPES[base.precision], attn_implementation="sdpa"
+        )
+        adapters = LoraConfig(
+            r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=LORA.dropout,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        )  # fmt: skip
+        self.model = get_peft_model(model.to(base.device), adapters).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=DEFAULTS.learning_rate, fused=True)
+
+    def step(self, step: Step) -> None:
+        batch = {name: x.to(self.device) for name, x in padded(step).items()}
+        self.model(**batch, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, DEFAULTS.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def padded(step: Step) -> dict[str, Tensor]:
+    """A step's rows as transformers takes them, (B, L) each; it shifts the labels itself."""
+    rows = step.micro_batches[0]
+    ids, mask, labels = torch.zeros(3, len(rows), max(len(e.tokens) for e in rows)).long()
+    labels.fill_(IGNORE)
+    for i, e in enumerate(rows):
+        n = len(e.tokens)
+        ids[i, :n], mask[i, :n] = torch.from_numpy(e.tokens), 1
+        labels[i, 1:n] = torch.from_numpy(e.targets[:-1])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 class UnequalWork(UserError):

@@ -18,20 +18,23 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import CudaCounter, Ours, write_result
-from data.batches import Schedule, Step
-from data.encode import encode_problems
-from data.tasks import load_source
+from benchmarks.common import (
+    CudaCounter,
+    Ours,
+    answer,
+    problem_prompts,
+    training_steps,
+    write_result,
+)
+from data.batches import Step
 from errors import BadOption, run_script
-from evaluation.answers import prompt_tokens
-from model.generate import Decoding, generate
-from model.qwen2 import Qwen2
 from run.base import Base
 from run.device import describe
 from run.options import option, parse, to_json
@@ -81,12 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def count_training(config: LaunchConfig, base: Base) -> dict[str, float]:
     """The figures of one optimizer step, on the rows nearest to TOKENS."""
-    source, count = load_source(config.data), 8 * config.batch_size
-    examples, _ = encode_problems(
-        source.train[:count], range(len(source.train[:count])), base.chat, max_length=2048
-    )
-    schedule = Schedule(examples, config.batch_size, grad_accum=1, epochs=1, seed=0)
-    steps = [schedule.step(i) for i in range(schedule.total_steps)]
+    steps = training_steps(base, config.data, 8, config.batch_size)
     step = min(steps, key=lambda s: abs(s.token_count - TOKENS))
     ours = Ours(base.load(), compile=config.compile)
     for warm_up in (step, steps[0]):  # kernels are tried, and graphs compiled
@@ -110,27 +108,25 @@ def cut(step: Step) -> Step:
 
 def count_decoding(config: LaunchConfig, base: Base) -> dict[str, float]:
     """The figures of one token of all prompts, and the launches that process the prompts."""
-    problems = load_source(config.data).test[: config.prompts]
-    prompts = [prompt_tokens(problem, base.chat, "chat", []) for problem in problems]
-    model, counter = base.load(), CudaCounter()
-    decode(config, base, model, prompts[: config.prompts // 4], SHORT)  # warm-up
+    prompts, _ = problem_prompts(base, config.data, config.prompts)
+    model, counter, vocab_size = base.load(), CudaCounter(), base.chat.vocab_size
+    answer(model, prompts, [2] * len(prompts), vocab_size, config.prompts)  # warm-up
     torch.cuda.reset_peak_memory_stats()
-    runs = [counter.count(lambda: decode(config, base, model, prompts, n)) for n in (SHORT, LONG)]  # noqa: B023
-    seconds = [cpu_seconds(lambda: decode(config, base, model, prompts, n)) for n in (SHORT, LONG)]  # noqa: B023
+    runs = [
+        partial(answer, model, prompts, [n] * len(prompts), vocab_size, config.prompts)
+        for n in (SHORT, LONG)
+    ]
+    short, long = map(counter.count, runs)
+    short_seconds, long_seconds = map(cpu_seconds, runs)
     tokens = LONG - SHORT
-    found = {name: (runs[1][name] - runs[0][name]) / tokens for name in runs[0]}
-    prompt_launches = runs[0]["launches"] - SHORT * found["launches"]
-    return {"prompts": len(prompts), **found, "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "host_ms": (seconds[1] - seconds[0]) / tokens * 1e3,
-            "launches of all prompts": prompt_launches}  # fmt: skip
-
-
-def decode(
-    config: LaunchConfig, base: Base, model: Qwen2, prompts: list[list[int]], tokens: int
-) -> None:
-    """Answer every prompt with `tokens` tokens, all in parallel."""
-    vocab_size = base.chat.vocab_size
-    generate(model, prompts, Decoding(tokens, (), vocab_size, batch_size=config.prompts))
+    found = {name: (long[name] - short[name]) / tokens for name in short}
+    return {
+        "prompts": len(prompts),
+        **found,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "host_ms": (long_seconds - short_seconds) / tokens * 1e3,
+        "launches of all prompts": short["launches"] - SHORT * found["launches"],
+    }
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:

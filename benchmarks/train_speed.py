@@ -35,6 +35,7 @@ from benchmarks.common import (
     UnequalWork,
     is_installed,
     mean_counts,
+    randomize_B,
     ratio,
     shown,
     spread,
@@ -153,10 +154,7 @@ def prepare_steps(config: SpeedConfig, base: Base) -> list[Step]:
 def load_ours(config: SpeedConfig, base: Base) -> Ours:
     """Our trainer. Its B are not zero as in a new adapter, so that A has a gradient to compare."""
     ours = Ours(base.load(), seed=config.seed, compile=config.compile)
-    generator = torch.Generator().manual_seed(config.seed)
-    for name, p in ours.parameters.items():
-        if name.endswith("lora_B"):
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.01)
+    randomize_B(ours, config.seed)
     return ours
 
 

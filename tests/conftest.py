@@ -147,7 +147,7 @@ def expected(finished):
 def half(short, tmp_path):
     """The folder of a `short` run that was killed after four steps, three of which were saved."""
     out = tmp_path / "half"
-    assert run(short, out, fault=FileCalls(within="save_checkpoint", nth=5, at=0)).code == 137
+    assert run(short, out, fault=FileCalls(within="save_checkpoint", nth=4, at=0)).code == 137
     return out
 
 
