@@ -111,7 +111,7 @@ def uninterrupted(toy, tmp_path_factory):
         ("validate", 2),  # after the step, before its validation
         ("publish_best", 2),
         ("save_checkpoint", 1),  # before there is anything to resume from
-        ("save_checkpoint", 6),  # at the end of an epoch
+        ("save_checkpoint", 5),  # at the end of an epoch
         ("save_checkpoint", 10),  # of the last step
     ],
 )
