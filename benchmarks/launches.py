@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def count_training(config: LaunchConfig, base: Base) -> dict[str, float]:
     """The figures of one optimizer step, on the rows nearest to TOKENS."""
-    steps = training_steps(base, config.data, 8, config.batch_size)
+    steps = training_steps(base, config.data, 32, config.batch_size)
     step = min(steps, key=lambda s: abs(s.token_count - TOKENS))
     ours = Ours(base.load(), compile=config.compile)
     for warm_up in (step, steps[0]):  # kernels are tried, and graphs compiled
