@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +37,7 @@ from train import TrainConfig, forward_backward
 
 T = TypeVar("T")
 
+ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = TrainConfig()
 LORA = lora_config(asdict(DEFAULTS))  # rank 8, alpha 16, dropout 0.1, on the attention projections
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy")
@@ -392,9 +395,29 @@ def ratio(a: list[float], b: list[float]) -> dict[str, float]:
     return pairs | {"of_medians": statistics.median(a) / statistics.median(b)}
 
 
+def off(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, in fp64."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return ((a - b).norm() / b.norm()).item()
+
+
 def shown(values: dict[str, float], form: str) -> str:
     """A `spread` for people: "1.23 (1.20 to 1.31)"."""
     return f"{values['median']:{form}} ({values['min']:{form}} to {values['max']:{form}})"
+
+
+# Other scripts
+
+
+def script(*command: Any, ok: tuple[int, ...] = (0,)) -> str:
+    """What a script of this repository prints; RuntimeError with the end of it if it fails."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if done.returncode not in ok:
+        raise RuntimeError(f"{command[0]}: {done.stdout.strip()[-250:]}")
+    return done.stdout
 
 
 # The machine

@@ -5,11 +5,9 @@
 
 It needs no network. A part is a generator of (name, figure) pairs, and runs in its own process with
 a time limit. Each figure is written to `result.json` and `table.md` as it comes, so that a part
-that hangs or fails costs its limit and nothing else. Parts whose packages are not installed are
-skipped. They stand in the order of their importance: no time may be left for the last ones.
+that hangs or fails costs its limit and nothing else. The most important parts come first.
 """
 
-import collections
 import json
 import os
 import shutil
@@ -21,9 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 from safetensors.torch import load_file
@@ -46,7 +44,6 @@ from run.options import option, parse
 
 Figures = Iterator[tuple[str, Any]]  # a name with its unit, and the value
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = [1, 2, 127, 128, 129, 300, 64, 511, 3]  # of the examples that attention is tried on
 WARM_UP = 5  # steps
 
@@ -96,57 +93,55 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(DayConfig, argv, "What agrees on this GPU, and how fast it is.")
     if unknown := set(config.part) - set(PARTS):
         raise BadOption(f"--part: no {', '.join(sorted(unknown))}", f"parts: {', '.join(PARTS)}")
-    out = Path(config.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    day = Day(config, Base.find(config.model, device=config.device), Path(config.out).resolve())
+    day.out.mkdir(parents=True, exist_ok=True)
+    for name in config.part:
+        run_part(day, name)
     if config.part:
-        day = Day(config, Base.find(config.model, device=config.device), out)
-        for name in config.part:
-            run_part(day, name)
         return
+    (day.out / "result.json").unlink(missing_ok=True)
     deadline = time.monotonic() + 60 * config.minutes
-    (out / "result.json").unlink(missing_ok=True)
     for name, (_, limit, _) in PARTS.items():
         seconds = min(limit, deadline - time.monotonic())
-        command = [sys.executable, __file__, *(argv or sys.argv[1:]), "--part", name]
         if seconds < 5:
-            record(out, name, "skipped", "no time was left")
+            record(day, name, "skipped", "no time was left")
             continue
+        command = [sys.executable, __file__, *(argv or sys.argv[1:]), "--part", name]
         process = subprocess.Popen(list(map(str, command)), start_new_session=True)
         try:
-            if (code := process.wait(seconds)) < 0:
-                record(out, name, "failed", f"ended by signal {-code}")
+            if code := process.wait(seconds):
+                record(day, name, "exit code", code)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with the scripts that it started
-            record(out, name, "stopped", f"after {seconds:.0f} s")
+            record(day, name, "stopped", f"after {seconds:.0f} s")
 
 
 def run_part(day: Day, name: str) -> None:
     """Record a part's figures as they come; what it raises is a figure too."""
-    (part, _, packages), started = PARTS[name], time.monotonic()
+    (part, _, needs), started = PARTS[name], time.monotonic()
     shutil.rmtree(day.out / name, ignore_errors=True)  # its runs, which would otherwise resume
-    if name in ON_GPU and day.device.type != "cuda":
-        return record(day.out, name, "skipped", "needs a GPU")
-    if not common.is_installed(name, packages):
-        return record(day.out, name, "skipped", f"not installed: some of {', '.join(packages)}")
+    missing = [n for n in needs if not (day.device.type == n if n == "cuda" else find_spec(n))]
+    if missing:
+        return record(day, name, "skipped", f"not here: {', '.join(missing)}")
     try:
         for figure, value in part(day):
-            record(day.out, name, figure, value)
+            record(day, name, figure, value)
     except Exception as error:
-        record(day.out, name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
+        record(day, name, "failed", f"{type(error).__name__}: {str(error)[:300]}")
         raise
-    record(day.out, name, "all of this part, s", time.monotonic() - started)
+    record(day, name, "all of this part, s", time.monotonic() - started)
 
 
-def record(out: Path, part: str, figure: str, value: Any) -> None:
+def record(day: Day, part: str, figure: str, value: Any) -> None:
     """Print a figure, and add it to `result.json` and `table.md`."""
-    path = out / "result.json"
+    path = day.out / "result.json"
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
     found.setdefault(part, {})[figure] = value
     write_json(path, found)
-    pairs = [(p, f, v) for p, values in found.items() for f, v in values.items()]
-    rows = [f"| {p} | {f} | {shown(v)} |\n" for p, f, v in pairs]
-    table = "".join(["| part | figure | value |\n|---|---|---|\n", *rows])
-    (out / "table.md").write_text(table, "utf-8")
+    table = "| part | figure | value |\n|---|---|---|\n"
+    for name, values in found.items():
+        table += "".join(f"| {name} | {key} | {shown(v)} |\n" for key, v in values.items())
+    (day.out / "table.md").write_text(table, "utf-8")
     print(f"{part}: {figure}: {shown(value)}", flush=True)
 
 
@@ -157,16 +152,6 @@ def shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
     return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
-
-
-def script(*command: Any, ok: tuple[int, ...] = (0,)) -> None:
-    """Run a script of this repository; raises RuntimeError with the end of what it printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    if done.returncode not in ok:
-        raise RuntimeError(f"{command[0]}: {done.stderr.strip()[-250:]}")
 
 
 # What agrees
@@ -205,7 +190,7 @@ def attentions(day: Day) -> Figures:
             try:
                 y = attend(*leaves)
                 found = [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
-                yield f"{name}, {dtype}: off by", max(map(off, found, expected))
+                yield f"{name}, {dtype}: off by", max(map(common.off, found, expected))
                 seconds = device_seconds(lambda: attend(*leaves), day.device)  # noqa: B023
                 yield f"{name}, {dtype}: ms", seconds * 1e3
             except (RuntimeError, ImportError, TypeError, AttributeError) as error:
@@ -224,7 +209,7 @@ def network(day: Day) -> Figures:
     expected = outcome(day, Ours(day.load("fp32", "cpu")))
     for precision in ("fp32", "fp16", "bf16"):
         found = outcome(day, Ours(day.load(precision)))
-        logits, loss, gradient = map(off, found, expected)
+        logits, loss, gradient = map(common.off, found, expected)
         yield f"{precision}: logits, loss off by", [logits, loss]
         yield f"{precision}: gradients off by", gradient
 
@@ -241,12 +226,6 @@ def outcome(day: Day, ours: Ours) -> list[Tensor]:
     nats, _ = ours.backward(step)
     ours.scaler.unscale_(ours.optimizer)
     return [logits, nats, torch.cat([p.grad.flatten() for p in ours.parameters.values()])]
-
-
-def off(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||, in fp64."""
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    return ((a - b).norm() / b.norm()).item()
 
 
 def company(day: Day) -> Figures:
@@ -272,23 +251,22 @@ def resume(day: Day) -> Figures:
     for name in ("again", "resumed"):
         pairs = [(states[name][k], w) for k, w in states["whole"].items() if "lora" in k]
         yield f"{name}: the same bits", all(torch.equal(a, b) for a, b in pairs)
-        yield f"{name}: off by", max(off(a, b) for a, b in pairs)
+        yield f"{name}: off by", max(common.off(a, b) for a, b in pairs)
 
 
 def train(day: Day, name: str, *flags: Any) -> Path:
     """`train.py` as users run it, in `out/name`."""
-    script("train.py", *day.flags, "--device", day.config.device, "--out", day.out / name, *flags)
-    return day.out / name
+    out = day.out / name
+    common.script("train.py", *day.flags, "--device", day.config.device, "--out", out, *flags)
+    return out
 
 
 def laws(day: Day) -> Figures:
-    """The tests that take their device from the command line, on this one."""
-    path = day.out / "laws.xml"
-    script("-m", "pytest", "-q", "-m", "device", "tests", "--device", day.config.device,
-           "--junitxml", path, ok=(0, 1))  # fmt: skip
-    cases = ElementTree.parse(path).getroot().findall(".//testcase")
-    yield "tests", len(cases)
-    yield "failures", [case.get("name") for case in cases if case.find("failure") is not None]
+    """The tests whose device is that of the command line, on this one."""
+    flags = ["-m", "device", "--device", day.config.device, "-p", "no:cacheprovider"]
+    printed = common.script("-m", "pytest", "-q", "--tb=no", *flags, "tests", ok=(0, 1))
+    yield "tests", printed.splitlines()[-1]
+    yield "failures", [x[7:] for x in printed.splitlines() if x.startswith("FAILED")]
 
 
 # How fast it is
@@ -304,7 +282,7 @@ def compiled(day: Day) -> Figures:
     check_compiler(day.device)
     plain = outcome(day, Ours(day.load()))
     found = outcome(day, Ours(day.load(), compile=True))
-    yield "logits, loss, gradients off the plain ones by", list(map(off, found, plain))
+    yield "logits, loss, gradients off the plain ones by", list(map(common.off, found, plain))
     yield from time_steps(day, Ours(day.load(), compile=True))
 
 
@@ -329,7 +307,7 @@ def launches(day: Day) -> Figures:
 def measured(benchmark: str, day: Day, *flags: Any) -> dict[str, Any]:
     """What a benchmark writes; an exit code of 1 says that a target is exceeded."""
     path = day.out / f"{benchmark}.json"
-    script(f"benchmarks/{benchmark}.py", *day.flags, *flags, "--json", path, ok=(0, 1))
+    common.script(f"benchmarks/{benchmark}.py", *day.flags, *flags, "--json", path, ok=(0, 1))
     return json.loads(path.read_text("utf-8"))
 
 
@@ -344,26 +322,22 @@ def kernels(day: Day) -> Figures:
         for step in steps[3:]:
             ours.step(step)
         torch.cuda.synchronize()
-    times: collections.Counter[str] = collections.Counter()
-    for event in seen.events():
-        times[event.name] += event.self_device_time_total / 3e3
-    yield "device, ms a step", sum(times.values())
-    yield from ((f"`{name[:80]}`, ms a step", ms) for name, ms in times.most_common(20))
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_device_time_total)
+    yield "device, ms a step", sum(row.self_device_time_total for row in rows) / 3e3
+    yield from ((f"`{r.key[:80]}`, ms a step", r.self_device_time_total / 3e3) for r in rows[:20])
 
 
 def decode(day: Day) -> Figures:
     """Greedy answers as long as the gold ones, at several widths."""
     model, vocab_size = day.load(), day.base.chat.vocab_size
     prompts, lengths = common.problem_prompts(day.base, day.config.data, day.config.problems)
-    common.answer(model, prompts[:4], [4] * len(prompts[:4]), vocab_size)  # warm-up
+    common.answer(model, prompts[:4], lengths[:4], vocab_size)  # warm-up
     for width in map(int, day.config.widths):
-        if day.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         run = partial(common.answer, model, prompts, lengths, vocab_size, width)
         seconds, _ = timed(run, day.device)
         yield f"{len(prompts)} problems, {width} in parallel: s", seconds
         yield f"{width} in parallel: tokens/s", sum(lengths) / seconds
-        yield f"{width} in parallel: peak memory, GB", peak_memory_gb(day.device)
+        yield f"{width} in parallel: peak memory so far, GB", peak_memory_gb(day.device)
 
 
 def epoch(day: Day) -> Figures:
@@ -373,7 +347,6 @@ def epoch(day: Day) -> Figures:
     yield "the whole process, s", time.monotonic() - started
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [line for line in lines if "train_loss" in line]
-    yield "steps", len(steps)
     yield "tokens/s, median", statistics.median(x["tokens_per_second"] for x in steps)
     yield "training loss, first and last", [steps[i]["train_loss"] for i in (0, -1)]
     yield "validation losses", [line["val_loss"] for line in lines if "val_loss" in line]
@@ -404,24 +377,23 @@ def trl(day: Day) -> Figures:
             yield f"{name}, {who}: memory, GB", found[who]["peak_memory_above_loading_gb"]
 
 
-# name: (part, its limit in seconds, what must be installed)
+# name: (part, its limit in seconds, the device and packages that it needs)
 PARTS: dict[str, tuple[Callable[[Day], Figures], int, tuple[str, ...]]] = {
     "machine": (machine, 40, ()),
     "attention": (attentions, 45, ()),
     "network": (network, 70, ()),
     "eager": (eager, 50, ()),
-    "kernels": (kernels, 40, ()),
+    "kernels": (kernels, 40, ("cuda",)),
     "decode": (decode, 80, ()),
     "compiled": (compiled, 120, ()),
     "peft": (peft, 60, ("transformers", "peft")),
     "epoch": (epoch, 120, ()),
-    "launches": (launches, 100, ()),
+    "launches": (launches, 100, ("cuda",)),
     "resume": (resume, 90, ()),
     "company": (company, 60, ()),
     "trl": (trl, 120, ("transformers", "peft", "trl", "accelerate", "datasets")),
     "laws": (laws, 90, ("pytest", "hypothesis")),
 }
-ON_GPU = {"kernels", "launches"}  # parts that need one
 
 if __name__ == "__main__":
     sys.exit(run_script(main))
