@@ -151,7 +151,7 @@ def shown(value: Any) -> str:
         return ", ".join(f"{k} {shown(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
-    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1e4 else str(value)
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 # What agrees
@@ -292,7 +292,7 @@ def time_steps(day: Day, ours: Ours) -> Figures:
     yield "the first step, s", seconds[0]
     kept, tokens = seconds[WARM_UP:], sum(step.token_count for step in steps[WARM_UP:])
     yield "ms a step: median, min, max", [1e3 * f(kept) for f in (statistics.median, min, max)]
-    yield "tokens/s", tokens / sum(kept)
+    yield "tokens/s", round(tokens / sum(kept))
     yield "peak memory, GB", peak_memory_gb(day.device)
 
 
@@ -336,7 +336,7 @@ def decode(day: Day) -> Figures:
         run = partial(common.answer, model, prompts, lengths, vocab_size, width)
         seconds, _ = timed(run, day.device)
         yield f"{len(prompts)} problems, {width} in parallel: s", seconds
-        yield f"{width} in parallel: tokens/s", sum(lengths) / seconds
+        yield f"{width} in parallel: tokens/s", round(sum(lengths) / seconds)
         yield f"{width} in parallel: peak memory so far, GB", peak_memory_gb(day.device)
 
 
@@ -347,7 +347,7 @@ def epoch(day: Day) -> Figures:
     yield "the whole process, s", time.monotonic() - started
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [line for line in lines if "train_loss" in line]
-    yield "tokens/s, median", statistics.median(x["tokens_per_second"] for x in steps)
+    yield "tokens/s, median", round(statistics.median(x["tokens_per_second"] for x in steps))
     yield "training loss, first and last", [steps[i]["train_loss"] for i in (0, -1)]
     yield "validation losses", [line["val_loss"] for line in lines if "val_loss" in line]
 
