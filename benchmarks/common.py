@@ -28,6 +28,7 @@ from evaluation.answers import prompt_tokens
 from lora.config import LoRAConfig
 from lora.inject import inject, trained_parameters
 from lora.options import lora_config
+from model import attention
 from model.compile import compile_layers
 from model.generate import Decoding, generate
 from model.qwen2 import Qwen2
@@ -348,6 +349,24 @@ class CudaCounter:
         while name := library.fake_name(len(found)):
             found[name.decode()] = library.fake_count(len(found))
         return found
+
+
+def trust_kernels_if_counting() -> None:
+    """On a runtime that computes nothing, take an attention kernel that runs: its results are
+    zeros, which `model.attention` would compare with other zeros and refuse.
+    """
+
+    def error_of(attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype,
+                 queries: tuple[int, int], keys: tuple[int, int]) -> float:  # fmt: skip
+        offsets = torch.tensor([0, 40, 43], dtype=torch.int32, device=device)
+        q, k, v = (torch.zeros(43, *heads, device=device, dtype=dtype, requires_grad=True)
+                   for heads in (queries, keys, keys))  # fmt: skip
+        with torch.inference_mode(False), torch.enable_grad():
+            attend(q, k, v, offsets, 40).sum().backward()
+        return 0.0
+
+    if os.environ.get("COUNTING"):
+        attention.kernel_error = error_of
 
 
 class StepTimer:

@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(DayConfig, argv, "What agrees on this GPU, and how fast it is.")
     if unknown := set(config.part) - set(PARTS):
         raise BadOption(f"--part: no {', '.join(sorted(unknown))}", f"parts: {', '.join(PARTS)}")
+    common.trust_kernels_if_counting()
     day = Day(config, Base.find(config.model, device=config.device), Path(config.out).resolve())
     day.out.mkdir(parents=True, exist_ok=True)
     for name in config.part:
@@ -173,11 +174,11 @@ def machine(day: Day) -> Figures:
 def attentions(day: Day) -> Figures:
     """Values and gradients of each implementation, against the plain formula in fp64."""
     flat, shapes = attention.FlatAttention(LENGTHS, day.device), ((14, 64), (2, 64), (2, 64))
-    paths: dict[str, Callable[..., Tensor]] = {
-        "the chosen one": lambda *qkv: flat(0, *qkv),
-        "variable-length": lambda *qkv: attention.attend_varlen(*qkv, flat.offsets, max(LENGTHS)),
-        "per example": lambda *qkv: attention.attend_each(*qkv, LENGTHS),
-    }
+    offsets = torch.tensor([0, *LENGTHS], device=day.device).cumsum(0, dtype=torch.int32)
+    paths: dict[str, Callable[..., Tensor]] = {"the chosen one": lambda *qkv: flat(0, *qkv)}
+    paths["attend_each"] = partial(attention.attend_each, lengths=LENGTHS)
+    for name, kernel in vars(attention).get("KERNELS", {"varlen": attention.attend_varlen}).items():
+        paths[name] = partial(kernel, offsets=offsets, longest=max(LENGTHS))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         generator = torch.Generator().manual_seed(0)
         qkv = [torch.randn(sum(LENGTHS), *s, generator=generator).to(dtype) for s in shapes]
@@ -192,7 +193,7 @@ def attentions(day: Day) -> Figures:
                 found = [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
                 yield f"{name}, {dtype}: off by", max(map(common.off, found, expected))
                 seconds = device_seconds(lambda: attend(*leaves), day.device)  # noqa: B023
-                yield f"{name}, {dtype}: ms", seconds * 1e3
+                yield f"{name}, {dtype}: forward, ms", seconds * 1e3
             except (RuntimeError, ImportError, TypeError, AttributeError) as error:
                 yield f"{name}, {dtype}", f"not here: {str(error).splitlines()[0][:80]}"
 
