@@ -313,9 +313,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(
     config: TrainConfig, data: Data, base: Base, model: Qwen2, run: Run, world: World, stop: Stop
 ) -> Progress:
-    """The loop: validate, save and stop where due; forward, backward, accumulate, unscale, clip,
-    step.
-    """
+    """The loop: validate, save and stop where due; forward, backward, unscale, clip, step."""
     lora = lora_config(to_json(config))
     groups = rate_groups(trained_parameters(model), config.lora_plus_ratio, config.weight_decay)
     parameters = {name: p for group in groups for name, p in group["params"]}
@@ -330,7 +328,7 @@ def train(
     bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)
     seconds_before, started, saved = progress.seconds, time.perf_counter(), time.perf_counter()
-    stopping = False
+    stopping = saving = False
     model.train()
 
     while progress.stopped is None:
@@ -353,7 +351,7 @@ def train(
         stopping = stopping or progress.stopped is not None
         now = time.perf_counter()
         progress.seconds = seconds_before + now - started
-        if stopping or world.any(now - saved > config.save_every):
+        if stopping or saving:
             progress.log_bytes = log.sync()
             if world.is_main:
                 save_checkpoint(run, progress, parameters, optimizer, scaler)
@@ -386,7 +384,8 @@ def train(
         # Step, unless something overflowed: a skipped step changes no weight, moment or schedule.
         # What the host must know is read from the device at once: the only wait of a step.
         nats, correct, grad_norm = torch.cat((sums, grad_norm[None])).tolist()
-        nats, correct, stops = world.sum(nats, correct, stop.requested())
+        save_due = time.perf_counter() - saved > config.save_every
+        nats, correct, stops, saves = world.sum(nats, correct, stop.requested(), save_due)
         finite = math.isfinite(nats) and math.isfinite(grad_norm)
         lr = learning_rate(config, progress.step, last)
         if finite:
@@ -396,7 +395,7 @@ def train(
         scaler.update()
         optimizer.zero_grad()
         progress.record_step(finite)
-        stopping = stops > 0
+        stopping, saving = stops > 0, saves > 0
 
         # Log: one line per step.
         seconds = time.perf_counter() - step_started

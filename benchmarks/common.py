@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,17 +20,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from data.batches import Step
+from data.batches import Schedule, Step
+from data.encode import IGNORE, encode_problems
+from data.tasks import load_source
 from errors import UserError
+from evaluation.answers import prompt_tokens
 from lora.config import LoRAConfig
 from lora.inject import inject, trained_parameters
 from lora.options import lora_config
+from model import attention
+from model.compile import compile_layers
+from model.generate import Decoding, generate
 from model.qwen2 import Qwen2
-from run.device import synchronize
+from run.base import Base
+from run.device import DTYPES, synchronize
 from train import TrainConfig, forward_backward
 
 T = TypeVar("T")
 
+ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = TrainConfig()
 LORA = lora_config(asdict(DEFAULTS))  # rank 8, alpha 16, dropout 0.1, on the attention projections
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy")
@@ -37,29 +47,46 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "numpy")
 class Ours:
     """A model with adapters, and `step`: the loop of `train.py` without its checks and records."""
 
-    def __init__(self, model: Qwen2, lora: LoRAConfig = LORA, *, seed: int = 0):
+    def __init__(
+        self, model: Qwen2, lora: LoRAConfig = LORA, *, seed: int = 0, compile: bool = False
+    ):
         inject(model, lora, seed=seed)
+        if compile:
+            compile_layers(model)
         self.model, self.seed = model.train(), seed
+        self.device = model.head_weight.device
         self.parameters = trained_parameters(model)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=DEFAULTS.learning_rate, weight_decay=0.0, fused=True
         )
-        self.scaler = torch.amp.GradScaler(model.head_weight.device.type, enabled=False)
+        fp16 = model.head_weight.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
     def step(self, step: Step) -> float:
         """Make one optimizer step; returns its mean loss, in nats per supervised token."""
-        loss = self.backward(step)
-        nn.utils.clip_grad_norm_(self.parameters.values(), DEFAULTS.clip)
-        self.optimizer.step()
+        sums = self.backward(step)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), DEFAULTS.clip)
+        nats, _, _ = torch.cat((sums, norm[None])).tolist()  # the only wait for the device
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        return loss
+        return nats / step.supervised_count
 
-    def backward(self, step: Step) -> float:
-        """Add the gradients of a step's mean loss; returns that loss."""
-        sums = torch.zeros(2, device=self.model.head_weight.device)  # nats, correct tokens
+    def backward(self, step: Step) -> Tensor:
+        """Add the gradients of a step's mean loss; returns (2,): its nats and correct tokens."""
+        sums = torch.zeros(2, device=self.device)
         for examples in step.micro_batches:
             sums += forward_backward(self.model, examples, step, seed=self.seed, scaler=self.scaler)
-        return sums[0].item() / step.supervised_count
+        return sums
+
+
+def randomize_B(ours: Ours, seed: int = 0) -> None:
+    """Small random values for B, which is zero in a new adapter: then A has a gradient too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in ours.parameters.items():
+        if name.endswith("lora_B"):
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.01)
 
 
 def frozen_weights(model: Qwen2) -> list[Tensor]:
@@ -85,6 +112,31 @@ def step_flop(model: Qwen2, step: Step) -> float:
     return (4 * frozen + 6 * trained) * step.token_count + 12 * C * layers * pairs + head
 
 
+def training_steps(base: Base, data: str, count: int, batch_size: int) -> list[Step]:
+    """The first `count` steps over shuffled training rows, or as many as there are rows for."""
+    rows = load_source(data).train[: count * batch_size]
+    examples, _ = encode_problems(rows, range(len(rows)), base.chat, max_length=2**20)
+    schedule = Schedule(examples, batch_size, grad_accum=1, epochs=1, seed=0)
+    return [schedule.step(i) for i in range(schedule.total_steps)]
+
+
+def problem_prompts(base: Base, data: str, count: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of the first test problems, and how many tokens their gold answers have."""
+    problems = load_source(data).test[:count]
+    lengths = [sum(base.chat.encode(p.messages).supervised_mask) for p in problems]
+    return [prompt_tokens(p, base.chat, "chat", []) for p in problems], lengths
+
+
+def answer(
+    model: Qwen2, prompts: list[list[int]], lengths: list[int], vocab_size: int, width: int = 128
+) -> list[list[int]]:
+    """Our greedy answers, each of its given length, with `width` sequences in parallel."""
+    decoding = Decoding(max(lengths), (), vocab_size, batch_size=width)
+    answers = [a.tokens for a in generate(model, prompts, decoding, limits=lengths)]
+    assert [len(tokens) for tokens in answers] == lengths
+    return answers
+
+
 def mean_counts(steps: list[Step]) -> tuple[float, float]:
     """(tokens, supervised tokens) of a step, on average."""
     tokens = sum(step.token_count for step in steps)
@@ -101,7 +153,6 @@ class GemmPeak:
 
     def __init__(self, model: Qwen2, steps: list[Step], device: torch.device):
         self.device = device
-        self.repeat = 10 if device.type == "cuda" else 1  # or waiting would outweigh the product
         tokens, supervised = map(round, mean_counts(steps))
         layers = model.config.num_hidden_layers
         self.products = [(w, tokens, layers) for w in frozen_weights(model)]  # weight, rows, times
@@ -120,12 +171,7 @@ class GemmPeak:
 
     def _seconds(self, x: Tensor, matrix: Tensor) -> float:
         y = x.new_empty(len(x), matrix.shape[1])
-
-        def products() -> None:
-            for _ in range(self.repeat):
-                torch.mm(x, matrix, out=y)
-
-        return timed(products, self.device)[0] / self.repeat
+        return device_seconds(lambda: torch.mm(x, matrix, out=y), self.device)
 
 
 # The peer
@@ -137,6 +183,45 @@ def is_installed(peer: str, packages: tuple[str, ...]) -> bool:
     if missing:
         print(f"{peer}: not measured, without {', '.join(missing)} (pip install -e '.[bench]')")
     return not missing
+
+
+class PlainPeft:
+    """transformers + PEFT on `base`, and `step`: the shortest loop, over a padded batch."""
+
+    def __init__(self, base: Base):
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        self.device = base.device
+        model = AutoModelForCausalLM.from_pretrained(
+            base.folder, dtype=DTYPES[base.precision], attn_implementation="sdpa"
+        )
+        adapters = LoraConfig(
+            r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=LORA.dropout,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        )  # fmt: skip
+        self.model = get_peft_model(model.to(base.device), adapters).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=DEFAULTS.learning_rate, fused=True)
+
+    def step(self, step: Step) -> None:
+        batch = {name: x.to(self.device) for name, x in padded(step).items()}
+        self.model(**batch, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, DEFAULTS.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def padded(step: Step) -> dict[str, Tensor]:
+    """A step's rows as transformers takes them, (B, L) each; it shifts the labels itself."""
+    rows = step.micro_batches[0]
+    ids, mask, labels = torch.zeros(3, len(rows), max(len(e.tokens) for e in rows)).long()
+    labels.fill_(IGNORE)
+    for i, e in enumerate(rows):
+        n = len(e.tokens)
+        ids[i, :n], mask[i, :n] = torch.from_numpy(e.tokens), 1
+        labels[i, 1:n] = torch.from_numpy(e.targets[:-1])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 class UnequalWork(UserError):
@@ -153,6 +238,24 @@ def timed(function: Callable[[], T], device: torch.device) -> tuple[float, T]:
     result = function()
     synchronize(device)
     return time.perf_counter() - started, result
+
+
+def device_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call on the device, without the time in which the device waits for the host.
+
+    With CUDA: the mean of 10 calls between two events, since a product of a small matrix takes 7 us
+    and waiting for it on the host 20 us.
+    """
+    if device.type != "cuda":
+        return timed(function, device)[0]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    function()  # a first call may choose a kernel
+    start.record()
+    for _ in range(10):
+        function()
+    end.record()
+    synchronize(device)
+    return start.elapsed_time(end) / 10 / 1e3
 
 
 class MemoryMeter:
@@ -201,6 +304,71 @@ def resident_bytes() -> int:
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon:")), 0)
 
 
+class CudaCounter:
+    """Counts the CUDA calls of a function: launches, waits of the host, and copies.
+
+    On a GPU by torch.profiler, from the names of the runtime's functions. A runtime that only
+    counts has its own counters, in the library that the environment variable COUNTING names.
+    """
+
+    # our name: (a counter of that library, the beginning of a CUDA function's name)...
+    NAMES = {
+        "launches": ("launch gemm", "cudaLaunch cuLaunch cudaGraphLaunch"),
+        "waits": ("sync_stream sync_event sync_device memcpy_sync",
+                  "cudaStreamSynchronize cudaEventSynchronize cudaDeviceSynchronize"),
+        "copies": ("h2d d2h d2d", "cudaMemcpy"),
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self.library = os.environ.get("COUNTING")
+
+    def count(self, function: Callable[[], object]) -> dict[str, float]:
+        """By our names, how often `function` makes each kind of call."""
+        if self.library:
+            before = self._counters()
+            function()
+            after = self._counters()
+            return {
+                name: sum(after[counter] - before[counter] for counter in counters.split())
+                for name, (counters, _) in self.NAMES.items()
+            }
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            function()
+        calls = [event.name for event in seen.events()]  # the profiler's own wait is not among them
+        return {
+            name: sum(call.startswith(tuple(starts.split())) for call in calls)
+            for name, (_, starts) in self.NAMES.items()
+        }
+
+    def _counters(self) -> dict[str, int]:
+        library = ctypes.CDLL(self.library)
+        library.fake_name.restype, library.fake_count.restype = ctypes.c_char_p, ctypes.c_long
+        found: dict[str, int] = {}
+        while name := library.fake_name(len(found)):
+            found[name.decode()] = library.fake_count(len(found))
+        return found
+
+
+def trust_kernels_if_counting() -> None:
+    """On a runtime that computes nothing, take an attention kernel that runs: its results are
+    zeros, which `model.attention` would compare with other zeros and refuse.
+    """
+
+    def error_of(attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype,
+                 queries: tuple[int, int], keys: tuple[int, int]) -> float:  # fmt: skip
+        offsets = torch.tensor([0, 40, 43], dtype=torch.int32, device=device)
+        q, k, v = (torch.zeros(43, *heads, device=device, dtype=dtype, requires_grad=True)
+                   for heads in (queries, keys, keys))  # fmt: skip
+        with torch.inference_mode(False), torch.enable_grad():
+            attend(q, k, v, offsets, 40).sum().backward()
+        return 0.0
+
+    if os.environ.get("COUNTING"):
+        attention.kernel_error = error_of
+
+
 class StepTimer:
     """The seconds of one trainer's timed steps, and the peak memory of its first step."""
 
@@ -246,9 +414,29 @@ def ratio(a: list[float], b: list[float]) -> dict[str, float]:
     return pairs | {"of_medians": statistics.median(a) / statistics.median(b)}
 
 
+def off(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, in fp64."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return ((a - b).norm() / b.norm()).item()
+
+
 def shown(values: dict[str, float], form: str) -> str:
     """A `spread` for people: "1.23 (1.20 to 1.31)"."""
     return f"{values['median']:{form}} ({values['min']:{form}} to {values['max']:{form}})"
+
+
+# Other scripts
+
+
+def script(*command: Any, ok: tuple[int, ...] = (0,)) -> str:
+    """What a script of this repository prints; RuntimeError with the end of it if it fails."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if done.returncode not in ok:
+        raise RuntimeError(f"{command[0]}: {done.stdout.strip()[-250:]}")
+    return done.stdout
 
 
 # The machine

@@ -35,6 +35,7 @@ from benchmarks.common import (
     UnequalWork,
     is_installed,
     mean_counts,
+    randomize_B,
     ratio,
     shown,
     spread,
@@ -47,6 +48,7 @@ from data.encode import IGNORE, encode_problems
 from data.tasks import load_source
 from errors import BadData, BadOption, run_script
 from lora.peft_format import peft_key
+from model.compile import check_compiler
 from run.base import Base
 from run.device import DTYPES, describe
 from run.options import option, parse, to_json
@@ -66,7 +68,10 @@ class SpeedConfig:
     model: str = option("Qwen/Qwen2-0.5B-Instruct", "base model: folder or Hub id")
     data: str = option("gsm8k", "a task, a folder with train.jsonl, or a .jsonl or .parquet file")
     steps: int = option(6, "timed steps of each trainer", least=1)
-    warm_up: int = option(1, "untimed steps before them", least=1)
+    warm_up: int | None = option(
+        None, "untimed steps before them (default: on a CPU 1, with CUDA 4)", least=1
+    )
+    compile: bool = option(False, "compile our layers, as train.py --compile does")
     batch_size: int = option(16, "sequences in an optimizer step", least=1)
     seed: int = option(0, "random seed of data order, dropout and adapters", least=0)
     device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu"))
@@ -91,7 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(SpeedConfig, argv, f"Our training step compared with {PEER}'s.",
                    groups={f"{PEER} (pip install -e '.[bench]')": "peer"})  # fmt: skip
     base = Base.find(config.model, precision=config.precision, device=config.device)
-    config = with_peer_defaults(config, base)
+    if config.compile:
+        check_compiler(base.device)
+    config = with_defaults(config, base)
     steps = prepare_steps(config, base)
     tokens, supervised = mean_counts(steps)
     print(f"{describe(base.device)}, {base.precision}; {config.batch_size} sequences per step:"
@@ -106,8 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     write_result(config.json, result)
 
 
-def with_peer_defaults(config: SpeedConfig, base: Base) -> SpeedConfig:
-    """`config` with the peer's settings for this device; BadOption for what cannot be measured."""
+def with_defaults(config: SpeedConfig, base: Base) -> SpeedConfig:
+    """`config` with the defaults of this device; BadOption for what cannot be measured."""
     if base.precision not in SAME_GRADIENT:
         raise BadOption(
             f"{base.precision}, this device's precision, is not measured", "use --precision fp32"
@@ -125,7 +132,8 @@ def with_peer_defaults(config: SpeedConfig, base: Base) -> SpeedConfig:
     # On a CPU, without Triton, TRL's loss computes the logits of unsupervised tokens too.
     auto = "transformers" if on_cpu else "trl"
     loss = auto if config.peer_loss == "auto" else config.peer_loss
-    return replace(config, peer_micro_batch=micro_batch, peer_loss=loss)
+    warm_up = config.warm_up or (1 if on_cpu else 4)  # a GPU's first steps choose its kernels
+    return replace(config, warm_up=warm_up, peer_micro_batch=micro_batch, peer_loss=loss)
 
 
 def prepare_steps(config: SpeedConfig, base: Base) -> list[Step]:
@@ -145,11 +153,8 @@ def prepare_steps(config: SpeedConfig, base: Base) -> list[Step]:
 
 def load_ours(config: SpeedConfig, base: Base) -> Ours:
     """Our trainer. Its B are not zero as in a new adapter, so that A has a gradient to compare."""
-    ours = Ours(base.load(), seed=config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    for name, p in ours.parameters.items():
-        if name.endswith("lora_B"):
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.01)
+    ours = Ours(base.load(), seed=config.seed, compile=config.compile)
+    randomize_B(ours, config.seed)
     return ours
 
 
@@ -268,7 +273,8 @@ def check_equal_work(config: SpeedConfig, base: Base, step: Step) -> list[dict[s
     micro_batch = min(config.peer_micro_batch, max(1, len(examples) // 2))
     config = replace(config, batch_size=len(examples), peer_micro_batch=micro_batch)
     print("equal work: one step without dropout, compared with ours in fp32")
-    reference_loss, reference_gradient = our_work(config, replace(base, precision="fp32"), few)
+    plain = replace(config, compile=False)
+    reference_loss, reference_gradient = our_work(plain, replace(base, precision="fp32"), few)
     checks, equal = [], True
     for precision in dict.fromkeys(("fp32", base.precision)):
         for who, work in (("ours", our_work), (PEER, peer_work)):
@@ -292,7 +298,8 @@ def our_work(config: SpeedConfig, base: Base, step: Step) -> tuple[float, Tensor
     """(loss, gradients of all adapters as one vector) of our step without dropout."""
     ours = load_ours(config, base)
     ours.model.eval()
-    return ours.backward(step), flat_gradient(ours.parameters)
+    nats, _ = ours.backward(step).tolist()
+    return nats / step.supervised_count, flat_gradient(ours.parameters)
 
 
 def peer_work(config: SpeedConfig, base: Base, step: Step) -> tuple[float, Tensor]:

@@ -127,14 +127,31 @@ class Schedule:
         order = epoch_order(self.source_rows, self.seed, epoch)
         first = place * self.examples_per_step
         group = [self.examples[i] for i in order[first : first + self.examples_per_step]]
-        mine = group[self.rank :: self.ranks]
+        mine = deal([len(e.tokens) for e in group], self.ranks)[self.rank]
         return Step(
             epoch=epoch,
-            micro_batches=in_batches(mine, max(1, self.batch_size >> halved)),
+            micro_batches=in_batches([group[i] for i in mine], max(1, self.batch_size >> halved)),
             token_count=sum(len(e.tokens) for e in group),
             supervised_count=sum(e.supervised_count for e in group),
             row_ids=[e.row_id for e in group],
         )
+
+
+def deal(lengths: list[int], ranks: int) -> list[list[int]]:
+    """By rank, the indices of its rows, in order: equal counts, and nearly equal tokens.
+
+    The longest row first, each to the rank that has the fewest tokens and still takes rows. A step
+    takes as long as its slowest rank. Dealt by count alone, that one of 8 has 1.12 times the mean
+    tokens of GSM8K rows.
+    """
+    most = -(-len(lengths) // ranks)  # rows of a rank, rounded up
+    mine: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = min((r for r in range(ranks) if len(mine[r]) < most), key=tokens.__getitem__)
+        mine[rank].append(i)
+        tokens[rank] += lengths[i]
+    return [sorted(rows) for rows in mine]
 
 
 @functools.lru_cache(maxsize=2)

@@ -24,7 +24,9 @@ def tokens_of(lengths=LENGTHS, seed: int = 0):
 @torch.no_grad()
 def logits(model, batch=None) -> torch.Tensor:
     """(T, V) of our model, all examples in one flat batch."""
-    return model(*(batch or tokens_of())) @ model.head_weight.t()  # (T, V)
+    tokens, positions, lengths = batch or tokens_of()
+    weight = model.head_weight
+    return model(tokens.to(weight.device), positions.to(weight.device), lengths) @ weight.t()
 
 
 @torch.no_grad()
@@ -32,12 +34,13 @@ def as_if_trained(model, seed: int = 0, size: float = 0.1) -> None:
     """Add noise to all trained parameters."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in trained_parameters(model).values():
-        parameter += size * torch.randn(parameter.shape, generator=generator)
+        noise = size * torch.randn(parameter.shape, generator=generator)
+        parameter += noise.to(parameter.device)
 
 
-def adapted(folder, *, dtype=torch.float32, trained=True, size=0.1, **config):
+def adapted(folder, *, dtype=torch.float32, device="cpu", trained=True, size=0.1, **config):
     """The checkpoint in `folder` with adapters of rank 4 and alpha 8, in eval mode."""
-    model = load_model(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype, device=device)
     inject(model, LoRAConfig(r=4, alpha=8, **{"dropout": 0.0} | config))
     if trained:
         as_if_trained(model, size=size)

@@ -13,6 +13,7 @@ from data.multiple_choice import CHOICE_TASKS
 from lora.inject import LoRAConfig, inject
 from lora.peft_format import save_adapter
 from model.load import load_model
+from run.device import prepare
 from tests import toys
 from tests.campaign.harness import (
     SHORT,
@@ -28,6 +29,26 @@ from tests.evaluations import write_tuned
 from tests.hub_stub import toy_hub
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="of the tests marked `device`, such as cuda")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "device" in item.fixturenames:
+            item.add_marker("device")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device that the laws of the network, its adapters and its training are tested on."""
+    device = torch.device(request.config.getoption("--device"))
+    prepare(device)
+    return device
+
+
 # Forks share tqdm's own lock: a fork killed while holding it would block the others.
 tqdm.set_lock(threading.RLock())
 
@@ -147,7 +168,7 @@ def expected(finished):
 def half(short, tmp_path):
     """The folder of a `short` run that was killed after four steps, three of which were saved."""
     out = tmp_path / "half"
-    assert run(short, out, fault=FileCalls(within="save_checkpoint", nth=5, at=0)).code == 137
+    assert run(short, out, fault=FileCalls(within="save_checkpoint", nth=4, at=0)).code == 137
     return out
 
 

@@ -267,3 +267,21 @@ def test_large_scores_keep_their_digits_in_half_precision():
     v = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 1, 64).bfloat16()
     exact = torch.sigmoid(torch.tensor(64 * 8 * 0.03 / 8))
     assert abs(attend_blockwise(q, k, v)[1, 0, 0].item() - exact) < 0.005
+
+
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
+def test_the_implementation_of_this_device_equals_the_plain_formula(device, dtype, error):
+    lengths = [1, 2, 127, 128, 129, 3]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), heads, 64) for heads in (14, 2, 2)]
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    exact = [x.double().requires_grad_() for x in inputs]
+    leaves = [x.to(device).requires_grad_() for x in inputs]
+    examples = zip(*(x.split(lengths) for x in exact))
+    plain = torch.cat([plain_attention(*example) for example in examples])
+    y = FlatAttention(lengths, device)(0, *leaves)
+    expected = [plain, *torch.autograd.grad(plain.square().sum(), exact)]
+    for ours, truth in zip([y, *torch.autograd.grad(y.square().sum(), leaves)], expected):
+        assert (ours.double().cpu() - truth).norm() < error * truth.norm()

@@ -6,13 +6,22 @@ import math
 import pkgutil
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from benchmarks import checkpoint_cost, generate_speed, scaling, startup, train_speed
-from benchmarks.common import Ours
+from benchmarks import (
+    checkpoint_cost,
+    generate_speed,
+    gpu_day,
+    launches,
+    scaling,
+    startup,
+    train_speed,
+)
+from benchmarks.common import CudaCounter, Ours
 from tests import toys
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -65,6 +74,63 @@ def test_the_smallest_job_of_a_benchmark_gives_finite_figures(
     script.main(["--model", checkpoint, *data, *options, "--json", tmp_path / "result.json"])
     found = figures(json.loads((tmp_path / "result.json").read_text()))
     assert len(found) > 8 and all(math.isfinite(x) and x >= 0 for x in found)
+
+
+def test_what_a_cpu_can_run_of_the_gpu_day_agrees_with_itself(checkpoint, arithmetic, tmp_path):
+    parts = ["attention", "network", "eager", "kernels", "decode", "company", "resume"]
+    sizes = ["--batch-size", 2, "--steps", 2, "--problems", 3, "--widths", 1, 3]
+    flags = ["--model", checkpoint, "--data", arithmetic, "--device", "cpu", "--out", tmp_path]
+    gpu_day.main([*flags, *sizes, "--part", *parts])
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert list(found) == parts and found["kernels"] == {"skipped": "not here: cuda"}
+    assert all(math.isfinite(x) for x in figures(found)) and "failed" not in str(found)
+    assert max(v for k, v in found["attention"].items() if k.endswith("off by")) < 0.02
+    network, resume = found["network"], found["resume"]
+    assert network["dropout has the bits of a CPU"] and network["fp32: logits, loss off by"] == [
+        0,
+        0,
+    ]
+    assert resume["again: the same bits"] and resume["resumed: the same bits"]
+    assert all(not any(changed) for name, changed in found["company"].items() if "answers" in name)
+    assert (tmp_path / "table.md").read_text().count("\n") == 2 + sum(map(len, found.values()))
+
+
+def test_parts_of_the_gpu_day_for_which_no_time_is_left_are_named(tmp_path, checkpoint):
+    gpu_day.main(["--out", tmp_path, "--model", checkpoint, "--device", "cpu", "--minutes", 0.001])
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found == {name: {"skipped": "no time was left"} for name in gpu_day.PARTS}
+
+
+def test_a_figure_above_its_target_is_named_and_one_without_a_target_is_not(capsys):
+    found = {"launches": 2901, "waits": 1, "tokens": 10**6}
+    exceeded = launches.report("train", found, {"train": {"launches": 2900, "waits": 1}})
+    assert exceeded == ["train: launches 2,901.00, target 2,900"]
+    assert capsys.readouterr().out.count("exceeded") == 1
+
+
+def test_launches_need_a_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(launches.BadOption, match="counted on a CUDA device"):
+        launches.main([])
+
+
+def test_on_a_gpu_calls_are_counted_by_the_names_that_the_profiler_gives_them(monkeypatch):
+    monkeypatch.delenv("COUNTING", raising=False)
+    names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaMemcpyAsync",
+             "cudaStreamSynchronize", "aten::mm", "cudaEventRecord"]  # fmt: skip
+
+    class Profiler:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            return [SimpleNamespace(name=name) for name in names]
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profiler())
+    assert CudaCounter().count(lambda: None) == {"launches": 3, "waits": 1, "copies": 1}
 
 
 def test_too_few_rows_for_the_steps_are_refused(checkpoint, arithmetic):

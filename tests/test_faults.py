@@ -165,10 +165,10 @@ def test_a_signal_stops_the_run_after_its_step_and_no_step_is_repeated(short, ex
         assert results(out) == expected
 
 
-def in_the_third_save(signals: list[int]) -> FileCalls:
+def in_the_second_save(signals: list[int]) -> FileCalls:
     """A fault: these signals arrive while the checkpoint of step 2 is half written."""
     return FileCalls(
-        12, lambda: [os.kill(os.getpid(), s) for s in signals], within="save_checkpoint", nth=3
+        12, lambda: [os.kill(os.getpid(), s) for s in signals], within="save_checkpoint", nth=2
     )
 
 
@@ -186,7 +186,7 @@ def test_signals_during_a_save_leave_a_complete_checkpoint(
     short, expected, tmp_path, signals, code, cursor
 ):
     out = tmp_path / "run"
-    ended = run(short, out, fault=in_the_third_save(signals))
+    ended = run(short, out, fault=in_the_second_save(signals))
     assert ended.code == code and "Traceback" not in ended.err
     check_invariants(out)
     Run(out).repair()

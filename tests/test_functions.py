@@ -22,6 +22,12 @@ def angles(tokens, half, dtype=torch.float64):
     return radians.cos().to(dtype), radians.sin().to(dtype)
 
 
+def angles_of(x):
+    """Angles of `x (5, heads, 8)`, at least in fp32, on its device."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return [table.to(x.device) for table in angles(5, 4, dtype)]
+
+
 # name -> (fast function, plain formula, inputs of a dtype)
 CASES = {
     "rms_norm": (
@@ -30,8 +36,8 @@ CASES = {
         lambda dtype: (normal(5, 8, dtype=dtype), normal(8, dtype=dtype, seed=1)),
     ),
     "rotate": (
-        lambda x: rotate(x, *angles(5, 4, torch.promote_types(x.dtype, torch.float32))),
-        lambda x: plain_rotate(x, *angles(5, 4, torch.promote_types(x.dtype, torch.float32))),
+        lambda x: rotate(x, *angles_of(x)),
+        lambda x: plain_rotate(x, *angles_of(x)),
         lambda dtype: (normal(5, 3, 8, dtype=dtype),),
     ),
     "swiglu": (
@@ -51,15 +57,15 @@ def test_gradients_equal_finite_differences(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_equal_the_plain_formulas(name, dtype):
+def test_values_and_gradients_equal_the_plain_formulas(name, dtype, device):
     fast, plain, inputs = CASES[name]
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
     results = []
     for formula in (fast, plain):
-        leaves = [x.requires_grad_() for x in inputs(dtype)]
+        leaves = [x.to(device).requires_grad_() for x in inputs(dtype)]
         y = formula(*leaves)
         results.append(
-            [y, *torch.autograd.grad(y, leaves, normal(*y.shape, dtype=y.dtype, seed=2))]
+            [y, *torch.autograd.grad(y, leaves, normal(*y.shape, dtype=y.dtype, seed=2).to(device))]
         )
     assert results[0][0].dtype == (torch.float32 if name == "rotate" else dtype)
     for ours, theirs in zip(*results, strict=True):

@@ -31,7 +31,8 @@ def examples(lengths=LENGTHS, seed: int = 0) -> list[torch.Tensor]:
 
 def states(model: Qwen2, text: torch.Tensor) -> torch.Tensor:
     """Hidden states (T, C) of one text by the full forward pass."""
-    return model(text, torch.arange(len(text)), [len(text)])
+    device = model.head_weight.device
+    return model(text.to(device), torch.arange(len(text), device=device), [len(text)])
 
 
 def logits(model: Qwen2, text: torch.Tensor) -> torch.Tensor:
@@ -39,8 +40,8 @@ def logits(model: Qwen2, text: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def model(lively_checkpoint):
-    return load_model(lively_checkpoint, dtype=torch.float32)
+def model(lively_checkpoint, device):
+    return load_model(lively_checkpoint, dtype=torch.float32, device=device)
 
 
 def options(max_new_tokens: int = 24, eos_ids: tuple[int, ...] = (), **others) -> Decoding:
@@ -98,7 +99,7 @@ def test_cached_hidden_states_equal_those_of_the_full_forward_pass(model, shared
         truth = torch.stack([states(model, text[:end])[-1] for text, end in zip(texts, ends)])
         torch.testing.assert_close(hidden, truth, atol=5e-5, rtol=0)
         tokens = torch.stack([text[end] for text, end in zip(texts, ends)])
-        hidden = advance(model, caches, tokens)  # (B, C)
+        hidden = advance(model, caches, tokens.to(hidden.device))  # (B, C)
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])

@@ -73,16 +73,19 @@ def folder(tmp_path_factory):
 
 def seed_for(model, batch, *, seed=0, epoch=0, rows=(0, 1, 2)) -> None:
     rows = torch.tensor(rows).repeat_interleave(torch.tensor(batch[2]))
-    seed_dropout(model, seed=seed, epoch=epoch, row_ids=rows, positions=batch[1])
+    rows, positions = (x.to(model.head_weight.device) for x in (rows, batch[1]))
+    seed_dropout(model, seed=seed, epoch=epoch, row_ids=rows, positions=positions)
 
 
 # The base model is never changed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_adapter_gives_the_logits_of_the_base_bit_for_bit(folder, dtype):
-    base = logits(load_model(folder, dtype=dtype))
-    model = adapted(folder, dtype=dtype, trained=False, targets=EVERYWHERE, dropout=0.5)
+def test_a_fresh_adapter_gives_the_logits_of_the_base_bit_for_bit(folder, device, dtype):
+    base = logits(load_model(folder, dtype=dtype, device=device))
+    model = adapted(
+        folder, dtype=dtype, device=device, trained=False, targets=EVERYWHERE, dropout=0.5
+    )
     assert torch.equal(logits(model), base)
     model.train()
     seed_for(model, tokens_of())
@@ -91,9 +94,9 @@ def test_a_fresh_adapter_gives_the_logits_of_the_base_bit_for_bit(folder, dtype)
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_disabled_adapter_gives_the_logits_of_the_base_bit_for_bit(folder, dtype, merged):
-    base = logits(load_model(folder, dtype=dtype))
-    model = adapted(folder, dtype=dtype)
+def test_a_disabled_adapter_gives_the_logits_of_the_base_bit_for_bit(folder, device, dtype, merged):
+    base = logits(load_model(folder, dtype=dtype, device=device))
+    model = adapted(folder, dtype=dtype, device=device)
     if merged:
         merge(model)
     tuned, before = logits(model), bits(model)
@@ -119,8 +122,8 @@ def test_disabled_restores_the_adapters_after_an_error_and_when_nested(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_then_unmerge_restores_bit_for_bit(folder, dtype):
-    model = adapted(folder, dtype=dtype, targets=EVERYWHERE)
+def test_merge_then_unmerge_restores_bit_for_bit(folder, device, dtype):
+    model = adapted(folder, dtype=dtype, device=device, targets=EVERYWHERE)
     before, tuned, counts = bits(model), logits(model), count(model)
     merge(model)
     assert not torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight,
@@ -131,12 +134,13 @@ def test_merge_then_unmerge_restores_bit_for_bit(folder, dtype):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_merged_weights_give_the_logits_of_the_adapters(folder, rslora):
-    model = adapted(folder, targets=EVERYWHERE, rslora=rslora)
+def test_merged_weights_give_the_logits_of_the_adapters(folder, device, rslora):
+    model = adapted(folder, device=device, targets=EVERYWHERE, rslora=rslora)
     tuned = logits(model)
     assert merge(model) < 1e-5
     torch.testing.assert_close(logits(model), tuned, atol=2e-5, rtol=0)
-    assert not torch.equal(logits(model), logits(load_model(folder, dtype=torch.float32)))
+    base = load_model(folder, dtype=torch.float32, device=device)
+    assert not torch.equal(logits(model), logits(base))
 
 
 def test_merge_returns_the_fraction_of_the_change_that_rounding_lost(folder):
@@ -337,11 +341,12 @@ def test_fp32_adapters_on_a_bf16_base_train_with_fp32_gradients(folder):
 # Dropout
 
 
-def masks(*, p=0.25, rows=4000, channels=64, layer=0, seed=0, epoch=0, first_row=0, position=0):
+def masks(*, p=0.25, rows=4000, channels=64, layer=0, seed=0, epoch=0, first_row=0, position=0,
+          device="cpu"):  # fmt: skip
     """(rows, channels) bool, True where kept, for one token of each of `rows` rows."""
-    dropout = KeyedDropout(p, channels, layer)
-    tokens = torch.arange(rows) + first_row
-    dropout.keys = token_keys(seed, epoch, tokens, torch.full((rows,), position))
+    dropout = KeyedDropout(p, channels, layer).to(device)
+    tokens = torch.arange(rows, device=device) + first_row
+    dropout.keys = token_keys(seed, epoch, tokens, torch.full_like(tokens, position))
     return dropout.mask(channels)
 
 
@@ -367,6 +372,10 @@ def test_each_channel_and_each_token_is_dropped_with_probability_p():
     sigma = math.sqrt(0.25 * 0.75)
     assert (kept.mean(dim=0) - 0.75).abs().max() < 6 * sigma / math.sqrt(4000)
     assert (kept.mean(dim=1) - 0.75).abs().max() < 6 * sigma / math.sqrt(1000)
+
+
+def test_a_mask_has_the_same_bits_on_every_device(device):
+    assert torch.equal(masks(channels=63, device=device).cpu(), masks(channels=63))
 
 
 CHANGES = {

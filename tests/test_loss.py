@@ -26,13 +26,16 @@ def small_chunks():
         yield
 
 
-def problem(seed: int = 0, tokens: int = T, ignored: float = 0.3, dtype=torch.float32):
+def problem(
+    seed: int = 0, tokens: int = T, ignored: float = 0.3, dtype=torch.float32, device="cpu"
+):
     """hidden (T, C), weight (V, C), and targets (T,), a fraction `ignored` of which is IGNORE."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, C, generator=generator, dtype=dtype)
     weight = torch.randn(V, C, generator=generator, dtype=dtype)
     targets = torch.randint(V, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) < ignored] = IGNORE
+    hidden, weight, targets = (x.to(device) for x in (hidden, weight, targets))
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
@@ -45,8 +48,8 @@ def test_the_plain_formula_equals_pytorchs_cross_entropy():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.0, 0.3, 0.9]))
-def test_the_loss_and_its_gradients_equal_those_of_full_logits(seed, tokens, ignored):
-    hidden, weight, targets = problem(seed, tokens, ignored)
+def test_the_loss_and_its_gradients_equal_those_of_full_logits(device, seed, tokens, ignored):
+    hidden, weight, targets = problem(seed, tokens, ignored, device=device)
     nats, _ = linear_cross_entropy(hidden, weight, targets)
     truth = plain_loss(hidden, weight, targets)
     torch.testing.assert_close(nats, truth)
@@ -63,10 +66,12 @@ def test_these_tests_use_several_chunks_and_blocks_of_unequal_sizes():
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 36, 37, 1000])
 @pytest.mark.parametrize("block_rows", [1, 3, 1000])
-def test_chunk_and_block_sizes_do_not_change_the_result(monkeypatch, chunk_rows, block_rows):
+def test_chunk_and_block_sizes_do_not_change_the_result(
+    monkeypatch, device, chunk_rows, block_rows
+):
     monkeypatch.setattr(loss, "LOGITS_BYTES", chunk_rows * V * 4)
     monkeypatch.setattr(loss, "PROBABILITIES_BYTES", block_rows * V * 4)
-    hidden, weight, targets = problem(ignored=0.0)
+    hidden, weight, targets = problem(ignored=0.0, device=device)
     nats, _ = linear_cross_entropy(hidden, weight, targets)
     truth = plain_loss(hidden, weight, targets)
     torch.testing.assert_close(nats, truth)
@@ -129,10 +134,10 @@ def test_one_tokens_loss_is_minus_the_log_of_its_targets_probability():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_extreme_logits_give_finite_losses_and_gradients(dtype):
-    weight = torch.linspace(-1e4, 1e4, V)[:, None].to(dtype).requires_grad_()
-    hidden = torch.tensor([[1.0], [1.0], [-1.0], [0.0]], dtype=dtype, requires_grad=True)
-    targets = torch.tensor([0, V - 1, V - 1, 5])
+def test_extreme_logits_give_finite_losses_and_gradients(device, dtype):
+    weight = torch.linspace(-1e4, 1e4, V)[:, None].to(device, dtype).requires_grad_()
+    hidden = torch.tensor([[1.0], [1.0], [-1.0], [0.0]]).to(device, dtype).requires_grad_()
+    targets = torch.tensor([0, V - 1, V - 1, 5], device=device)
     nats, correct = linear_cross_entropy(hidden, weight, targets)
     truth = plain_loss(hidden.detach().double(), weight.detach().double(), targets)
     torch.testing.assert_close(nats, truth.float(), rtol=1e-3, atol=1e-3)

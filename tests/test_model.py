@@ -37,8 +37,9 @@ def examples(lengths=LENGTHS, seed: int = 0) -> list[torch.Tensor]:
 
 def flat(model: Qwen2, texts: list[torch.Tensor]) -> torch.Tensor:
     """Hidden states (T, C) of the examples as one micro-batch."""
-    lengths = [len(text) for text in texts]
-    return model(torch.cat(texts), torch.cat([torch.arange(n) for n in lengths]), lengths)
+    device, lengths = model.head_weight.device, [len(text) for text in texts]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return model(torch.cat(texts).to(device), positions.to(device), lengths)
 
 
 def logits(model: Qwen2, text: torch.Tensor) -> torch.Tensor:
@@ -46,8 +47,8 @@ def logits(model: Qwen2, text: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def model(lively_checkpoint):
-    return load_model(lively_checkpoint, dtype=torch.float32)
+def model(lively_checkpoint, device):
+    return load_model(lively_checkpoint, dtype=torch.float32, device=device)
 
 
 def transformers_model(folder: Path):
@@ -75,10 +76,10 @@ CHECKPOINTS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
-def test_logits_equal_transformers(tmp_path, options):
+def test_logits_equal_transformers(tmp_path, options, device):
     folder = toys.write_checkpoint(tmp_path / "checkpoint", std=0.1, **options)
     (text,) = examples([400])  # beyond position 256, which bf16 angles would not survive
-    ours = logits(load_model(folder, dtype=torch.float32), text)
+    ours = logits(load_model(folder, dtype=torch.float32, device=device), text).cpu()
     truth = transformers_model(folder)(text[None]).logits[0]
     assert truth.std() > 0.5, "logits near zero would agree with anything"
     torch.testing.assert_close(ours, truth, atol=1e-5, rtol=0)
@@ -130,17 +131,17 @@ def test_a_token_does_not_change_the_hidden_states_before_it(model):
 
 
 @torch.no_grad()
-def test_bf16_hidden_states_equal_fp32_within_bf16_precision(checkpoint):
+def test_bf16_hidden_states_equal_fp32_within_bf16_precision(checkpoint, device):
     (text,) = examples([300])  # beyond position 256 a bf16 angle would be wrong
     wide = flat(load_model(checkpoint, dtype=torch.float32), [text])
-    half = flat(load_model(checkpoint, dtype=torch.bfloat16), [text])
+    half = flat(load_model(checkpoint, dtype=torch.bfloat16, device=device), [text]).cpu()
     assert half.dtype == torch.bfloat16
     assert (half.float() - wide).norm() < 0.03 * wide.norm()
 
 
 def test_a_model_of_the_plain_formulas_has_the_same_loss_and_gradient(model, monkeypatch):
     texts = examples()
-    targets = torch.cat(texts).roll(-1)
+    targets = torch.cat(texts).roll(-1).to(model.head_weight.device)
     targets[::3] = -100
 
     def loss_and_gradient(loss):

@@ -30,8 +30,8 @@ def to_format_1(folder: Path, **options: object) -> Path:
 
 
 def killed(flags: list, out: Path) -> Path:
-    """The folder of a run that was killed in its third save."""
-    assert run(flags, out, fault=FileCalls(within="save_checkpoint", nth=3, at=0)).code == 137
+    """The folder of a run that was killed in its second save."""
+    assert run(flags, out, fault=FileCalls(within="save_checkpoint", nth=2, at=0)).code == 137
     return out
 
 

@@ -49,10 +49,10 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def toy(lively_checkpoint, arithmetic):
+def toy(lively_checkpoint, arithmetic, device):
     """Flags of a run on the toy checkpoint and sums."""
     return ["--model", lively_checkpoint, "--data", arithmetic, "--precision", "fp32",
-            "--device", "cpu", "--save-every", "0"]  # fmt: skip
+            "--device", device.type, "--save-every", "0"]  # fmt: skip
 
 
 def run(out: Path, flags: list, *more: object) -> list[dict]:
@@ -111,7 +111,7 @@ def uninterrupted(toy, tmp_path_factory):
         ("validate", 2),  # after the step, before its validation
         ("publish_best", 2),
         ("save_checkpoint", 1),  # before there is anything to resume from
-        ("save_checkpoint", 6),  # at the end of an epoch
+        ("save_checkpoint", 5),  # at the end of an epoch
         ("save_checkpoint", 10),  # of the last step
     ],
 )
@@ -252,6 +252,7 @@ def test_the_validation_loss_is_the_mean_over_all_held_out_tokens_for_any_batch_
 
 def test_two_ranks_train_as_one_does(tmp_path, toy):
     flags = [*toy, "--limit", 30, "--epochs", 1, "--batch-size", 2, "--evals-per-epoch", 2]
+    flags += ["--device", "cpu"]  # two ranks need two GPUs
     one = run(tmp_path / "one", flags, "--grad-accum", 4)
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(toys.free_port())}
     command = [sys.executable, "train.py", *flags, "--grad-accum", 2, "--out", tmp_path / "two"]

@@ -1,0 +1,59 @@
+"""How many kernels a training step launches, counted on PyTorch's `meta` device.
+
+An operator that is neither a view nor an allocation launches one kernel on a GPU, or a few.
+`benchmarks/launches.py` counts the kernels themselves, which needs PyTorch for CUDA.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.batches import Schedule
+from lora.inject import LoRAConfig, inject
+from model.attention import FlatAttention, attend_each
+from model.qwen2 import Qwen2, Qwen2Config
+from tests import toys
+from train import forward_backward
+
+META = torch.device("meta")
+WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided",
+                  "_unsafe_view", "_reshape_alias", "detach", "lift_fresh")  # fmt: skip
+
+# Lower these when a change saves some; 24 layers were 5,223 kernels with all else on an H100.
+OF_A_LAYER = 204
+OF_THE_REST = 76  # embedding, rotary table, dropout keys, last norm, loss, offsets
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operators on `meta` that are neither views nor allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        first = out[0] if isinstance(out, tuple | list) and out else out
+        on_device = isinstance(first, torch.Tensor) and first.is_meta
+        name = func._schema.name.removeprefix("aten::")
+        self.count += on_device and not func.is_view and name not in WITHOUT_KERNEL
+        return out
+
+
+def kernels_of_a_step(layers: int, dropout: float = 0.1) -> int:
+    """Those of a forward and backward pass over one example."""
+    with META:
+        model = Qwen2(Qwen2Config(32, 48, layers, 4, 2, 64))
+    inject(model, LoRAConfig(dropout=dropout))
+    step = Schedule([toys.example(0, 9, 5)], 1, grad_accum=1, epochs=1, seed=0).step(0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with Kernels() as kernels:
+        forward_backward(model.train(), step.micro_batches[0], step, seed=0, scaler=scaler)
+    return kernels.count
+
+
+def test_a_layer_of_a_training_step_launches_no_more_kernels_than_it_should(monkeypatch):
+    each = lambda self, _, *qkv: attend_each(*qkv, self.lengths)  # noqa: E731
+    monkeypatch.setattr(FlatAttention, "__call__", each)  # `meta` cannot try other kernels
+    one, two, three = map(kernels_of_a_step, (1, 2, 3))
+    assert three - two == two - one <= OF_A_LAYER
+    assert 2 * one - two <= OF_THE_REST

@@ -1,0 +1,79 @@
+"""Ranks: how a step's rows are dealt to them, and how often they exchange something."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import train
+from data.batches import deal
+from run import distributed
+
+LENGTHS = st.lists(st.integers(1, 2000), min_size=1, max_size=60)
+
+
+def gsm8k_like(count, seed):
+    """Lengths with the mean (212 tokens) and spread of GSM8K's rows."""
+    return np.random.default_rng(seed).lognormal(5.31, 0.30, count).astype(int).tolist()
+
+
+def imbalance(lengths, dealt):
+    """The tokens of the slowest rank over their mean."""
+    tokens = [sum(lengths[i] for i in rows) for rows in dealt]
+    return max(tokens) / (sum(tokens) / len(tokens))
+
+
+def test_8_ranks_have_nearly_equal_tokens_which_rows_dealt_by_count_have_not():
+    steps = [gsm8k_like(8 * 16, seed) for seed in range(30)]
+    found = [imbalance(lengths, deal(lengths, 8)) for lengths in steps]
+    by_count = [imbalance(n, [range(r, len(n), 8) for r in range(8)]) for n in steps]
+    assert np.mean(found) <= 1.02 < 1.08 < np.mean(by_count)
+
+
+@given(LENGTHS, st.integers(1, 9))
+def test_each_row_is_dealt_once_and_no_rank_takes_more_than_its_share(lengths, ranks):
+    dealt = deal(lengths, ranks)
+    assert sorted(sum(dealt, [])) == list(range(len(lengths)))
+    assert max(map(len, dealt)) <= -(-len(lengths) // ranks)
+    assert all(rows == sorted(rows) for rows in dealt)
+    assert len(lengths) < ranks or all(dealt), "a rank without rows, though there are enough"
+
+
+@given(LENGTHS)
+def test_one_rank_takes_all_rows_in_their_order(lengths):
+    assert deal(lengths, 1) == [list(range(len(lengths)))]
+
+
+def test_a_step_exchanges_two_messages_gradients_and_sums(
+    tmp_path, checkpoint, arithmetic, monkeypatch
+):
+    """In a world of one process that believes to be two: what it sends is counted."""
+    sent, steps = [], 3
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **_: sent.append(x.numel()))
+    monkeypatch.setattr(dist, "barrier", lambda: sent.append("barrier"))
+    monkeypatch.setattr(distributed, "join", lambda device: distributed.World(0, 2, device))
+    monkeypatch.setattr(train, "validate", lambda *_: {"val_loss": 1.0, "val_token_accuracy": 0.5})
+    flags = [*map(str, ("--model", checkpoint, "--data", arithmetic, "--out", tmp_path / "run"))]
+    train.main([*flags, "--precision", "fp32", "--device", "cpu", "--max-steps", str(steps)])
+    before, after = sent.index("barrier"), len(sent) - 1
+    messages = sent[before + 1 : after]
+    weights = load_file(tmp_path / "run" / "best" / "adapter_model.safetensors")
+    gradients = sum(tensor.numel() for tensor in weights.values())
+    assert messages == [gradients, 4] * steps
+
+
+def test_ranks_wait_for_each_other_longer_than_a_validation_takes(monkeypatch):
+    joined = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: joined.update(k, backend=a[0]))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
+    for kind, backend in (("cpu", "gloo"), ("cuda", "nccl")):
+        device = torch.device(kind, 1) if kind == "cuda" else torch.device(kind)
+        assert distributed.join(device) == distributed.World(1, 2, device)
+        assert joined["backend"] == backend and joined["timeout"].total_seconds() >= 3600
+    assert joined["device_id"] == torch.device("cuda", 1)
