@@ -44,6 +44,7 @@ from evaluation.teacher_forced import teacher_forced_metrics
 from files import write_json
 from lora import disabled, read_adapter
 from lora.peft_format import CONFIG, WEIGHTS
+from model.checkpoint import read_sampling
 from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
@@ -383,6 +384,9 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
         if task.golds:
             print(f"  {task.golds}")
     print("\n".join(base.lines()))
+    if config.temperature and not config.top_k and config.top_p == 1:
+        advice = ", ".join(f"{k} {v:g}" for k, v in read_sampling(base.folder).items())
+        print(f"sampling from all tokens; the checkpoint recommends {advice or 'nothing'}")
 
 
 # Instead of an evaluation.

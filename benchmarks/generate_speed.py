@@ -11,7 +11,9 @@ independent: with `--peer-problems` it answers some of them only, evenly spaced.
 must give the same tokens in fp32. The floor is the time of the matrix products alone.
 """
 
+import itertools
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +37,7 @@ from benchmarks.common import (
 from data.tasks import load_source
 from errors import BadData, BadOption, run_script
 from evaluation.answers import prompt_tokens
-from model.generate import Decoding, generate
+from model.generate import Decoding, decode, generate, most_likely, sample
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2
 from run.base import Base
@@ -58,6 +60,7 @@ class SpeedConfig:
     rounds: int = option(2, "how often each is timed", least=1)
     device: str = option("auto", "device to run on", choices=("auto", "cuda", "cpu"))
     precision: str = option("auto", "dtype of the weights", choices=("auto", "bf16", "fp32"))
+    choosing: bool = option(False, "measure only what choosing the tokens of a step costs")
     json: str | None = option(None, "file to write the result to")
 
     peer: bool = option(True, "measure transformers too")
@@ -97,6 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{describe(base.device)}, {base.precision}; {len(job.prompts)} problems,"
           f" {sum(map(len, job.prompts)):,} prompt tokens, {sum(job.lengths):,} new tokens,"
           f" at most {max(job.lengths)} per answer")  # fmt: skip
+    if config.choosing:
+        result = choosing(base.load(), job, config.batch_size)
+        return write_result(config.json, result | {"options": to_json(config)})
     has_peer = config.peer and is_installed(PEER, ("transformers",))
     if has_peer:
         check_equal_work(job)
@@ -145,6 +151,42 @@ def answer(model: Qwen2, job: Job, batch_size: int = 128) -> list[list[int]]:
     answers = [a.tokens for a in generate(model, job.prompts, decoding, limits=job.lengths)]
     assert [len(tokens) for tokens in answers] == job.lengths
     return answers
+
+
+@torch.inference_mode()
+def choosing(model: Qwen2, job: Job, batch_size: int) -> dict[str, Any]:
+    """Time the choice of a step's tokens, and print it as a fraction of the whole step.
+
+    The logits are those of the last tokens of the prompts, so their distributions are real ones if
+    the weights are. The network's time is the median of the later steps of greedy decoding.
+    """
+    job = replace(job, prompts=job.prompts[-batch_size:])
+    greedy = Decoding(CHECK_TOKENS, (), job.base.chat.vocab_size, batch_size)
+    device, starts = job.base.device, [time.perf_counter()]
+    for _ in decode(model, job.prompts, greedy):
+        starts.append(time.perf_counter())
+    steps = sorted(b - a for a, b in itertools.pairwise(starts[-CHECK_TOKENS // 2 :]))
+    step = steps[len(steps) // 2]  # seconds
+
+    tokens = torch.tensor(list(itertools.chain(*job.prompts))[-8 * batch_size :], device=device)
+    positions = torch.arange(len(tokens), device=device)
+    hidden = model(tokens, positions, [len(tokens)])[-batch_size:]  # (B, C)
+    head = model.head_weight[: greedy.vocab_size]
+    logits, draws = hidden @ head.t(), torch.rand(batch_size, device=device)  # (B, V), (B,)
+    choices = {"greedy": lambda: most_likely(logits, hidden, head)}
+    settings = {"temperature": {}, "top-k 20": {"top_k": 20}, "top-p 0.8": {"top_p": 0.8},
+                "top-k 20, top-p 0.8": {"top_k": 20, "top_p": 0.8}}  # fmt: skip
+    for name, options in settings.items():
+        sampled = replace(greedy, temperature=0.7, **options)
+        choices[name] = lambda s=sampled: sample(logits, s, draws)
+    seconds = {
+        name: min(timed(choose, device)[0] for _ in range(8)) for name, choose in choices.items()
+    }
+    network = step - seconds["greedy"]
+    print(f"a step of {batch_size} sequences without the choice: {network * 1e3:.1f} ms")
+    for name, taken in seconds.items():
+        print(f"{name:<24}{taken * 1e3:8.1f} ms, {taken / (network + taken):6.1%} of the step")
+    return {"network_ms": network * 1e3} | {f"{k}_ms": s * 1e3 for k, s in seconds.items()}
 
 
 # transformers

@@ -222,6 +222,14 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
     raise BadCheckpoint(f"{folder} has no eos_token_id", "add it to generation_config.json")
 
 
+def read_sampling(folder: Path) -> dict[str, float]:
+    """The sampling options that `generation_config.json` recommends; empty if it has none."""
+    path = folder / "generation_config.json"
+    raw = read_object(path) if path.exists() else {}
+    names = ("temperature", "top_k", "top_p", "repetition_penalty") if raw.get("do_sample") else ()
+    return {name: raw[name] for name in names if type(raw.get(name)) in (int, float)}
+
+
 def remarks(folder: Path, config: Qwen2Config) -> list[str]:
     """What a user should know about how the checkpoint in `folder` is read, one line each."""
     lines = []

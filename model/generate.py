@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import BadCheckpoint, BadOption, UserError
+from model.attention import HALF_PRECISION
 from model.cache import KVCache, advance, shared_prefix
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2
@@ -26,6 +28,8 @@ from model.qwen2 import Qwen2
 GROUPS = 4
 
 NOT_FINITE = -1  # instead of a token, where the logits are not finite
+CANDIDATES = 8  # tokens with the largest rounded logits, among which fp32 decides
+NUCLEUS_SIZES = (64, 512, 4096)  # most likely tokens tried in turn, until they sum to top_p
 
 # stopped(tokens so far) -> whether the answer ends here, called after each token
 Stopped = Callable[[list[int]], bool]
@@ -104,7 +108,8 @@ def decode(
     assert min(limits) > 0, f"limits must be all positive or all zero: {limits}"
     assert all(prompts), "a prompt must not be empty: its last hidden state gives the first token"
     device = model.head_weight.device
-    weights = PackedWeights(model, model.head_weight[: decoding.vocab_size])
+    head = model.head_weight[: decoding.vocab_size]  # (V, C)
+    weights = PackedWeights(model, head)
     with weights.active():
         prefix = shared_prefix(model, prompts)
     size = max(1, decoding.batch_size // GROUPS)
@@ -127,8 +132,12 @@ def decode(
                 hidden.append(live[-1].prefill(model, [prompts[i] for i in group]))
         batch = [i for cache in live for i in cache.sequences]
         step_draws = torch.tensor([next(draws[i]) for i in batch], dtype=torch.float32)  # (B,)
-        logits = weights.logits(torch.cat(hidden))  # (B, V)
-        picked = pick(logits, decoding, step_draws.to(device))  # (B,)
+        states = torch.cat(hidden)  # (B, C)
+        logits = weights.logits(states)  # (B, V)
+        if decoding.temperature == 0:
+            picked = most_likely(logits, states, head)  # (B,)
+        else:
+            picked = sample(logits, decoding, step_draws.to(device))  # (B,)
 
         # Record the tokens, and take finished sequences out of the batch.
         step, finished = [], set()
@@ -154,32 +163,62 @@ def _uniform_draws(sequence_id: int, decoding: Decoding) -> Iterator[float]:
     return iter(generator.random, None)
 
 
-def pick(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
-    """The next token (B,) for each row of `logits (B, V)`, sampled with uniform `draws (B,)`.
+def most_likely(logits: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
+    """The most likely token (B,) of each row of `logits (B, V)`; `NOT_FINITE` for a row with NaN.
 
-    It is `NOT_FINITE` for a row with NaN or infinity. The host reads the tokens anyway, so this
-    check costs no further synchronization.
-    A draw in [0, 1) is mapped to a token by the inverse of the cumulative distribution over the
-    tokens that top-k and top-p allow.
+    In half precision the best logits are often equal after rounding, so the best CANDIDATES are
+    recomputed in fp32 from `hidden (B, C)` and their rows of `head (V, C)`. Of equal ones the
+    lowest token wins, as in fp32.
     """
-    if decoding.temperature == 0:
+    if logits.dtype not in HALF_PRECISION:
         largest, token = logits.max(dim=-1)  # equals argmax, in a fifth of its time on a CPU
-        return token.where(largest.isfinite(), NOT_FINITE)  # NaN counts as the largest
-    assert decoding.top_p > 0, f"top_p {decoding.top_p} allows no token"
+    else:
+        best, candidates = logits.topk(min(CANDIDATES, logits.shape[-1]))  # (B, 8) each
+        largest, candidates = best[:, 0], candidates.sort(dim=-1).values  # (B,), (B, 8)
+        rows = F.embedding(candidates, head).float()  # (B, 8, C)
+        place = (rows * hidden[:, None].float()).sum(dim=-1).argmax(dim=-1, keepdim=True)  # (B, 1)
+        token = candidates.gather(1, place).squeeze(1)  # (B,)
+    # NaN counts as the largest. The host reads the tokens anyway, so this check costs no wait.
+    return token.where(largest.isfinite(), NOT_FINITE)
+
+
+def sample(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
+    """A token (B,) for each row of `logits (B, V)` and each uniform draw in [0, 1) of `draws (B,)`.
+
+    The draw is mapped by the inverse of the cumulative distribution over the allowed tokens, in the
+    order of their ids, so that nothing is sorted. A row with NaN or infinity gives `NOT_FINITE`.
+    """
     p = torch.softmax(logits.float() / decoding.temperature, dim=-1)  # (B, V)
-    p, order = p.sort(dim=-1, descending=True, stable=True)  # (B, V), (B, V)
-    # The probability of all likelier tokens. It is 0 for the likeliest, which is always allowed.
-    before = p.cumsum(dim=-1) - p  # (B, V)
-    allowed = before < decoding.top_p  # (B, V)
-    if decoding.top_k:
-        allowed &= torch.arange(p.shape[-1], device=p.device) < decoding.top_k
-    wide = torch.float32 if p.device.type == "mps" else torch.float64  # MPS has no fp64
-    edges = (p * allowed).to(wide).cumsum(dim=-1)  # (B, V)
-    target = draws.to(wide)[:, None] * edges[:, -1:]  # (B, 1)
-    place = torch.searchsorted(edges, target, right=True)  # (B, 1): the first edge above target
-    place = place.minimum(allowed.sum(dim=-1, keepdim=True) - 1)  # rounding may exceed the last
-    token = order.gather(1, place.clamp(min=0)).squeeze(1)  # (B,)
-    return token.where(edges[:, -1].isfinite(), NOT_FINITE)
+    if decoding.top_k or decoding.top_p < 1:
+        p = p.where(p >= least_allowed(p, decoding), 0)  # (B, V)
+    edges = p.cumsum(dim=-1, dtype=wide_dtype(p))  # (B, V)
+    total = edges[:, -1:].contiguous()  # (B, 1)
+    place = torch.searchsorted(edges, draws[:, None] * total, right=True)  # (B, 1)
+    place = place.minimum(torch.searchsorted(edges, total))  # rounding may exceed the last token
+    return place.squeeze(1).where(total.squeeze(1) > 0, NOT_FINITE)  # NaN is not above 0
+
+
+def least_allowed(p: Tensor, decoding: Decoding) -> Tensor:
+    """The smallest probability (B, 1) in each row of `p (B, V)` that top-k and top-p allow.
+
+    They allow the k most likely tokens, and of these the fewest that sum to `top_p`. Tokens as
+    likely as the last allowed one are allowed too, so that no order among equals matters.
+    """
+    assert decoding.top_p > 0, f"top_p {decoding.top_p} allows no token"
+    most = min(decoding.top_k or p.shape[-1], p.shape[-1])  # tokens that can be allowed
+    for size in (*(n for n in NUCLEUS_SIZES if n < most and decoding.top_p < 1), most):
+        best = p.topk(size).values  # (B, size), descending
+        if decoding.top_p == 1:
+            return best[:, -1:]
+        sums = best.cumsum(dim=-1, dtype=wide_dtype(p))  # (B, size)
+        if size == most or bool((sums[:, -1] >= decoding.top_p).all()):
+            break
+    before = F.pad(sums[:, :-1], (1, 0))  # (B, size): the probability of the likelier tokens
+    return best.gather(1, (before < decoding.top_p).sum(dim=-1, keepdim=True).clamp(min=1) - 1)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no fp64
 
 
 def not_finite_logits(dtype: torch.dtype) -> UserError:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lora.inject import LoRAConfig, adapters, disabled, inject, merge
 from model.attention import attend_example
 from model.cache import GROWTH, KVCache, advance, attend_slots, shared_prefix
-from model.generate import Decoding, decode, generate, pick
+from model.generate import NOT_FINITE, Decoding, decode, generate, most_likely, sample
 from model.load import load_model
 from model.packed import PackedWeights, packing_works
 from model.qwen2 import Qwen2
@@ -194,7 +194,7 @@ def test_equal_prompts_get_different_samples_and_a_seed_reproduces_them(model):
 
 def test_a_temperature_near_zero_is_greedy_and_a_high_one_is_not(model):
     prompts = examples()
-    cold, hot = (answers(model, prompts, options(temperature=t)) for t in (1e-3, 3.0))
+    cold, hot = (answers(model, prompts, options(temperature=t)) for t in (1e-5, 3.0))
     assert cold == answers(model, prompts) != hot
 
 
@@ -218,19 +218,48 @@ def test_sampling_follows_the_plain_formula_of_top_k_and_top_p(seed, temperature
     truth = plain_distribution(logits, decoding)
     n = 2000
     draws = (torch.arange(n).double() + 0.5) / n  # evenly spaced, so that frequencies are exact
-    picked = pick(logits.expand(n, -1), decoding, draws).bincount(minlength=12) / n
+    picked = sample(logits.expand(n, -1), decoding, draws).bincount(minlength=12) / n
     assert set(picked.nonzero().flatten().tolist()) <= set(truth)
     expected = torch.tensor([truth.get(token, 0.0) for token in range(12)])
     torch.testing.assert_close(picked, expected, atol=1.1 / n, rtol=0)
 
 
+def plain_sample(logits: torch.Tensor, decoding: Decoding, draw: float) -> int:
+    """The inverse CDF over the allowed tokens by id; tokens equal to the last allowed count too."""
+    kept = plain_distribution(logits, decoding)
+    least = min(logits[token].item() for token in kept)
+    p = torch.softmax(logits.double() / decoding.temperature, dim=0).tolist()
+    p = [x if logit.item() >= least else 0.0 for x, logit in zip(p, logits, strict=True)]
+    reached, target = 0.0, draw * sum(p)
+    for token, probability in enumerate(p):
+        reached += probability
+        if reached > target:
+            return token
+    raise AssertionError("no token reaches the draw")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [0, 1, 40, 3000])
+@pytest.mark.parametrize("top_p", [1.0, 0.02, 0.6, 0.999])
+def test_a_draw_gives_the_token_of_the_plain_formula_without_sorting(dtype, top_k, top_p):
+    generator = torch.Generator().manual_seed(0)
+    steep = torch.tensor([[0.3], [1.0], [4.0]] * 4)  # so that a nucleus has few or many tokens
+    logits = (steep * torch.randn(12, 5000, generator=generator)).to(dtype)  # bf16 has many ties
+    draws = torch.rand(12, generator=generator)
+    decoding = options(temperature=0.9, top_k=top_k, top_p=top_p)
+    truth = [plain_sample(row, decoding, draw.item()) for row, draw in zip(logits, draws)]
+    assert sample(logits, decoding, draws).tolist() == truth
+    alone = [sample(logits[i : i + 1], decoding, draws[i : i + 1]).item() for i in range(12)]
+    assert alone == truth
+
+
 def test_the_smallest_and_largest_draws_pick_the_first_and_the_last_allowed_token():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, -200.0]])
-    for draw, token in ((0.0, 1), (1 - 2**-53, 2)):
+    for draw, token in ((0.0, 1), (1 - 2**-53, 3), (1.0, 3)):  # a draw may be rounded up to 1
         draws = torch.tensor([draw], dtype=torch.float64)
-        assert pick(logits, options(temperature=1.0, top_k=3), draws).item() == token
+        assert sample(logits, options(temperature=1.0, top_k=3), draws).item() == token
     half = torch.tensor([0.5], dtype=torch.float64)  # where the second of two equal tokens begins
-    assert pick(torch.zeros(1, 2), options(temperature=1.0), half).item() == 1
+    assert sample(torch.zeros(1, 2), options(temperature=1.0), half).item() == 1
 
 
 def test_bf16_logits_are_sampled_in_fp32():
@@ -238,7 +267,38 @@ def test_bf16_logits_are_sampled_in_fp32():
     logits = torch.randn(200, generator=generator).bfloat16().expand(500, -1)
     draws = (torch.arange(500).double() + 0.5) / 500
     decoding = options(temperature=0.7, top_p=0.9)
-    assert torch.equal(pick(logits, decoding, draws), pick(logits.float(), decoding, draws))
+    assert torch.equal(sample(logits, decoding, draws), sample(logits.float(), decoding, draws))
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.9), (3, 0.9)])
+def test_a_row_with_nan_is_reported_and_the_other_rows_are_sampled(top_k, top_p):
+    logits = torch.zeros(3, 100)
+    logits[1, 7], logits[2, 7] = torch.nan, torch.inf
+    decoding = options(temperature=1.0, top_k=top_k, top_p=top_p)
+    first, *others = sample(logits, decoding, torch.full((3,), 0.5)).tolist()
+    assert first >= 0 and others == [NOT_FINITE, NOT_FINITE]
+
+
+def test_where_rounded_logits_are_equal_fp32_decides():
+    head = torch.zeros(40, 2).bfloat16()
+    head[7], head[30] = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 2**-9])
+    hidden = torch.ones(1, 2).bfloat16()
+    logits = F.linear(hidden, head)  # both are 1 in bf16
+    assert logits[0, 7] == logits[0, 30] and logits.argmax() == 7
+    assert most_likely(logits, hidden, head).item() == 30
+    head[30] = head[7]
+    assert most_likely(F.linear(hidden, head), hidden, head).item() == 7, "the lowest of equal ones"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_picks_the_token_of_fp32_logits_of_the_same_hidden_states(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 64, generator=generator).to(dtype) for n in (3000, 500))
+    logits, exact = F.linear(hidden, head), F.linear(hidden.float(), head.float())
+    assert ((logits == logits.amax(dim=1, keepdim=True)).sum(dim=1) > 1).any(), "no ties"
+    assert torch.equal(most_likely(logits, hidden, head), exact.argmax(dim=1))
+    logits[5, 3] = torch.nan
+    assert most_likely(logits, hidden, head)[5].item() == NOT_FINITE
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])

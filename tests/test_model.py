@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import BadCheckpoint
 from model import attention, qwen2
-from model.checkpoint import find_checkpoint, read_config, read_eos_ids
+from model.checkpoint import find_checkpoint, read_config, read_eos_ids, read_sampling
 from model.load import load_model
 from model.loss import linear_cross_entropy
 from model.qwen2 import (
@@ -328,6 +328,18 @@ def test_end_tokens_come_from_the_generation_config_or_otherwise_from_the_config
     toys.change_json(folder / "config.json", eos_token_id=None)
     with pytest.raises(BadCheckpoint, match="eos_token_id"):
         read_eos_ids(folder)
+
+
+def test_recommended_sampling_comes_from_the_generation_config(folder):
+    path = folder / "generation_config.json"
+    recommended = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+    assert read_sampling(folder) == recommended
+    toys.change_json(path, top_p="most")  # a value of another type is no recommendation
+    assert "top_p" not in read_sampling(folder)
+    toys.change_json(path, do_sample=False)
+    assert read_sampling(folder) == {}
+    path.unlink()
+    assert read_sampling(folder) == {}
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
