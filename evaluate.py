@@ -71,7 +71,11 @@ class EvalConfig:
         choices=("test", "validation", "train"),
     )  # fmt: skip
     limit: int | None = option(None, "use only the first N problems of each task", least=1)
-    shots: int = option(0, "solved problems shown first, as in lm-evaluation-harness", least=0)
+    shots: int = option(
+        0, "solved problems shown first, drawn for each problem as in lm-evaluation-harness",
+        least=0,
+    )  # fmt: skip
+    same_shots: bool = option(False, "show the same --shots training rows, the first, to all")
 
     cot: bool = option(False, "ask for a chain of thought, zero-shot, as plain text")
     samples: int = option(1, "answers per problem; several give majority votes", least=1)
@@ -199,6 +203,8 @@ def check(config: EvalConfig) -> None:
         )
     if config.shots and config.cot:
         raise BadOption("--shots and --cot are two different prompts", "give one of them")
+    if config.same_shots and not config.shots:
+        raise BadOption("--same-shots without --shots: no problems are shown", "add --shots 5")
     if config.keep_correct and config.split != "train":
         raise BadOption(
             f"--keep-correct with --split {config.split}: problems cannot be trained on and then"
@@ -236,7 +242,7 @@ def select_tasks(config: EvalConfig) -> list[Task]:
     """The tasks that the options select, by default those of the adapter's run."""
     selection = Selection(
         data=config.data, data_revision=config.data_revision, columns=config.columns,
-        split=config.split, limit=config.limit, shots=config.shots,
+        split=config.split, limit=config.limit, shots=config.shots, same_shots=config.same_shots,
         include_held_out=config.keep_correct is not None,
     )  # fmt: skip
     run = Run.of_adapter(config.adapter)
@@ -275,6 +281,8 @@ def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str,
         asked = {name: getattr(config, name) for name in names}
     else:
         asked = {"split": config.split, "prompt": "choices", "shots": config.shots}
+    if config.same_shots or (config.shots and task.judge.generated):
+        asked["same_shots"] = config.same_shots
     if template := base.chat.template.fingerprint():
         asked["chat_template_sha256"] = template
     return {
@@ -320,7 +328,7 @@ def measure_answers(
 ) -> dict[str, Any]:
     """Let each model generate its answers; returns metrics, comparison, transcripts, examples."""
     generation = GenerationSettings(
-        decoding(config, base), config.prompt, tuple(task.shots), config.samples
+        decoding(config, base), config.prompt, task.shots, config.samples
     )
     completions, metrics = {}, {}
     for name, context in models.contexts.items():

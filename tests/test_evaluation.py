@@ -12,6 +12,7 @@ import evaluate
 import train
 from data.chat import ChatFormat
 from data.custom import load_path
+from data.tasks import load_source
 from errors import BadData, BadOption
 from evaluation import answers as generation
 from evaluation.answers import answers, before_stop, exact_matches, prompt_tokens
@@ -57,11 +58,51 @@ def test_an_answer_ends_where_the_model_begins_the_next_question():
     assert before_stop("Question: is kept", "chat") == "Question: is kept"
 
 
-def test_shots_are_never_among_the_problems_asked(tuned, tmp_path):
-    config = evaluate.EvalConfig(data=(str(tuned / "sums"),), split="train", shots=3)
+@pytest.mark.parametrize("same", [False, True])
+def test_no_problem_is_shown_its_own_solution(tuned, same):
+    config = evaluate.EvalConfig(
+        data=(str(tuned / "sums"),), split="train", shots=3, same_shots=same
+    )
     (task,) = evaluate.select_tasks(config)
-    assert len(task.shots) == 3
-    assert not {p.question for p in task.shots} & {p.question for p in task.problems}
+    shown = [[s.id for s in task.shots[p.id]] for p in task.problems]
+    assert all(len({*ids} - {p.id}) == 3 for p, ids in zip(task.problems, shown))
+    assert (len(set(map(tuple, shown))) <= 4) == same  # the first three, or four without one
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_the_rows_shown_to_each_problem_are_those_of_the_harness(tuned, split):
+    sampler_of = pytest.importorskip("lm_eval.api.samplers").ContextSampler
+    config = evaluate.EvalConfig(data=(str(tuned / "sums"),), split=split, shots=2)
+    (task,) = evaluate.select_tasks(config)
+    pool = load_source(str(tuned / "sums")).train
+    sampler = sampler_of(pool, rnd=1234)  # the default of simple_evaluate
+    for p in task.problems:
+        theirs = sampler.sample(2, eval_doc=p if split == "train" else None)
+        assert [s.id for s in task.shots[p.id]] == [s.id for s in theirs]
+
+
+def test_few_shot_prompts_of_gsm8k_equal_the_harness_problem_by_problem(tuned):
+    datasets = pytest.importorskip("datasets")
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    chat, sums = ChatFormat.from_folder(tuned / "base"), load_source(str(tuned / "sums"))
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / "gsm8k/gsm8k.yaml")
+    sets = {
+        split: datasets.Dataset.from_list(
+            [{"question": p.question, "answer": p.answer} for p in of]
+        )
+        for split, of in (("train", sums.train), ("test", sums.test))
+    }
+    config = {k: v for k, v in config.items() if k != "tag"}
+    task = ConfigurableTask(config=config | {"custom_dataset": lambda **_: sets, "num_fewshot": 5})
+    task.set_fewshot_seed(1234)  # the default of simple_evaluate
+    task.build_all_requests()
+    theirs = [request.args[0] for request in task.instances]
+    (ours,) = evaluate.select_tasks(evaluate.EvalConfig(data=(str(tuned / "sums"),), shots=5))
+    prompts = [prompt_tokens(p, chat, "few-shot", ours.shots[p.id]) for p in ours.problems]
+    assert [chat.decode(tokens) for tokens in prompts] == theirs and len(theirs) > 3
 
 
 # Answers
