@@ -84,6 +84,9 @@ class EvalConfig:
     top_p: float = option(1.0, "sample from the top tokens with this total probability", above=0)
     seed: int = option(0, "random seed of sampling and of the bootstrap", least=0)
     max_new_tokens: int = option(512, "longest answer in tokens; GSM8K's longest has 455", least=1)
+    teacher_forced: int = option(
+        200, "gold answers whose loss and token accuracy are measured; 0 for none", least=0
+    )
 
     system: str | None = option(
         None, "system prompt of problems without one, '' for an empty one (default: as in training)"
@@ -338,8 +341,9 @@ def measure_answers(
             metrics[name] = answer_metrics(task.judge, task.problems, answers)
             if not config.keep_correct:  # the loss of training rows would say little
                 metrics[name] |= teacher_forced_metrics(
-                    models.network, base.chat, task.problems, min(FORWARD_BATCH, config.batch_size)
-                )
+                    models.network, base.chat, task.problems[: config.teacher_forced],
+                    min(FORWARD_BATCH, config.batch_size),
+                )  # fmt: skip
             completions[name] = answers
     result = {"models": metrics}
     if config.keep_correct:

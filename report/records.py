@@ -57,6 +57,7 @@ class ModelResult:
     correct: dict[str, int]  # scorer -> problems; the first scorer is the headline
     votes: dict[str, int]  # maj@k -> problems on which the majority of k samples is correct
     passed: dict[str, float]  # pass@k, in [0, 1]
+    pass_intervals: dict[str, tuple[float, float]]  # pass@k -> its 95 % interval
     mistakes: dict[str, int]  # kind -> answers; "correct" is one of the kinds
     by: dict[str, dict[str, tuple[int, int]]]  # property -> its value -> (correct, problems)
     had_format: float | None = None  # answers in the required format
@@ -67,6 +68,7 @@ class ModelResult:
     seconds: float | None = None
     loss: float | None = None  # nats per supervised token of the references
     token_accuracy: float | None = None  # teacher-forced, in [0, 1]
+    loss_problems: float | None = None  # whose references these two were measured on
     right_choice_nats: float | None = None  # mean negative log-likelihood of the correct choice
 
     @property
