@@ -43,13 +43,12 @@ from evaluation.tasks import Selection, Task, find_tasks
 from evaluation.teacher_forced import teacher_forced_metrics
 from files import write_json
 from lora import disabled, read_adapter
-from lora.peft_format import CONFIG, WEIGHTS
 from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
 from run.base import Base, checkpoint_of_adapter
 from run.device import DTYPES
-from run.folder import Run, check_place, lock
+from run.folder import Run, adapter_sha256, check_place, lock
 from run.options import in_two_columns, option, parse, to_json
 
 FORWARD_BATCH = 16  # texts per forward pass without generation; more are not faster
@@ -273,11 +272,7 @@ def find_evaluations(config: EvalConfig, base: Base) -> list[Evaluation]:
 
 def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str, Any]:
     """Everything that an answer depends on."""
-    adapter_sha256 = None
-    if config.adapter:
-        files = [Path(config.adapter) / name for name in (CONFIG, WEIGHTS)]
-        contents = b"".join(file.read_bytes() for file in files if file.exists())
-        adapter_sha256 = hashlib.sha256(contents).hexdigest()
+    adapter_hash = adapter_sha256(Path(config.adapter)) if config.adapter else None
     if task.judge.generated:
         names = ("split", "prompt", "shots", "samples", "temperature", "top_k", "top_p", "seed",
                  "max_new_tokens")  # fmt: skip
@@ -292,7 +287,7 @@ def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str,
         "base": base.name,
         "base_commit": base.commit,
         "adapter": config.adapter,
-        "adapter_sha256": adapter_sha256,
+        "adapter_sha256": adapter_hash,
         "data": task.description,
         "problems": len(task.problems),
         "problems_sha256": fingerprint(task.problems),
@@ -394,6 +389,12 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
         )
         if task.golds:
             print(f"  {task.golds}")
+    validations = Run.of_adapter(config.adapter).validation_count()
+    if config.split == "validation" and validations:
+        print(
+            f"these problems chose the adapter, the best of {validations} validations on them, which"
+            " flatters its figures here; --split test has other problems"
+        )
     print("\n".join(base.lines()))
 
 

@@ -63,9 +63,11 @@ def setup(e: Evaluation) -> str:
     if temperature := given("temperature"):
         samples = show.value(given("samples", 1))
         decoding = f"{samples} samples at temperature {show.value(temperature)}"
+    chosen = " These rows chose the adapter among all validations, which flatters it."
     return (
         f"{e.problems:,} problems, answered by {models} with the same prompts: {decoding}, at most"
         f" {show.value(given('max_new_tokens'))} new tokens per answer."
+        f"{chosen if given('split') == 'validation' and given('adapter') else ''}"
     )
 
 

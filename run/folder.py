@@ -15,6 +15,7 @@
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -100,6 +101,16 @@ class Progress:
         if self.validations_since_best >= patience:
             return f"no better {metric} in {patience} validations"
         return None
+
+
+def adapter_sha256(adapter: Path) -> str | None:
+    """SHA-256 of the content of an adapter's files, which evaluations record; None without any."""
+    files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    try:
+        contents = [file.read_bytes() for file in files if file.is_file()]
+    except OSError:
+        return None
+    return hashlib.sha256(b"".join(contents)).hexdigest() if contents else None
 
 
 class Run:
