@@ -392,7 +392,7 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
     validations = Run.of_adapter(config.adapter).validation_count()
     if config.split == "validation" and validations:
         print(
-            f"these problems chose the adapter, the best of {validations} validations on them, which"
+            f"these problems chose the adapter, the best of {validations} validations, which"
             " flatters its figures here; --split test has other problems"
         )
     print("\n".join(base.lines()))
