@@ -175,7 +175,7 @@ def _tokens(text: str, start: int = 0, end: int | None = None) -> _Tokens:
 def _steps_of(text: str, tokens: _Tokens) -> Iterator[Step]:
     """The steps at each `=`, also in chains such as `a = b = c`."""
     kinds, matches = tokens
-    right = None
+    right, named = None, {}  # variable -> the side that computes it, and its text
     for equals in (at for at, kind in enumerate(kinds) if kind == "="):
         if right and right.end == equals:
             left, clear = right, True
@@ -191,6 +191,14 @@ def _steps_of(text: str, tokens: _Tokens) -> Iterator[Step]:
             begin = matches[left.start].start()
             shown = _ANNOTATION.sub("", text[begin : matches[right.end - 1].end()])
             yield _step(left, right, not clear, " ".join(shown.split())[:120], begin)
+        elif right and kinds[max(0, equals - 2) : equals] in ("v", "bv"):  # H = 88000/11, H = 8000
+            name, begin = matches[equals - 1][0], matches[equals - 1].start()
+            shown = " ".join(text[begin : matches[right.end - 1].end()].split())[:120]
+            if right.operators:
+                named[name] = right, shown
+            elif name in named and _CLEAR_AFTER.match(kinds, right.end):
+                left, before = named.pop(name)
+                yield _step(left, right, False, f"{before}, {shown}", begin)
 
 
 def _longest(tokens: _Tokens, start: int) -> _Side | None:
