@@ -425,6 +425,27 @@ def test_a_step_without_a_finite_loss_is_skipped_and_its_rows_are_logged(
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+def test_the_curve_starts_at_the_base_and_the_start_alone_is_no_success(
+    tmp_path, monkeypatch, toy, capsys
+):
+    validate = train.validate
+
+    def finite_at_first(config, progress, *rest):
+        found = validate(config, progress, *rest)
+        return found if progress.cursor == 0 else found | {"val_loss": math.nan}
+
+    monkeypatch.setattr(train, "validate", finite_at_first)
+    flags = [*toy, "--out", tmp_path / "run", "--limit", 60, "--epochs", 1]
+    assert run_script(lambda: train.main([str(flag) for flag in flags])) == 1
+    assert "no validation loss was finite after the first step" in capsys.readouterr().err
+    first = read_log(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["step"] == first["epoch"] == 0
+    held_out, _ = read_problems(tmp_path / "run" / "validation.jsonl")
+    examples = encode(toy[1], held_out, list(range(len(held_out))))
+    tokens = sum(e.supervised_count for e in examples)
+    assert first["val_loss"] == pytest.approx(sum(slow_nats(toy[1], examples)) / tokens, rel=1e-6)
+
+
 def test_a_base_that_computes_nan_ends_the_run_and_no_best_is_written(
     tmp_path, toy, lively_checkpoint, capsys
 ):
