@@ -19,6 +19,7 @@ from evaluation.answers import answers, before_stop, exact_matches, prompt_token
 from evaluation.generative import NUMBERS, TEXT
 from evaluation.summary import answer_metrics, breakdown, outcomes, sample_metrics, transcripts
 from evaluation.tasks import judge_of, judged_problems
+from files import write_json
 from lora.inject import merge
 from lora.peft_format import read_adapter
 from model.load import load_model
@@ -217,6 +218,32 @@ def test_every_result_has_the_two_examples(tuned, tmp_path):
     assert all({"base", "tuned"} <= e.keys() for e in result["examples"])
 
 
+def test_the_loss_is_that_of_the_first_gold_answers_and_their_number_is_recorded(tuned, tmp_path):
+    some = evaluated(tuned, tmp_path / "a", "--teacher-forced", "3")
+    alone = evaluated(tuned, tmp_path / "b", "--limit", "3")
+    none = evaluated(tuned, tmp_path / "a", "--teacher-forced", "0")  # the same folder
+    for model in ("base", "tuned"):
+        found, expected = some["models"][model], alone["models"][model]
+        assert found["loss_problems"] == expected["loss_problems"] == 3
+        assert found["loss"] == expected["loss"] and "loss" not in none["models"][model]
+        assert none["models"][model]["outcomes"] == found["outcomes"]
+
+
+def test_rows_that_chose_the_adapter_are_named_as_such(tuned, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tuned / "run/best", run / "best")
+    write_json(run / "config.json", {"options": {"data": [str(tuned / "sums")]}, "identity": {}})
+    log = [{"step": s, "val_loss": 1.0} for s in (0, 2, 4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    said, flags = [], ["--adapter", str(run / "best"), "--limit", "1", *COMMON]
+    for split in ("validation", "test"):
+        evaluate.main([*flags, "--split", split])
+        said.append(capsys.readouterr().out)
+    assert "chose the adapter, the best of 3 validations" in said[0]
+    assert "chose the adapter" not in said[1]
+    assert "These rows chose the adapter" in (run / "report.md").read_text()
+
+
 def test_the_majority_of_the_samples_is_the_outcome():
     p = problem("q", "#### 7")
     samples = [completion(f"#### {n}", sample=i) for i, n in enumerate((1, 7, 7, 2))]
@@ -298,6 +325,7 @@ def test_results_of_different_problems_are_not_compared(tuned, tmp_path):
         ((), "neither --adapter nor --model"),
         (("--model", "x", "--samples", "2"), "equal at temperature 0"),
         (("--model", "x", "--shots", "2", "--cot"), "two different prompts"),
+        (("--model", "x", "--same-shots"), "no problems are shown"),
         (("--compare", "one.json"), "takes two files"),
     ],
 )
