@@ -181,7 +181,7 @@ def training_section(run: RunRecord, figures: ModuleType | None) -> list[Block]:
         page.heading("Why it stopped", 3),
         page.paragraph(why_it_stopped(run)),
         page.heading("Would more epochs help?", 3),
-        page.paragraph(more_epochs([loss for _, loss in run.validation("val_loss")])),
+        page.paragraph(more_epochs([loss for step, loss in run.validation("val_loss") if step])),
         page.paragraph(MORE_EPOCHS_RULE, "note"),
         page.paragraph(DECAY if decays else "", "note"),
         validation_table(run),

@@ -284,6 +284,13 @@ def test_more_epochs_follow_the_rule(losses, verdict):
     assert more_epochs(losses).startswith(verdict)
 
 
+def test_the_loss_before_the_first_step_says_nothing_about_more_epochs(fresh_run):
+    losses = {0: 99.0, 50: 1.0, 100: 1.0, 150: 1.0}  # the first would make it a falling line
+    lines = [json.dumps({"step": step, "val_loss": loss}) for step, loss in losses.items()]
+    (fresh_run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "needs 4 validations with a finite loss, and has 3" in markdown(fresh_run)
+
+
 def test_the_best_validation_is_chosen_by_the_metric_of_early_stopping(fresh_run):
     config = json.loads((fresh_run / "config.json").read_text())
     rows = [
