@@ -43,14 +43,13 @@ from evaluation.tasks import Selection, Task, find_tasks
 from evaluation.teacher_forced import teacher_forced_metrics
 from files import write_json
 from lora import disabled, read_adapter
-from lora.peft_format import CONFIG, WEIGHTS
 from model.checkpoint import read_sampling
 from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
 from run.base import Base, checkpoint_of_adapter
 from run.device import DTYPES
-from run.folder import Run, check_place, lock
+from run.folder import Run, adapter_sha256, check_place, lock
 from run.options import in_two_columns, option, parse, to_json
 
 FORWARD_BATCH = 16  # texts per forward pass without generation; more are not faster
@@ -72,7 +71,11 @@ class EvalConfig:
         choices=("test", "validation", "train"),
     )  # fmt: skip
     limit: int | None = option(None, "use only the first N problems of each task", least=1)
-    shots: int = option(0, "solved problems shown first, as in lm-evaluation-harness", least=0)
+    shots: int = option(
+        0, "solved problems shown first, drawn for each problem as in lm-evaluation-harness",
+        least=0,
+    )  # fmt: skip
+    same_shots: bool = option(False, "show the same --shots training rows, the first, to all")
 
     cot: bool = option(False, "ask for a chain of thought, zero-shot, as plain text")
     samples: int = option(1, "answers per problem; several give majority votes", least=1)
@@ -81,6 +84,9 @@ class EvalConfig:
     top_p: float = option(1.0, "sample from the top tokens with this total probability", above=0)
     seed: int = option(0, "random seed of sampling and of the bootstrap", least=0)
     max_new_tokens: int = option(512, "longest answer in tokens; GSM8K's longest has 455", least=1)
+    teacher_forced: int = option(
+        200, "gold answers whose loss and token accuracy are measured; 0 for none", least=0
+    )
 
     system: str | None = option(
         None, "system prompt of problems without one, '' for an empty one (default: as in training)"
@@ -200,6 +206,8 @@ def check(config: EvalConfig) -> None:
         )
     if config.shots and config.cot:
         raise BadOption("--shots and --cot are two different prompts", "give one of them")
+    if config.same_shots and not config.shots:
+        raise BadOption("--same-shots without --shots: no problems are shown", "add --shots 5")
     if config.keep_correct and config.split != "train":
         raise BadOption(
             f"--keep-correct with --split {config.split}: problems cannot be trained on and then"
@@ -237,7 +245,7 @@ def select_tasks(config: EvalConfig) -> list[Task]:
     """The tasks that the options select, by default those of the adapter's run."""
     selection = Selection(
         data=config.data, data_revision=config.data_revision, columns=config.columns,
-        split=config.split, limit=config.limit, shots=config.shots,
+        split=config.split, limit=config.limit, shots=config.shots, same_shots=config.same_shots,
         include_held_out=config.keep_correct is not None,
     )  # fmt: skip
     run = Run.of_adapter(config.adapter)
@@ -265,24 +273,22 @@ def find_evaluations(config: EvalConfig, base: Base) -> list[Evaluation]:
 
 def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str, Any]:
     """Everything that an answer depends on."""
-    adapter_sha256 = None
-    if config.adapter:
-        files = [Path(config.adapter) / name for name in (CONFIG, WEIGHTS)]
-        contents = b"".join(file.read_bytes() for file in files if file.exists())
-        adapter_sha256 = hashlib.sha256(contents).hexdigest()
+    adapter_hash = adapter_sha256(Path(config.adapter)) if config.adapter else None
     if task.judge.generated:
         names = ("split", "prompt", "shots", "samples", "temperature", "top_k", "top_p", "seed",
                  "max_new_tokens")  # fmt: skip
         asked = {name: getattr(config, name) for name in names}
     else:
         asked = {"split": config.split, "prompt": "choices", "shots": config.shots}
+    if config.same_shots or (config.shots and task.judge.generated):
+        asked["same_shots"] = config.same_shots
     if template := base.chat.template.fingerprint():
         asked["chat_template_sha256"] = template
     return {
         "base": base.name,
         "base_commit": base.commit,
         "adapter": config.adapter,
-        "adapter_sha256": adapter_sha256,
+        "adapter_sha256": adapter_hash,
         "data": task.description,
         "problems": len(task.problems),
         "problems_sha256": fingerprint(task.problems),
@@ -321,7 +327,7 @@ def measure_answers(
 ) -> dict[str, Any]:
     """Let each model generate its answers; returns metrics, comparison, transcripts, examples."""
     generation = GenerationSettings(
-        decoding(config, base), config.prompt, tuple(task.shots), config.samples
+        decoding(config, base), config.prompt, task.shots, config.samples
     )
     completions, metrics = {}, {}
     for name, context in models.contexts.items():
@@ -331,8 +337,9 @@ def measure_answers(
             metrics[name] = answer_metrics(task.judge, task.problems, answers)
             if not config.keep_correct:  # the loss of training rows would say little
                 metrics[name] |= teacher_forced_metrics(
-                    models.network, base.chat, task.problems, min(FORWARD_BATCH, config.batch_size)
-                )
+                    models.network, base.chat, task.problems[: config.teacher_forced],
+                    min(FORWARD_BATCH, config.batch_size),
+                )  # fmt: skip
             completions[name] = answers
     result = {"models": metrics}
     if config.keep_correct:
@@ -383,6 +390,12 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
         )
         if task.golds:
             print(f"  {task.golds}")
+    validations = Run.of_adapter(config.adapter).validation_count()
+    if config.split == "validation" and validations:
+        print(
+            f"these problems chose the adapter, the best of {validations} validations, which"
+            " flatters its figures here; --split test has other problems"
+        )
     print("\n".join(base.lines()))
     if config.temperature and not config.top_k and config.top_p == 1:
         advice = ", ".join(f"{k} {v:g}" for k, v in read_sampling(base.folder).items())

@@ -129,7 +129,9 @@ class TrainConfig:
     validation_share: float = option(
         0.1, "fraction of the rows held out for validation", above=0, below=1
     )
-    evals_per_epoch: int = option(4, "validations per epoch", least=1)
+    evals_per_epoch: int = option(
+        4, "validations per epoch; one more before the first step", least=1
+    )
     patience: int = option(5, "validations without improvement before stopping", least=1)
     stop_on: str = option(
         "loss", "metric for early stopping and for choosing the best adapter",

@@ -115,11 +115,11 @@ class Schedule:
         return min(steps / self.steps_per_epoch, self.epochs)
 
     def validation_steps(self, evals_per_epoch: int) -> set[int]:
-        """After how many steps to validate: evenly spaced in each epoch, and at the very end."""
+        """After how many steps to validate: none, evenly spaced in each epoch, and at the end."""
         size, last = self.steps_per_epoch, self.total_steps
         offsets = [round((k + 1) * size / evals_per_epoch) for k in range(evals_per_epoch)]
         steps = {start + offset for start in range(0, last, size) for offset in offsets}
-        return {step for step in steps | {last} if 0 < step <= last}
+        return {step for step in steps | {0, last} if step <= last}
 
     def step(self, index: int, halved: int = 0) -> Step:
         """Step `index`, from 0, with the micro-batch size halved `halved` times."""

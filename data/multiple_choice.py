@@ -18,7 +18,6 @@ labels the row has. For testing, a row is plain text as in lm-evaluation-harness
 and each option as its continuation. The test splits and few-shot examples are that harness's too.
 """
 
-import random
 import re
 import string
 from collections import Counter
@@ -28,11 +27,11 @@ from functools import partial
 from pathlib import Path
 
 from data.rows import BAD_ROWS_ALLOWED, Choices, Message, Problem, Source, read_rows
+from data.shots import drawn_shots
 from errors import BadData, listed
 from hub import fetch
 
 LETTERS = string.ascii_uppercase
-SHOTS_SEED = 1234  # the harness's default
 # In linear time, since an opening bracket without a closing one matches too; `_clean` keeps those.
 BRACKETS = re.compile(r"\[[^\]\n]*(\]?)")
 
@@ -110,7 +109,7 @@ def load(name: str, revision: str | None = None) -> Source:
     if task.shots:
         source.shots = partial(_first_of_subject, rows[task.shots])
     else:
-        source.shots = partial(_drawn_shots, source.train, spare=task.test != "test")
+        source.shots = partial(drawn_shots, source.train, spare=task.test != "test")
     return source
 
 
@@ -150,20 +149,6 @@ def _first_of_subject(
 ) -> list[list[Problem]]:
     """The harness's `first_n` sampler: the first `count` solved problems of the same subject."""
     return [[s for s in solved if s.category == p.category][:count] for p in problems]
-
-
-def _drawn_shots(
-    train: list[Problem], problems: list[Problem], count: int, *, spare: bool
-) -> list[list[Problem]]:
-    """The harness's default sampler: a new draw for each problem, in their order.
-
-    If problems can be among the training rows, one more is drawn for each, and the problem itself
-    is removed. The harness always does that for a task without a test split (`spare`).
-    """
-    rng, known = random.Random(SHOTS_SEED), {p.id for p in train}
-    n = min(len(train), count + (spare or any(p.id in known for p in problems)))
-    draws = ([train[i] for i in rng.sample(range(len(train)), n)] for _ in problems)
-    return [[s for s in shots if s.id != p.id][:count] for p, shots in zip(problems, draws)]
 
 
 def _problem(

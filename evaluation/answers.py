@@ -15,8 +15,8 @@ the model sees its own earlier answers, never the gold ones: its mistakes carry 
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,8 @@ class GenerationSettings:
 
     decoding: Decoding
     prompt: str = "chat"  # a key of STOPS
-    shots: tuple[Problem, ...] = ()  # solved problems shown first, if the prompt is few-shot
+    # By problem id: solved problems shown before it, if the prompt is few-shot.
+    shots: Mapping[str, list[Problem]] = field(default_factory=dict)
     samples: int = 1  # answers to each problem
 
 
@@ -172,8 +173,9 @@ def _single_turn_answers(
     poll: Callable[[], object],
 ) -> Iterator[Completion]:
     """`answers` to problems with a single turn."""
+    shots = settings.shots
     asked = [
-        (prompt_tokens(problem, chat, settings.prompt, list(settings.shots)), index, sample)
+        (prompt_tokens(problem, chat, settings.prompt, shots.get(problem.id, [])), index, sample)
         for index, problem in enumerate(problems)
         for sample in range(settings.samples)
         if (problem.id, sample) not in done

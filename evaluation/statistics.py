@@ -6,7 +6,7 @@ of problems. With none, an interval is the whole possible range, never NaN.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, sqrt
 from statistics import NormalDist, linear_regression
 
@@ -42,21 +42,41 @@ def mcnemar_p(fixed: int, broke: int) -> float:
     return min(1.0, 2 * tail / 2**changed)  # Python integers: exact until this one division
 
 
-def bootstrap_interval(
-    counts: Sequence[int], *, confidence: float, resamples: int, seed: int
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of (fixed - broke) / n (Efron, 1979).
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of several tests, corrected for their number (Holm, 1979), in the same order.
 
-    `counts` has four cells: fixed, broke, both correct, both wrong. Only the number of resampled
-    problems in each cell matters, and these numbers are multinomial, so each resample takes one
-    draw instead of n. The result depends on the seed and on numpy's version.
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none is below a smaller one.
+    With no real difference anywhere, the chance that any corrected value is below 5 % is at most
+    5 %, however the tests depend on each other.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def bootstrap_interval(
+    counts: Sequence[int],
+    values: Sequence[float] = (1, -1, 0, 0),
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of a mean over problems (Efron, 1979).
+
+    `counts[i]` problems have the value `values[i]`. The default is a paired difference: fixed,
+    broke, both correct, both wrong. Only the number of resampled problems of each value matters,
+    and these numbers are multinomial, so each resample takes one draw instead of n. The result
+    depends on the seed and on numpy's version. It has no width if all problems have one value.
     """
     n = sum(counts)
     if n == 0:
-        return -1.0, 1.0
+        return float(min(values)), float(max(values))
     cells = np.random.default_rng(seed).multinomial(n, np.array(counts) / n, size=resamples)
-    differences = (cells[:, 0] - cells[:, 1]) / n  # (resamples,)
-    low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
+    means = cells @ np.array(values, dtype=float) / n  # (resamples,)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -107,13 +127,14 @@ def paired(
     )
 
 
-def in_words(result: Paired) -> str:
+def in_words(result: Paired, tasks: int = 1) -> str:
     """The conclusion of a comparison, in one sentence.
 
     It is "better" or "worse" if the interval excludes 0 and McNemar's p is below 1 - confidence.
     The interval alone is too narrow if few problems changed: a single problem that was fixed is
     +100 points in every resample. If only one of the two conditions holds, the sentence includes p
-    and the number of changed problems.
+    and the number of changed problems. `tasks` is the number of comparisons that the p-value has
+    been corrected for.
     """
     if result.n == 0:
         return "no problems in common: nothing to compare"
@@ -126,13 +147,21 @@ def in_words(result: Paired) -> str:
         verdict = "better" if low > 0 else "worse"
     else:
         verdict = "not distinguishable from no change at this size"
-        if excludes_zero or small_p:
-            changed = result.fixed + result.broke
-            verdict += f" ({changed} of {result.n} changed, exact p = {result.p_value:.2g})"
+    if tasks > 1:
+        verdict += f" (p = {result.p_value:.2g}, corrected for {tasks} comparisons)"
+    elif excludes_zero != small_p:
+        changed = result.fixed + result.broke
+        verdict += f" ({changed} of {result.n} changed, exact p = {result.p_value:.2g})"
     return (
         f"{_signed(result.difference_points)} points, {100 * result.confidence:g} % between "
         f"{_signed(low)} and {_signed(high)}: {verdict}"
     )
+
+
+def corrected(results: Sequence[Paired]) -> list[Paired]:
+    """The comparisons of one table, with p-values corrected by `holm`."""
+    p_values = holm([result.p_value for result in results])
+    return [replace(result, p_value=p) for result, p in zip(results, p_values)]
 
 
 def _signed(points: float) -> str:

@@ -24,7 +24,14 @@ from evaluation.generative import (
 )
 from evaluation.golds import gold_number
 from evaluation.mistakes import KINDS, classify, has_wrong_step, topics
-from evaluation.statistics import in_words, paired, wilson_interval
+from evaluation.statistics import (
+    Paired,
+    bootstrap_interval,
+    corrected,
+    in_words,
+    paired,
+    wilson_interval,
+)
 from evaluation.steps import operations, reasoning_steps
 from files import read_json
 
@@ -55,6 +62,7 @@ def answer_metrics(
         "seconds": sum(c.seconds for c in every),
         "votes": {},
         "pass": {},
+        "pass_intervals": {},
         "mistakes": {},
         "wrong_step": 0,  # correct, with a step whose arithmetic is wrong
         "by": {},
@@ -95,24 +103,28 @@ def votes(samples: list[Completion], gold: Fraction) -> list[Fraction | None]:
 def sample_metrics(problems: list[Problem], completions: Completions) -> dict[str, dict]:
     """Majority votes (problems correct) and pass@k (a share) for k = 1, 2, 4, ... and all samples.
 
-    Empty if there is one sample per problem.
+    A vote is correct or not, so its share of the problems has Wilson's interval. pass@k is a mean
+    of estimates, whose interval is a bootstrap over the problems. Empty if there is one sample per
+    problem.
     """
     n = min(len(completions[p.id]) for p in problems)
     if n == 1:
         return {}
     powers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
-    voted, passed = {}, {}
+    voted, passed, intervals = {}, {}, {}
     for k in powers:
-        correct_votes = probability = 0
+        correct_votes, estimates = 0, Counter()  # of pass@k: estimate -> problems
         for p in problems:
             samples, gold = completions[p.id], gold_number(p.answer)
             numbers = votes(samples, gold)
             correct_votes += maj_at_k(numbers, gold, k)
             correct = numbers.count(gold)
-            probability += pass_at_k(len(samples), correct, k)
+            estimates[pass_at_k(len(samples), correct, k)] += 1
         voted[f"maj@{k}"] = correct_votes
-        passed[f"pass@{k}"] = float(probability / len(problems))
-    return {"votes": voted, "pass": passed}
+        total = sum(estimate * count for estimate, count in estimates.items())
+        passed[f"pass@{k}"] = float(total / len(problems))
+        intervals[f"pass@{k}"] = bootstrap_interval([*estimates.values()], [*estimates])
+    return {"votes": voted, "pass": passed, "pass_intervals": intervals}
 
 
 def mistakes(problems: list[Problem], first: dict[str, Completion]) -> dict[str, int]:
@@ -192,7 +204,7 @@ def models_table(result: dict[str, Any]) -> str:
     for name in first.get("votes", ()):
         row(f"answers correct, {name}", (accuracy(m["votes"][name], n) for m in columns))
     for name in first.get("pass", ()):
-        row(name, (f"{m['pass'][name]:.1%}" for m in columns))
+        row(name, (pass_cell(m, name) for m in columns))
     if "completions" in first:
         row("answers with '#### N'", (f"{m['had_format']} of {n}" for m in columns))
         row("cut off by the token limit", (f"{m['cut_off']} of {n}" for m in columns))
@@ -202,6 +214,7 @@ def models_table(result: dict[str, Any]) -> str:
     if first.get("loss") is not None:
         row("loss, nats per token", (f"{m['loss']:.4f}" for m in columns))
         row("token accuracy (teacher-forced)", (f"{m['token_accuracy']:.1%}" for m in columns))
+        row("gold answers of these two", (str(m.get("loss_problems", n)) for m in columns))
     for kind in first.get("mistakes", ()):
         row(f"classified as {kind}", (str(m["mistakes"].get(kind, "-")) for m in columns))
     if first.get("mistakes") and "wrong_step" in first:
@@ -232,14 +245,21 @@ def task_summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tasks_table(summaries: list[dict[str, Any]]) -> str:
-    """One row per task, followed by the conclusion about each task's difference."""
+    """One row per task, followed by the conclusion about each task's difference.
+
+    Several comparisons make it likelier that one of them differs by chance, so their p-values are
+    corrected (Holm).
+    """
     rows: list[tuple[str, ...]] = [("correct, by task (problems)", *summaries[0]["correct"])]
-    conclusions = []
     for line in summaries:
         name, n = f"{line['task'][-24:]} ({line['problems']:,})", line["problems"]
         rows.append((name, *(accuracy(count, n) for count in line["correct"].values())))
-        if line["in_words"]:
-            conclusions.append(f"{line['task']}, {line['judged_by']}: {line['in_words']}")
+    compared = [line for line in summaries if line["difference"]]
+    found = corrected([Paired(**line["difference"]) for line in compared])
+    conclusions = [
+        f"{line['task']}, {line['judged_by']}: {in_words(result, len(found))}"
+        for line, result in zip(compared, found)
+    ]
     return "\n".join([in_columns(rows), *conclusions])
 
 
@@ -272,6 +292,13 @@ def accuracy(correct: int, n: int) -> str:
     """`12.5 % (8.0-18.9)`: the share of n problems, with its 95 % Wilson interval."""
     low, high = wilson_interval(correct, n)
     return f"{100 * correct / n:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def pass_cell(model: dict[str, Any], name: str) -> str:
+    """A pass@k, with its interval unless the result is of an earlier version."""
+    share, interval = model["pass"][name], model.get("pass_intervals", {}).get(name)
+    between = "" if interval is None else " ({:.1f}-{:.1f})".format(*(100 * x for x in interval))
+    return f"{100 * share:.1f} %{between}"
 
 
 def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:

@@ -7,13 +7,16 @@ adapter was trained on is among its validation problems.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.custom import parse_columns
+from data.gsm8k import EXAMPLES
 from data.mixture import source_names
 from data.multiple_choice import CHOICE_TASKS
 from data.rows import Problem, Source, read_problems
+from data.shots import drawn_shots, same_shots
 from data.split import split_sources
 from data.tasks import TASKS, load_source
 from errors import BadData, BadOption, BadRun, listed
@@ -29,7 +32,8 @@ class Task:
     name: str
     description: str  # which problems these are, in words; part of an evaluation's identity
     problems: list[Problem]
-    shots: list[Problem]  # solved problems for the prompt; those of choices are in their contexts
+    # By problem id, solved problems for its prompt; those of choices are in their contexts.
+    shots: Mapping[str, list[Problem]]
     judge: Judge
     golds: str = ""  # how many gold answers hold a number, and what follows from that, in words
 
@@ -44,6 +48,7 @@ class Selection:
     split: str = "test"  # or "validation" or "train"
     limit: int | None = None  # problems of each task
     shots: int = 0  # solved problems shown before each question
+    same_shots: bool = False  # the same ones before all questions
     include_held_out: bool = False  # the train split then has the validation problems as well
 
 
@@ -113,7 +118,7 @@ def find_tasks(selection: Selection, run: Mapping[str, Any], held_out_file: Path
             description = f"{names[0]}, the rows held out by the adapter's run"
             judge = judge_of(problems, names)
             problems, golds = judged_problems(judge, problems)
-            return [Task(names[0], description, problems[: selection.limit], [], judge, golds)]
+            return [Task(names[0], description, problems[: selection.limit], {}, judge, golds)]
 
     given = {"data_commit": selection.data_revision, "columns": selection.columns}
     options = ({} if selection.data else dict(run)) | {k: v for k, v in given.items() if v}
@@ -142,20 +147,18 @@ def make_task(selection: Selection, name: str, source: Source, problems: list[Pr
     # Decided from all problems, so that --limit does not change how answers are judged.
     judge = judge_of(problems, [name])
     judged, golds = judged_problems(judge, problems)
-    if source.shots is None:
-        ids = {p.id for p in problems}
-        shots = [p for p in source.train if p.id not in ids][: selection.shots]
-        enough = len(shots) == selection.shots
-        if selection.include_held_out:  # train.py holds out the same questions again
-            rest = [p for p in source.train if p not in shots]
-            judged, golds = judged_problems(judge, rest)
-            description += ", held-out rows too"
-        problems = judged[: selection.limit]
-    else:
-        problems, shots = judged[: selection.limit], []
-        solved = source.shots(problems, selection.shots)
-        problems = [with_shots(p, rows) for p, rows in zip(problems, solved)]
-        enough = all(len(rows) == selection.shots for rows in solved)
+    if selection.include_held_out:  # train.py holds out the same questions again
+        judged, golds = judged_problems(judge, source.train)
+        description += ", held-out rows too"
+    problems = judged[: selection.limit]
+    draw = source.shots or partial(drawn_shots, source.train)
+    if selection.same_shots:
+        draw = partial(same_shots, source.train)
+    asked = problems if source.shots else [*problems, *EXAMPLES]
+    shots = {p.id: rows for p, rows in zip(asked, draw(asked, selection.shots))}
+    enough = all(len(rows) == selection.shots for rows in shots.values())
+    if source.shots:
+        problems, shots = [with_shots(p, shots[p.id]) for p in problems], {}
     if not enough:
         raise BadData(
             f"{description} has fewer than {selection.shots} other problems to show before each",

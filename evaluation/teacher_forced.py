@@ -54,13 +54,19 @@ def teacher_forced(
 def teacher_forced_metrics(
     model: Qwen2, chat: ChatFormat, problems: list[Problem], batch_size: int
 ) -> dict[str, float]:
-    """Loss in nats per supervised token, and token accuracy, of the gold answers.
+    """Loss in nats per supervised token, and token accuracy, of the problems' gold answers.
 
-    Raises UserError if the loss is not finite.
+    Empty without problems. Raises UserError if the loss is not finite.
     """
+    if not problems:
+        return {}
     examples, _ = encode_problems(problems, list(range(len(problems))), chat, max_length=2**20)
     nats, correct = teacher_forced(model, examples, batch_size)
     if not math.isfinite(nats):
         raise not_finite_logits(model.head_weight.dtype)
     supervised_count = sum(example.supervised_count for example in examples)
-    return {"loss": nats / supervised_count, "token_accuracy": correct / supervised_count}
+    return {
+        "loss": nats / supervised_count,
+        "token_accuracy": correct / supervised_count,
+        "loss_problems": len(problems),
+    }

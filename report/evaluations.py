@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from evaluation.mistakes import KINDS
+from evaluation.statistics import corrected, in_words
 from report import page, show
 from report.page import Block, Field
 from report.records import OUTCOMES, Evaluation
@@ -23,12 +24,14 @@ def measure(e: Evaluation) -> str:
 def tasks_table(evaluations: list[Evaluation]) -> Block:
     """The tasks on which base and tuned were both measured; nothing if there is only one."""
     compared = [e for e in evaluations if e.difference]
+    found = corrected([e.difference for e in compared])
+    words = {e.name: in_words(d, len(found)) for e, d in zip(compared, found)}
     fields: list[Field] = [
         ("task", lambda e: e.title, str),
         ("problems", lambda e: e.problems, show.count),
         ("base", lambda e: e.headline("base"), show.accuracy),
         ("tuned", lambda e: e.headline("tuned"), show.accuracy),
-        ("tuned versus base", lambda e: e.in_words, str),
+        ("tuned versus base", lambda e: words[e.name], str),
     ]
     several = compared if len({e.task for e in compared}) > 1 else []
     return page.listing("Learned and forgotten, with 95 % intervals", fields, several)
@@ -60,9 +63,11 @@ def setup(e: Evaluation) -> str:
     if temperature := given("temperature"):
         samples = show.value(given("samples", 1))
         decoding = f"{samples} samples at temperature {show.value(temperature)}"
+    chosen = " These rows chose the adapter among all validations, which flatters it."
     return (
         f"{e.problems:,} problems, answered by {models} with the same prompts: {decoding}, at most"
         f" {show.value(given('max_new_tokens'))} new tokens per answer."
+        f"{chosen if given('split') == 'validation' and given('adapter') else ''}"
     )
 
 
@@ -105,7 +110,7 @@ def scorer_table(e: Evaluation) -> Block:
     """All scorers, votes and pass@k on the same answers, and what tuned gained."""
 
     def points(values: list[float | None]) -> str:
-        if len(values) != 2 or None in values or not e.problems:
+        if len(values) != 2 or None in values or not e.problems or isinstance(values[0], tuple):
             return page.MISSING
         gained = values[1] - values[0]
         return show.signed(100 * (gained if isinstance(gained, float) else gained / e.problems))
@@ -113,6 +118,9 @@ def scorer_table(e: Evaluation) -> Block:
     fields = fields_by_key(e, "correct", show.accuracy_of(e.problems))
     fields += fields_by_key(e, "votes", show.accuracy_of(e.problems))
     fields += fields_by_key(e, "passed", show.share)  # shares are floats, counts are ints
+
+    intervals = fields_by_key(e, "pass_intervals", show.between)
+    fields += [(f"{name}, 95 % interval", *how) for name, *how in intervals]
     title = f"{measure(e)}, with 95 % intervals"
     return page.comparison(title, "scorer", fields, e.models, ("points", points))
 
@@ -148,6 +156,7 @@ def answer_table(e: Evaluation) -> Block:
         ("tokens per second", lambda m: show.ratio(m.tokens, m.seconds), show.count),
         ("loss, nats per supervised token", lambda m: m.loss, show.nats),
         ("token accuracy (teacher-forced)", lambda m: m.token_accuracy, show.share),
+        ("references of these two", lambda m: m.loss_problems, show.count),
     ]
     if e.has_choices:
         fields = [("nats of the correct choice", lambda m: m.right_choice_nats, show.nats)]

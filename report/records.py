@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from errors import BadRun, UserError
 from evaluation.statistics import Paired
 from files import JsonLines, read_json
-from run.folder import Run
+from run.folder import Run, adapter_sha256
 
 LARGEST = 1e38  # larger numbers cannot be drawn
 DEEPEST = 40  # levels of nesting; our own files have six
@@ -57,6 +57,7 @@ class ModelResult:
     correct: dict[str, int]  # scorer -> problems; the first scorer is the headline
     votes: dict[str, int]  # maj@k -> problems on which the majority of k samples is correct
     passed: dict[str, float]  # pass@k, in [0, 1]
+    pass_intervals: dict[str, tuple[float, float]]  # pass@k -> its 95 % interval
     mistakes: dict[str, int]  # kind -> answers; "correct" is one of the kinds
     by: dict[str, dict[str, tuple[int, int]]]  # property -> its value -> (correct, problems)
     had_format: float | None = None  # answers in the required format
@@ -67,6 +68,7 @@ class ModelResult:
     seconds: float | None = None
     loss: float | None = None  # nats per supervised token of the references
     token_accuracy: float | None = None  # teacher-forced, in [0, 1]
+    loss_problems: float | None = None  # whose references these two were measured on
     right_choice_nats: float | None = None  # mean negative log-likelihood of the correct choice
 
     @property
@@ -140,6 +142,7 @@ class RunRecord:
     validations: list[dict[str, float]]  # log lines of validations
     damaged_lines: int  # of the log
     evaluations: list[Evaluation]  # the most important first
+    outdated: list[str]  # names of evaluations of adapters other than the one in best/
     unfinished: list[str]  # evaluations without a readable result, with their number of answers
 
     def train(self, key: str) -> Series:
@@ -177,6 +180,9 @@ def read_run(folder: Path) -> RunRecord:
     supervised = {"supervised_count": audit.get("supervised")}  # its name in earlier files
     found = {path.parent: _evaluation(path) for path in folder.glob("evaluation/*/result.json")}
     evaluations = {place: e for place, e in found.items() if e.consistent}
+    best = adapter_sha256(run.best)
+    shown = [e for e in evaluations.values() if e.settings.get("adapter_sha256") in (None, best)]
+    shown = shown if best else [*evaluations.values()]  # without a best/ there is no other adapter
     return RunRecord(
         folder=folder,
         name=clean(run.name),
@@ -188,7 +194,8 @@ def read_run(folder: Path) -> RunRecord:
         steps=[line for line, value in zip(lines, values) if "val_loss" not in value],
         validations=[line for line, value in zip(lines, values) if "val_loss" in value],
         damaged_lines=damaged_lines,
-        evaluations=sorted(evaluations.values(), key=Evaluation.rank),
+        evaluations=sorted(shown, key=Evaluation.rank),
+        outdated=sorted(e.name for e in evaluations.values() if e not in shown),
         unfinished=_unfinished(folder, evaluations.keys()),
     )
 

@@ -27,8 +27,8 @@ TEACHER_FORCED = (
 )
 LOSSES = (
     "Losses are in nats per supervised token. For training, first and last are means over 1 % of"
-    " the steps; over the last tenth, they are the means of its two halves. The first validation"
-    " follows some training, so it does not measure the base model."
+    " the steps; over the last tenth, they are the means of its two halves. A validation at"
+    " step 0 measures the base model. They chose the best adapter, which flatters its figure."
 )
 MORE_EPOCHS = {  # direction of the validation loss: answer
     "rising": "Unlikely: the validation loss has passed its minimum",
@@ -129,7 +129,7 @@ def training_cards(run: RunRecord, price: float | None) -> list[tuple[str, str, 
     best, losses, seconds = run.best, run.validation("val_loss"), run.progress.seconds
     at = [page.known(show.count, best.get("step")), page.known("{:.2f}".format, best.get("epoch"))]
     note = "nats per supervised token, at step {} (epoch {})".format(*at) if best else ""
-    note += f"; {show.nats(losses[0][1])} at the first validation" if losses else ""
+    note += f"; best of {len(losses)}, the first {show.nats(losses[0][1])}" if losses else ""
     shares = run.validation("val_token_accuracy") or run.train("train_token_accuracy")
     shares = [value for _, value in shares[:1] + shares[-1:]]
     time = "not known yet" if seconds is None else show.duration(seconds)
@@ -152,6 +152,9 @@ def results_section(run: RunRecord, figures: ModuleType | None) -> list[Block]:
     if run.unfinished:
         unfinished = "; ".join(run.unfinished)
         blocks.append(page.paragraph(f"Unfinished evaluations, with answers so far: {unfinished}."))
+    if run.outdated:
+        names = ", ".join(run.outdated)
+        blocks.append(page.paragraph(f"Not shown, as best/ has another adapter since: {names}."))
     if not run.evaluations:
         adapter = shlex.quote(clean(str(run.folder / "best")))
         blocks.append(page.paragraph("This folder has no finished evaluation. To run one:"))
@@ -178,7 +181,7 @@ def training_section(run: RunRecord, figures: ModuleType | None) -> list[Block]:
         page.heading("Why it stopped", 3),
         page.paragraph(why_it_stopped(run)),
         page.heading("Would more epochs help?", 3),
-        page.paragraph(more_epochs([loss for _, loss in run.validation("val_loss")])),
+        page.paragraph(more_epochs([loss for step, loss in run.validation("val_loss") if step])),
         page.paragraph(MORE_EPOCHS_RULE, "note"),
         page.paragraph(DECAY if decays else "", "note"),
         validation_table(run),
@@ -214,7 +217,7 @@ def learning_table(run: RunRecord) -> Block:
         "train loss": means(train[:width], train[-width:]),
         "train loss over the last tenth of the steps": means(tenth[:middle], tenth[middle:]),
         "validation loss, first and last": means(val[:1], val[-1:]),
-        "validation loss, first and best": means(val[:1], sorted(val)[:1]),
+        f"validation loss, first and best of {len(val)}": means(val[:1], sorted(val)[:1]),
     }
     accuracies = {
         f"{TOKEN_ACCURACY}, train": means(train_accuracy[:width], train_accuracy[-width:]),

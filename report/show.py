@@ -25,6 +25,11 @@ def share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def between(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{100 * low:.1f}–{100 * high:.1f} %"
+
+
 def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 

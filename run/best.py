@@ -24,7 +24,7 @@ tags: [lora]
 # LoRA adapter for {base}
 
 Trained on {data}; best at step {step}, with a validation loss of {loss:.4f} nats per supervised
-token.
+token, the best of {count} validations so far.
 Settings: {lora}.
 
 Load it with PEFT:
@@ -51,6 +51,7 @@ def publish_best(
         data=", ".join(run.options.get("data", [])),
         step=progress.step,
         loss=progress.best_loss,
+        count=run.validation_count() + 1,  # this one is logged after the adapter is written
         lora=lora,
     )
     (new / "README.md").write_text(card, "utf-8")

@@ -94,7 +94,9 @@ def print_end(progress: Progress, run: Run) -> None:
     reached = f"validation loss {progress.best_loss:.4f} nats per token"
     if progress.best_exact_match is not None:
         reached += f", {progress.best_exact_match:.1%} of the held-out sample answered correctly"
-    print(f"best: {reached}, at step {progress.best_step}")
+    print(f"best of {run.validation_count()} validations: {reached}, at step {progress.best_step}")
+    if progress.best_step == 0:
+        print("no validation was better than the one before the first step: training did not help")
     print(f"the adapter is in {run.best}; to measure what it is worth:")
     print(f"  python evaluate.py --adapter {shell_word(run.best)}")
 

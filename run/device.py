@@ -215,8 +215,8 @@ def check_trained(progress: Progress, precision: str) -> None:
     """Raise TrainingFailed for a finished run that took no step, or has no best adapter."""
     if progress.step == 0:
         cause = f"nothing was trained: none of the {progress.skipped} steps had a finite gradient"
-    elif progress.best_loss is None:
-        cause = "no validation loss was finite, so there is no best adapter"
+    elif progress.best_loss is None or not (progress.best_step or progress.validations):
+        cause = "no validation loss was finite after the first step, so there is no best adapter"
     else:
         return
     raise TrainingFailed(cause, _finite_remedy(precision))

@@ -15,6 +15,7 @@
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -59,7 +60,8 @@ class Progress:
     validations_since_best: int = 0
     seconds: float = 0.0  # of work, over all sessions
     log_bytes: int = 0
-    validated: int = 0  # the cursor at the last validation
+    validated: int = -1  # the cursor at the last validation; -1: none
+    validations: int = 0  # after at least one step, with finite figures
     halved: int = 0  # how often micro-batches were halved because memory ran out
     stopped: str | None = None  # why the run is finished
 
@@ -74,18 +76,22 @@ class Progress:
         """Record a validation at the current cursor; True if it is the best so far.
 
         The best has the lowest loss or, where answers are generated, the highest exact match and
-        among equals the lowest loss. A figure that is not finite is never the best.
+        among equals the lowest loss. A figure that is not finite is never the best. The adapter
+        before the first step may be the best, but the validation after it has nothing to lose: it
+        does not count towards the patience.
         """
         new = [-val_loss] if val_exact_match is None else [val_exact_match, -val_loss]
         best = [None if self.best_loss is None else -self.best_loss]
-        self.validated = self.cursor
+        previous, self.validated = self.validated, self.cursor
+        finite = all(map(math.isfinite, new))
+        self.validations += finite and self.cursor > 0
         if val_exact_match is not None:
             best.insert(0, self.best_exact_match)
-        if all(map(math.isfinite, new)) and (None in best or new > best):
+        if finite and (None in best or new > best):
             self.best_loss, self.best_exact_match = val_loss, val_exact_match
             self.best_step, self.validations_since_best = self.step, 0
             return True
-        self.validations_since_best += 1
+        self.validations_since_best += previous > 0
         return False
 
     def reason_finished(self, last: int, patience: int, metric: str) -> str | None:
@@ -95,6 +101,16 @@ class Progress:
         if self.validations_since_best >= patience:
             return f"no better {metric} in {patience} validations"
         return None
+
+
+def adapter_sha256(adapter: Path) -> str | None:
+    """SHA-256 of the content of an adapter's files, which evaluations record; None without any."""
+    files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    try:
+        contents = [file.read_bytes() for file in files if file.is_file()]
+    except OSError:
+        return None
+    return hashlib.sha256(b"".join(contents)).hexdigest() if contents else None
 
 
 class Run:
@@ -154,6 +170,10 @@ class Run:
             return [], 0
         values = [line.value for line in lines if line.value is not None]
         return values, len(lines) - len(values)
+
+    def validation_count(self) -> int:
+        """How many validations have been logged: what the best adapter is the best of."""
+        return sum("val_loss" in line for line in self.log()[0])
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first, by the step in their names: clocks do not matter."""

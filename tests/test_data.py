@@ -482,7 +482,8 @@ def test_validations_are_at_each_epochs_end_evenly_before_it_and_at_the_last_ste
     assert last == min(schedule.epochs * schedule.steps_per_epoch, max_steps or 10**9)
     ends = {schedule.epoch_start(epoch + 1) for epoch in range(schedule.epochs)}
     assert found >= {step for step in ends if step <= last} | {last}
-    assert found <= set(range(1, last + 1)) and len(found) <= schedule.epochs * evals_per_epoch + 1
+    assert {0} <= found <= set(range(last + 1))
+    assert len(found) <= schedule.epochs * evals_per_epoch + 2
     for start, end in itertools.pairwise([0, *sorted(end for end in ends if end <= last)]):
         steps = [start, *sorted(step for step in found if start < step <= end)]
         gaps = [b - a for a, b in itertools.pairwise(steps)]

@@ -12,12 +12,14 @@ import evaluate
 import train
 from data.chat import ChatFormat
 from data.custom import load_path
+from data.tasks import load_source
 from errors import BadData, BadOption
 from evaluation import answers as generation
 from evaluation.answers import answers, before_stop, exact_matches, prompt_tokens
 from evaluation.generative import NUMBERS, TEXT
 from evaluation.summary import answer_metrics, breakdown, outcomes, sample_metrics, transcripts
 from evaluation.tasks import judge_of, judged_problems
+from files import write_json
 from lora.inject import merge
 from lora.peft_format import read_adapter
 from model.load import load_model
@@ -57,11 +59,51 @@ def test_an_answer_ends_where_the_model_begins_the_next_question():
     assert before_stop("Question: is kept", "chat") == "Question: is kept"
 
 
-def test_shots_are_never_among_the_problems_asked(tuned, tmp_path):
-    config = evaluate.EvalConfig(data=(str(tuned / "sums"),), split="train", shots=3)
+@pytest.mark.parametrize("same", [False, True])
+def test_no_problem_is_shown_its_own_solution(tuned, same):
+    config = evaluate.EvalConfig(
+        data=(str(tuned / "sums"),), split="train", shots=3, same_shots=same
+    )
     (task,) = evaluate.select_tasks(config)
-    assert len(task.shots) == 3
-    assert not {p.question for p in task.shots} & {p.question for p in task.problems}
+    shown = [[s.id for s in task.shots[p.id]] for p in task.problems]
+    assert all(len({*ids} - {p.id}) == 3 for p, ids in zip(task.problems, shown))
+    assert (len(set(map(tuple, shown))) <= 4) == same  # the first three, or four without one
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_the_rows_shown_to_each_problem_are_those_of_the_harness(tuned, split):
+    sampler_of = pytest.importorskip("lm_eval.api.samplers").ContextSampler
+    config = evaluate.EvalConfig(data=(str(tuned / "sums"),), split=split, shots=2)
+    (task,) = evaluate.select_tasks(config)
+    pool = load_source(str(tuned / "sums")).train
+    sampler = sampler_of(pool, rnd=1234)  # the default of simple_evaluate
+    for p in task.problems:
+        theirs = sampler.sample(2, eval_doc=p if split == "train" else None)
+        assert [s.id for s in task.shots[p.id]] == [s.id for s in theirs]
+
+
+def test_few_shot_prompts_of_gsm8k_equal_the_harness_problem_by_problem(tuned):
+    datasets = pytest.importorskip("datasets")
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    chat, sums = ChatFormat.from_folder(tuned / "base"), load_source(str(tuned / "sums"))
+    config = load_yaml(Path(lm_eval.tasks.__file__).parent / "gsm8k/gsm8k.yaml")
+    sets = {
+        split: datasets.Dataset.from_list(
+            [{"question": p.question, "answer": p.answer} for p in of]
+        )
+        for split, of in (("train", sums.train), ("test", sums.test))
+    }
+    config = {k: v for k, v in config.items() if k != "tag"}
+    task = ConfigurableTask(config=config | {"custom_dataset": lambda **_: sets, "num_fewshot": 5})
+    task.set_fewshot_seed(1234)  # the default of simple_evaluate
+    task.build_all_requests()
+    theirs = [request.args[0] for request in task.instances]
+    (ours,) = evaluate.select_tasks(evaluate.EvalConfig(data=(str(tuned / "sums"),), shots=5))
+    prompts = [prompt_tokens(p, chat, "few-shot", ours.shots[p.id]) for p in ours.problems]
+    assert [chat.decode(tokens) for tokens in prompts] == theirs and len(theirs) > 3
 
 
 # Answers
@@ -176,6 +218,32 @@ def test_every_result_has_the_two_examples(tuned, tmp_path):
     assert all({"base", "tuned"} <= e.keys() for e in result["examples"])
 
 
+def test_the_loss_is_that_of_the_first_gold_answers_and_their_number_is_recorded(tuned, tmp_path):
+    some = evaluated(tuned, tmp_path / "a", "--teacher-forced", "3")
+    alone = evaluated(tuned, tmp_path / "b", "--limit", "3")
+    none = evaluated(tuned, tmp_path / "a", "--teacher-forced", "0")  # the same folder
+    for model in ("base", "tuned"):
+        found, expected = some["models"][model], alone["models"][model]
+        assert found["loss_problems"] == expected["loss_problems"] == 3
+        assert found["loss"] == expected["loss"] and "loss" not in none["models"][model]
+        assert none["models"][model]["outcomes"] == found["outcomes"]
+
+
+def test_rows_that_chose_the_adapter_are_named_as_such(tuned, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tuned / "run/best", run / "best")
+    write_json(run / "config.json", {"options": {"data": [str(tuned / "sums")]}, "identity": {}})
+    log = [{"step": s, "val_loss": 1.0} for s in (0, 2, 4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    said, flags = [], ["--adapter", str(run / "best"), "--limit", "1", *COMMON]
+    for split in ("validation", "test"):
+        evaluate.main([*flags, "--split", split])
+        said.append(capsys.readouterr().out)
+    assert "chose the adapter, the best of 3 validations" in said[0]
+    assert "chose the adapter" not in said[1]
+    assert "These rows chose the adapter" in (run / "report.md").read_text()
+
+
 def test_the_majority_of_the_samples_is_the_outcome():
     p = problem("q", "#### 7")
     samples = [completion(f"#### {n}", sample=i) for i, n in enumerate((1, 7, 7, 2))]
@@ -257,6 +325,7 @@ def test_results_of_different_problems_are_not_compared(tuned, tmp_path):
         ((), "neither --adapter nor --model"),
         (("--model", "x", "--samples", "2"), "equal at temperature 0"),
         (("--model", "x", "--shots", "2", "--cot"), "two different prompts"),
+        (("--model", "x", "--same-shots"), "no problems are shown"),
         (("--compare", "one.json"), "takes two files"),
     ],
 )

@@ -602,8 +602,12 @@ def test_out_of_memory_halves_the_micro_batches_and_the_results_are_the_same(
     assert (
         ended.code == 0 and ended.out.count("micro-batches are half as large from now on") == halved
     )
-    progress = expected["progress"] | {"halved": halved}
-    assert results(tmp_path / "run") == expected | {"progress": progress}
+    once = expected | {"log": [*expected["log"]]}  # other tests use it as well
+    found, progress = results(tmp_path / "run"), expected["progress"] | {"halved": halved}
+    # The validation before the first step is done in whole micro-batches: it rounds differently.
+    losses = [float.fromhex(result["log"].pop(0)["val_loss"]) for result in (found, once)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert found == once | {"progress": progress}
 
 
 def test_an_example_too_long_for_memory_ends_the_run_with_its_length_and_remedies(short, tmp_path):

@@ -146,7 +146,9 @@ def verdicts(text: str) -> list[str]:
     1,200 * 2 = 2,400.00|3 times 4 = 12|12 divided by 4 = 3|7 minus 3 plus 1 = 5|-3 + 4 = 1
     \\frac{3}{4} \\times 8 = 6|8 \\div 2 = 4|**3 + 4 = 7**|$3 \\cdot 4 = 12$|<<3+4=7>>
     It takes (3 + 4 = 7) days|6 of 9 + 3 = 12
-    - 3 + 4 = 7|3*4 = 12 + 5 = 17|7 = 3 + 4|2 * 3 = \\boxed{6}""".replace("\n", "|").split("|"),
+    - 3 + 4 = 7|3*4 = 12 + 5 = 17|7 = 3 + 4|2 * 3 = \\boxed{6}|x = 3 + 4. x = 7""".replace(
+        "\n", "|"
+    ).split("|"),
 )
 def test_correct_arithmetic_is_read_as_correct(text):
     assert set(verdicts(text)) == {"correct"}
@@ -158,9 +160,9 @@ def test_correct_arithmetic_is_read_as_correct(text):
     2(3 + 4) = 10|14 books * 200 pages/book = 2600 pages|$5 x 3 = $16|20% of 50 = 12|3*4 = 13 + 5
     1/2 of 60 = 20|1 1/2 * 4 = 4|1,200 * 2 = 2,200|3 times 4 = 15|12 divided by 4 = 4
     \\frac{3}{4} \\times 8 = 7|**3 + 4 = 8**|$3 \\cdot 4 = 13$|<<3+4=8>>|- 3 + 4 = 8|-3 + 4 = 7
-    4 cups of flour + 3 cups = 8 cups|2 * 3 = \\boxed{5}|3 + 4 * 2 = 14""".replace("\n", "|").split(
-        "|"
-    ),
+    4 cups of flour + 3 cups = 8 cups|2 * 3 = \\boxed{5}|3 + 4 * 2 = 14|H = 12/3, H = 5""".replace(
+        "\n", "|"
+    ).split("|"),
 )
 def test_wrong_arithmetic_is_read_as_wrong(text):
     assert "wrong" in verdicts(text)
@@ -174,7 +176,9 @@ def test_wrong_arithmetic_is_read_as_wrong(text):
     5 * 3 = 15 thousand, 2 million * 3 = 6,000,000|Ann + Bob (1) + 2 = 10|1/3 of Al = 66/3
     2 + 3 = 6 - x|130 + 20 = 2 hours and 30 minutes|3000 + 2000 = 5 thousand|3 out of 4 = 75%
     X = 9 because - 18/-2 = 9|12 divided into 4 = 5|99999999999999999999999 + 1 = 3|6 = 2 + (3 + x)
-    9 + 5 / 0 = 3|3 + 4 < 8|x = 5|3, 4, 5""".replace("\n", "|").split("|"),
+    9 + 5 / 0 = 3|3 + 4 < 8|x = 5|3, 4, 5
+    x = 3 + 4, y = 8|x = 3 + 4, x = 8y|x = 5, x = 3 + 4|2x = 3 + 4, x = 3
+    x = 3 + 4, x = 8 - y""".replace("\n", "|").split("|"),
 )
 def test_ambiguous_steps_are_never_called_wrong(text):
     assert "wrong" not in verdicts(text)

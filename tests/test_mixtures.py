@@ -295,7 +295,7 @@ def test_the_log_has_the_loss_of_each_source_and_their_mean_weighted_by_tokens(
     parts = encoded(sources, checkpoint, limit=24)
     supervised = {p.name: sum(e.supervised_count for e in p.validation) for p in parts}
     lines = [line for line in read_log(out / "metrics.jsonl") if "val_loss" in line]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         own = line["val_loss_by_source"]
         mean = sum(own[name] * n for name, n in supervised.items()) / sum(supervised.values())

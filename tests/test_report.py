@@ -17,6 +17,7 @@ from report.__main__ import main
 from report.page import fenced, inert, to_html, to_markdown
 from report.records import read_run
 from report.sections import command, more_epochs, report_blocks
+from run.folder import adapter_sha256
 from run.options import parse, to_json
 from train import TrainConfig
 
@@ -283,6 +284,13 @@ def test_more_epochs_follow_the_rule(losses, verdict):
     assert more_epochs(losses).startswith(verdict)
 
 
+def test_the_loss_before_the_first_step_says_nothing_about_more_epochs(fresh_run):
+    losses = {0: 99.0, 50: 1.0, 100: 1.0, 150: 1.0}  # the first would make it a falling line
+    lines = [json.dumps({"step": step, "val_loss": loss}) for step, loss in losses.items()]
+    (fresh_run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert "needs 4 validations with a finite loss, and has 3" in markdown(fresh_run)
+
+
 def test_the_best_validation_is_chosen_by_the_metric_of_early_stopping(fresh_run):
     config = json.loads((fresh_run / "config.json").read_text())
     rows = [
@@ -518,6 +526,25 @@ def test_the_vote_of_all_samples_is_the_headline(fresh_run):
         == "30.0 → 50.0 %"
     )
     assert "majority of all samples" in markdown(fresh_run)
+
+
+def test_only_evaluations_of_the_adapter_in_best_are_shown(fresh_run):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (fresh_run / "best").mkdir(exist_ok=True)
+        (fresh_run / "best" / name).write_text(name)
+    for name, correct, sha256 in (
+        ("new", 20, adapter_sha256(fresh_run / "best")), ("old", 30, "0" * 64)
+    ):  # fmt: skip
+        found = result("Sums")
+        found["settings"] |= {"adapter_sha256": sha256}
+        found["models"]["tuned"]["correct"]["numeric-equal"] = correct
+        write_json(fresh_run / f"evaluation/{name}/result.json", found)
+    (fresh_run / "evaluation/test-1/result.json").unlink()
+    text = markdown(fresh_run)
+    assert row(text, "Answer accuracy (generated), Sums, test, chat")[0] == "25.0 → 50.0 %"
+    assert "→ 75.0" not in text and "Not shown, as best/ has another adapter since: old." in text
+    (fresh_run / "best/adapter_model.safetensors").write_text("a later one")
+    assert "not measured" in markdown(fresh_run) and "since: new, old." in markdown(fresh_run)
 
 
 def test_among_equal_exact_matches_the_lower_loss_is_best_as_in_training(tmp_path):

@@ -216,11 +216,11 @@ def test_validations_are_spread_evenly_and_come_after_every_epoch_and_the_last_s
         [], 1, 1, epochs=200, seed=0, max_steps=last, sources=(SourceRows(per_epoch, per_epoch),)
     )
     steps = schedule.validation_steps(evals)
-    assert last in steps and min(steps) > 0 and max(steps) == last
+    assert min(steps) == 0 and max(steps) == last
     assert {s for s in range(1, last + 1) if s % per_epoch == 0} <= steps
     gaps = np.diff([0, *sorted(steps)])
     assert max(gaps) <= max(1, math.ceil(per_epoch / evals))
-    assert len(steps) <= evals * math.ceil(last / per_epoch) + 1
+    assert len(steps) <= evals * math.ceil(last / per_epoch) + 2
 
 
 # Progress
@@ -232,15 +232,28 @@ LOSSES = st.floats() | st.sampled_from([math.nan, math.inf, 1.0, 2.0])
 @given(st.lists(LOSSES))
 def test_the_best_validation_is_the_first_with_the_lowest_loss_and_never_nan(losses):
     progress = Progress()
-    for step, loss in enumerate(losses, 1):
-        progress.step = step
-        earlier = [x for x in losses[: step - 1] if math.isfinite(x)]
+    for step, loss in enumerate(losses):
+        progress.cursor = progress.step = step
+        earlier = [x for x in losses[:step] if math.isfinite(x)]
         is_best = math.isfinite(loss) and all(loss < x for x in earlier)
         assert progress.record_validation(loss) == is_best
     finite = [x for x in losses if math.isfinite(x)]
     assert progress.best_loss == min(finite, default=None)
-    assert progress.best_step == (losses.index(min(finite)) + 1 if finite else 0)
-    assert progress.validations_since_best == len(losses) - progress.best_step
+    assert progress.best_step == (losses.index(min(finite)) if finite else 0)
+    worse = range(progress.best_step + 1 if finite else 0, len(losses))
+    assert progress.validations_since_best == len(set(worse) - {0, 1})  # the first two are free
+    assert progress.validations == sum(map(math.isfinite, losses[1:]))
+
+
+def test_the_validation_before_the_first_step_takes_nothing_from_the_patience():
+    with_it, without = Progress(), Progress()
+    with_it.record_validation(1.0)
+    for step, loss in enumerate([1.2, 1.3, 1.4, 1.5], 1):
+        for progress in (with_it, without):
+            progress.cursor = progress.step = step
+            progress.record_validation(loss)
+        assert with_it.validations_since_best == without.validations_since_best == step - 1
+    assert (with_it.best_step, without.best_step) == (0, 1)
 
 
 @given(st.lists(st.tuples(LOSSES, st.sampled_from([0.0, 0.5, 1.0])), min_size=1))

@@ -18,7 +18,7 @@ from evaluation import choices as scoring
 from evaluation.generative import had_format
 from evaluation.golds import gold_value
 from evaluation.rejection import correct_solutions
-from evaluation.statistics import wilson_interval
+from evaluation.statistics import Paired, corrected, in_words, wilson_interval
 from report.records import read_run
 from tests import hub_stub, toys
 from tests.choice_rows import splits
@@ -45,12 +45,13 @@ def test_several_tasks_share_a_table_and_each_has_its_conclusion(
     told = capsys.readouterr().out
     lines = json.loads((out / "evaluation/summary.json").read_text())["tasks"]
     assert [line["task"] for line in lines] == [sums, *CHOICES]
-    for line in lines:
+    differences = [Paired(**found[Path(line["task"]).name]["difference"]) for line in lines]
+    for line, difference in zip(lines, corrected(differences)):
         result = found[Path(line["task"]).name]
         correct = {name: sum(m["outcomes"]) for name, m in result["models"].items()}
         assert line["correct"] == correct
         assert line["intervals"]["tuned"] == list(wilson_interval(correct["tuned"], 6))
-        assert f"{line['task']}, {line['judged_by']}: {result['in_words']}" in told
+        assert f"{line['task']}, {line['judged_by']}: {in_words(difference, 4)}" in told
     assert [line["judged_by"] for line in lines] == ["numeric-equal", "acc_norm", "acc_norm", "acc"]
     assert all(len(row) <= 80 for row in told[told.rindex("correct, by task") :].splitlines()[:5])
     assert set(found["mmlu"]["models"]["tuned"]["by"]) == {"area", "subject"}

@@ -1,14 +1,25 @@
 """Tests of the intervals and paired tests; the reference is SciPy, an example or a plain loop."""
 
+import itertools
 from dataclasses import astuple
-from math import isfinite, sqrt
+from math import comb, isfinite, sqrt
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.statistics import bootstrap_interval, in_words, mcnemar_p, paired, wilson_interval
+from evaluation.statistics import (
+    bootstrap_interval,
+    corrected,
+    holm,
+    in_words,
+    mcnemar_p,
+    paired,
+    wilson_interval,
+)
+from evaluation.summary import sample_metrics
+from tests.evaluations import completion, problem
 
 
 def outcomes(*, fixed: int, broke: int, right: int, wrong: int) -> tuple[list[bool], list[bool]]:
@@ -91,6 +102,44 @@ def test_the_bootstrap_equals_a_plain_loop_over_resampled_problems():
     result = paired(base, tuned)
     expected = 100 * np.quantile(plain, [0.025, 0.975])
     assert (result.low_points, result.high_points) == pytest.approx(tuple(expected), abs=0.5)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holms_p_values_are_those_of_the_closed_test(p_values):
+    # A hypothesis falls if each set of hypotheses that it is in does, by Bonferroni's test.
+    indices = range(len(p_values))
+    subsets = [s for n in indices for s in itertools.combinations(indices, n + 1)]
+    closed = [
+        min(1.0, max(len(s) * min(p_values[j] for j in s) for s in subsets if i in s))
+        for i in indices
+    ]
+    assert holm(p_values) == pytest.approx(closed)
+
+
+def test_two_tasks_need_more_evidence_than_one():
+    result = paired(*outcomes(fixed=25, broke=11, right=32, wrong=32))  # exact p = 0.029
+    assert in_words(result).endswith(": better")
+    (one, other) = corrected([result, result])
+    assert one.p_value == other.p_value == 2 * result.p_value
+    words = "not distinguishable from no change at this size (p = 0.058, corrected for 2"
+    assert words in in_words(one, 2) and corrected([result]) == [result]
+
+
+def test_the_interval_of_pass_at_k_equals_a_plain_loop_over_resampled_problems():
+    completions, golds = {}, []
+    for i in range(60):
+        golds.append(problem(f"Question {i}", "#### 7", str(i)))
+        samples = [f"#### {7 if (i * 5 + s * s) % (s + 3) < 2 else 8}" for s in range(4)]
+        completions[str(i)] = [completion(text, str(i), s) for s, text in enumerate(samples)]
+    found = sample_metrics(golds, completions)
+    rng = np.random.default_rng(5)
+    for k in (1, 2, 4):
+        correct = [sum("7" in c.text for c in completions[p.id]) for p in golds]
+        shares = np.array([1 - comb(4 - c, k) / comb(4, k) for c in correct])
+        plain = [rng.choice(shares, size=60).mean() for _ in range(10_000)]
+        expected = np.quantile(plain, [0.025, 0.975])
+        assert found["pass_intervals"][f"pass@{k}"] == pytest.approx(tuple(expected), abs=0.01)
+        assert found["pass"][f"pass@{k}"] == pytest.approx(shares.mean())
 
 
 def test_the_bootstrap_has_the_width_of_the_normal_approximation():

@@ -243,7 +243,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_and_not_a_mean_of_means(
 def test_the_validation_loss_is_the_mean_over_all_held_out_tokens_for_any_batch_size(tmp_path, toy):
     for batch_size in (1, 3, 64):
         flags = ["--learning-rate", 0, "--batch-size", batch_size, "--max-steps", 1]
-        (logged,) = series(run(tmp_path / str(batch_size), toy, *flags), "val_loss")
+        (logged,) = set(series(run(tmp_path / str(batch_size), toy, *flags), "val_loss"))
         held_out, _ = read_problems(tmp_path / str(batch_size) / "validation.jsonl")
         examples = encode(toy[1], held_out, list(range(len(held_out))))
         tokens = sum(e.supervised_count for e in examples)
@@ -340,7 +340,7 @@ def test_show_example_marks_the_supervised_text_and_writes_nothing(tmp_path, toy
 def test_a_learning_rate_of_zero_changes_neither_the_adapters_nor_the_loss(tmp_path, toy):
     lines = run(tmp_path / "run", toy, "--learning-rate", 0, "--limit", 60, "--patience", 2)
     losses = series(lines, "val_loss")
-    assert len(losses) == 3 and len(set(losses)) == 1  # the best, and two more
+    assert len(losses) == 4 and len(set(losses)) == 1  # the best, a free one, and two more
     assert "no better" in Run(tmp_path / "run").read_progress().stopped
     model = load_model(Path(toy[1]), dtype=torch.float32)
     inject(model, LoRAConfig(), seed=0)
@@ -389,7 +389,7 @@ def test_half_precision_learns_nearly_as_well_as_fp32(tmp_path, toy, precision):
     lines = run(tmp_path / precision, flags, "--precision", precision)
     for key, error in (("val_loss", 0.03), ("grad_norm", 0.3)):
         assert series(lines, key) == pytest.approx(series(full, key), rel=error)
-    assert lines[-1]["val_loss"] < 0.95 * lines[0]["train_loss"]  # 0.89
+    assert lines[-1]["val_loss"] < 0.95 * lines[0]["val_loss"]  # 0.89
     last = max((tmp_path / precision / "checkpoints").iterdir())
     scaler = json.loads((last / "progress.json").read_text())["scaler"]
     assert bool(scaler) == (precision == "fp16")
@@ -424,6 +424,27 @@ def test_a_step_without_a_finite_loss_is_skipped_and_its_rows_are_logged(
     assert Run(tmp_path / "run").read_progress().skipped == 2
     state = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_the_curve_starts_at_the_base_and_the_start_alone_is_no_success(
+    tmp_path, monkeypatch, toy, capsys
+):
+    validate = train.validate
+
+    def finite_at_first(config, progress, *rest):
+        found = validate(config, progress, *rest)
+        return found if progress.cursor == 0 else found | {"val_loss": math.nan}
+
+    monkeypatch.setattr(train, "validate", finite_at_first)
+    flags = [*toy, "--out", tmp_path / "run", "--limit", 60, "--epochs", 1]
+    assert run_script(lambda: train.main([str(flag) for flag in flags])) == 1
+    assert "no validation loss was finite after the first step" in capsys.readouterr().err
+    first = read_log(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["step"] == first["epoch"] == 0
+    held_out, _ = read_problems(tmp_path / "run" / "validation.jsonl")
+    examples = encode(toy[1], held_out, list(range(len(held_out))))
+    tokens = sum(e.supervised_count for e in examples)
+    assert first["val_loss"] == pytest.approx(sum(slow_nats(toy[1], examples)) / tokens, rel=1e-6)
 
 
 def test_a_base_that_computes_nan_ends_the_run_and_no_best_is_written(

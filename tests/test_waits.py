@@ -4,6 +4,7 @@ Tensors there have shapes but no values, so every read of a value must pass thro
 """
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -64,7 +65,11 @@ def test_a_step_waits_for_the_device_once(monkeypatch, tmp_path, model, scaled):
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)  # GradScaler does not support meta
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler)
-    monkeypatch.setattr(train, "validate", lambda *_: None)  # as if a stop were requested
+    first = {"val_loss": math.nan, "val_token_accuracy": 0.0}  # never the best: nothing is written
+    # The last validation stops the run, as if that were requested.
+    monkeypatch.setattr(
+        train, "validate", lambda _, progress, *__: None if progress.step else first
+    )
     monkeypatch.setattr(train, "save_checkpoint", lambda *_, **__: None)
     schedule = Schedule(examples(12), batch_size=2, grad_accum=2, epochs=1, seed=0)
     config = train.TrainConfig(epochs=1, evals_per_epoch=1)
