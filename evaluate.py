@@ -43,11 +43,11 @@ from evaluation.tasks import Selection, Task, find_tasks
 from evaluation.teacher_forced import teacher_forced_metrics
 from files import write_json
 from lora import disabled, read_adapter
-from lora.peft_format import CONFIG, WEIGHTS
 from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
 from run.base import Base, checkpoint_of_adapter
+from run.card import adapter_hash, refresh_card
 from run.device import DTYPES
 from run.folder import Run, check_place, lock
 from run.options import in_two_columns, option, parse, to_json
@@ -179,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
         write_json(parent / "summary.json", {"tasks": summaries})
         print(f"\n{tasks_table(summaries)}")
     if (parent.parent / "config.json").exists():  # a model alone has no run
-        price = Run.of_adapter(config.adapter).options.get("price_per_hour")
+        run = Run.of_adapter(config.adapter)
+        refresh_card(run)
+        price = run.options.get("price_per_hour")
         print(f"report in {write_report(parent.parent, price)}")
 
 
@@ -264,11 +266,6 @@ def find_evaluations(config: EvalConfig, base: Base) -> list[Evaluation]:
 
 def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str, Any]:
     """Everything that an answer depends on."""
-    adapter_sha256 = None
-    if config.adapter:
-        files = [Path(config.adapter) / name for name in (CONFIG, WEIGHTS)]
-        contents = b"".join(file.read_bytes() for file in files if file.exists())
-        adapter_sha256 = hashlib.sha256(contents).hexdigest()
     if task.judge.generated:
         names = ("split", "prompt", "shots", "samples", "temperature", "top_k", "top_p", "seed",
                  "max_new_tokens")  # fmt: skip
@@ -281,7 +278,7 @@ def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str,
         "base": base.name,
         "base_commit": base.commit,
         "adapter": config.adapter,
-        "adapter_sha256": adapter_sha256,
+        "adapter_sha256": adapter_hash(Path(config.adapter)) if config.adapter else None,
         "data": task.description,
         "problems": len(task.problems),
         "problems_sha256": fingerprint(task.problems),

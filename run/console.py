@@ -18,6 +18,7 @@ from errors import printable
 from lora.config import LoRAConfig
 from lora.peft_format import read_adapter_config
 from run.base import Base
+from run.card import readers
 from run.folder import Progress, Run
 from run.options import in_two_columns
 
@@ -95,7 +96,9 @@ def print_end(progress: Progress, run: Run) -> None:
     if progress.best_exact_match is not None:
         reached += f", {progress.best_exact_match:.1%} of the held-out sample answered correctly"
     print(f"best: {reached}, at step {progress.best_step}")
-    print(f"the adapter is in {run.best}; to measure what it is worth:")
+    lora, _, _ = read_adapter_config(run.best)
+    print(f"the adapter is in {run.best}, read as it is by {readers(lora)}")
+    print("to measure what it is worth:")
     print(f"  python evaluate.py --adapter {shell_word(run.best)}")
 
 
