@@ -50,7 +50,7 @@ from run.base import Base, checkpoint_of_adapter
 from run.card import adapter_hash, refresh_card
 from run.device import DTYPES
 from run.folder import Run, check_place, lock
-from run.options import in_two_columns, option, parse, to_json
+from run.options import changed_options, in_two_columns, option, parse
 
 FORWARD_BATCH = 16  # texts per forward pass without generation; more are not faster
 
@@ -369,7 +369,7 @@ def measure_choices(
 
 def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -> None:
     """The options given, the tasks and how they are judged, the base and the device."""
-    print(in_two_columns({k: v for k, v in to_json(config).items() if v not in (None, [])}))
+    print(in_two_columns(changed_options(config)))
     for evaluation in evaluations:
         task, judge = evaluation.task, evaluation.task.judge
         print(

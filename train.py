@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 4. What will happen: the options, the data in numbers, the steps.
     if world.is_main:
-        console.print_start(to_json(config), base, mixture, lora)
+        console.print_start(config, base, mixture, lora)
     sources = encode_mixture(
         mixture, base.chat, limit=config.limit, validation_share=config.validation_share,
         max_length=config.max_length,

@@ -20,21 +20,23 @@ from lora.peft_format import read_adapter_config
 from run.base import Base
 from run.card import readers
 from run.folder import Progress, Run
-from run.options import in_two_columns
+from run.options import changed_options, in_two_columns
 
 
 def print_start(
-    options: Mapping[str, Any], base: Base, mixture: Sequence[WeightedSource], lora: LoRAConfig
+    options: Any, base: Base, mixture: Sequence[WeightedSource], lora: LoRAConfig
 ) -> None:
-    """The options, and what they resolved to."""
-    print(in_two_columns(options))
+    """The options that differ from the defaults, and what all of them resolved to."""
+    if changed := changed_options(options):
+        print(in_two_columns(changed))
     *base_lines, device_line = base.lines()
     print("\n".join(base_lines))
     for part in mixture:
         print(part.source.line())
-    if folder := options["from_adapter"]:
+    if folder := options.from_adapter:
         _, its_base, _ = read_adapter_config(Path(folder))
         print(f"continuing the adapter in {folder}, trained on {its_base}: {lora}")
+    print(f"adapters: {lora}; learning rate {options.learning_rate:g}, {options.schedule}")
     print(device_line)
 
 
