@@ -19,7 +19,6 @@ def main() -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         runpy.run_module(SCRIPTS[sys.argv.pop(1)], run_name="__main__", alter_sys=True)
     else:
-        print(
-            f"error: give one of {', '.join(SCRIPTS)}\n  plain-lora train --help", file=sys.stderr
-        )
+        print(f"error: give one of {', '.join(SCRIPTS)}", file=sys.stderr)
+        print("  such as plain-lora train --demo", file=sys.stderr)
         sys.exit(2)

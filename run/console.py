@@ -50,6 +50,24 @@ def print_sizes(trainable: int, total: int, schedule: Schedule) -> None:
     )
 
 
+def print_plan(
+    schedule: Schedule, tokens: int, seconds: float, memory: tuple[float, float]
+) -> None:
+    """What a run would take, from one measured step of `tokens` tokens in `seconds`.
+
+    `memory` holds the peak of that step and the total, in GB.
+    """
+    all_tokens = schedule.epochs * sum(len(example.tokens) for example in schedule.examples)
+    all_tokens = min(all_tokens, schedule.total_steps * tokens)
+    minutes = seconds * all_tokens / tokens / 60
+    print(
+        f"dry run: {schedule.total_steps:,} steps, about {all_tokens:,} tokens and"
+        f" {minutes:.1f} minutes, without validation\n"
+        f"  one step: {tokens:,} tokens in {seconds:.2f} s; peak memory {memory[0]:.1f} of"
+        f" {memory[1]:.1f} GB\nnothing was written"
+    )
+
+
 def print_audit(audit: Audit) -> None:
     print("\n".join(audit_lines(audit)))
 

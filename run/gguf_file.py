@@ -103,7 +103,8 @@ def _add_tokenizer(gguf: ModuleType, writer, folder: Path, vocab_size: int) -> N
     tokens = [tokenizer.id_to_token(i) for i in range(vocab_size)]
     kinds = [kind.UNUSED if token is None else kind.NORMAL for token in tokens]
     for i, token in added.items():
-        kinds[i] = kind.CONTROL if token.special else kind.USER_DEFINED
+        control = token.special or token.content.startswith("<|")  # as <|fim_prefix|> looks
+        kinds[i] = kind.CONTROL if control else kind.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([f"[PAD{i}]" if t is None else t for i, t in enumerate(tokens)])
@@ -113,8 +114,7 @@ def _add_tokenizer(gguf: ModuleType, writer, folder: Path, vocab_size: int) -> N
     writer.add_add_bos_token(False)
     end = tokenizer.token_to_id("<|im_end|>")
     writer.add_eos_token_id(read_eos_ids(folder)[0] if end is None else end)
-    pad = tokenizer.token_to_id("<|endoftext|>")
-    if pad is not None:
+    if (pad := tokenizer.token_to_id("<|endoftext|>")) is not None:
         writer.add_pad_token_id(pad)
     if (folder / TEMPLATE).exists():
         writer.add_chat_template((folder / TEMPLATE).read_text("utf-8"))

@@ -71,3 +71,13 @@ def test_every_unknown_key_and_wrong_value_of_a_config_file_is_named(tmp_path):
 def test_changed_options_are_those_that_differ_from_the_defaults():
     config = train.TrainConfig(epochs=7, data=("demo",))
     assert changed_options(config) == {"epochs": 7, "data": ["demo"]}
+
+
+def test_a_dry_run_prints_steps_tokens_time_and_memory_and_writes_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--demo", "--limit", "40", "--dry-run", "--precision", "fp32"]) == 0
+    said = capsys.readouterr().out
+    assert "6 steps, about" in said and "peak memory" in said
+    assert list(tmp_path.iterdir()) == []
