@@ -155,7 +155,7 @@ def _results(run: Run, adapter: Path) -> str:
                 continue
             base, tuned = (sum(models[name]["outcomes"]) / n for name in ("base", "tuned"))
             lines.append(
-                f"- {printable(settings['data'])}, {settings['split']}: {base:.1%} of {n:,}"
+                f"- {printable(settings['data'])}: {base:.1%} of {n:,}"
                 f" problems before, {tuned:.1%} after ({result['in_words']})"
             )
         except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):

@@ -189,7 +189,7 @@ def test_a_card_reports_only_evaluations_of_exactly_this_adapter(base):
     save_adapter(model, run.best, LoRAConfig(r=4, alpha=8), base=str(base), revision=None)
     files = [run.best / name for name in (CONFIG, WEIGHTS)]
     digest = card.adapter_hash(files[0].parent)
-    result = {"settings": {"adapter_sha256": digest, "data": "GSM8K", "split": "test"},
+    result = {"settings": {"adapter_sha256": digest, "data": "GSM8K, test"},
               "problems": 4, "in_words": "+50.0 points, 95 % between +10 and +90: better",
               "models": {"base": {"outcomes": [True, False, False, False]},
                          "tuned": {"outcomes": [True, True, True, False]}}}  # fmt: skip
