@@ -48,9 +48,10 @@ from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
 from run.base import Base, checkpoint_of_adapter
+from run.card import refresh_card
 from run.device import DTYPES
 from run.folder import Run, adapter_sha256, check_place, lock
-from run.options import in_two_columns, option, parse, to_json
+from run.options import changed_options, in_two_columns, option, parse
 
 FORWARD_BATCH = 16  # texts per forward pass without generation; more are not faster
 
@@ -186,7 +187,9 @@ def main(argv: list[str] | None = None) -> None:
         write_json(parent / "summary.json", {"tasks": summaries})
         print(f"\n{tasks_table(summaries)}")
     if (parent.parent / "config.json").exists():  # a model alone has no run
-        price = Run.of_adapter(config.adapter).options.get("price_per_hour")
+        run = Run.of_adapter(config.adapter)
+        refresh_card(run)
+        price = run.options.get("price_per_hour")
         print(f"report in {write_report(parent.parent, price)}")
 
 
@@ -273,7 +276,6 @@ def find_evaluations(config: EvalConfig, base: Base) -> list[Evaluation]:
 
 def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str, Any]:
     """Everything that an answer depends on."""
-    adapter_hash = adapter_sha256(Path(config.adapter)) if config.adapter else None
     if task.judge.generated:
         names = ("split", "prompt", "shots", "samples", "temperature", "top_k", "top_p", "seed",
                  "max_new_tokens")  # fmt: skip
@@ -288,7 +290,7 @@ def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str,
         "base": base.name,
         "base_commit": base.commit,
         "adapter": config.adapter,
-        "adapter_sha256": adapter_hash,
+        "adapter_sha256": adapter_sha256(Path(config.adapter)) if config.adapter else None,
         "data": task.description,
         "problems": len(task.problems),
         "problems_sha256": fingerprint(task.problems),
@@ -380,7 +382,7 @@ def measure_choices(
 
 def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -> None:
     """The options given, the tasks and how they are judged, the base and the device."""
-    print(in_two_columns({k: v for k, v in to_json(config).items() if v not in (None, [])}))
+    print(in_two_columns(changed_options(config)))
     for evaluation in evaluations:
         task, judge = evaluation.task, evaluation.task.judge
         print(

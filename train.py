@@ -61,6 +61,7 @@ from run.device import (
     no_finite_gradient,
     peak_memory_gb,
     pick_device,
+    total_memory_gb,
     versions,
 )
 from run.distributed import World
@@ -152,6 +153,9 @@ class TrainConfig:
         "stop cleanly after this many minutes (exit code 75); rerun the command to resume",
         above=0,
     )
+    dry_run: bool = option(
+        False, "measure one step, print what the run would take, write nothing, and exit"
+    )
     show_example: bool = option(False, "print one example with its supervised text, and exit")
 
 
@@ -239,14 +243,14 @@ def main(argv: list[str] | None = None) -> int:
         check_rounding(run.audit())
     if changes is None:
         check_space(run.folder, trainable)
-    elif world.is_main:
+    elif world.is_main and not config.dry_run:
         lock(run.folder)
         run.repair()
     world.wait()
 
     # 4. What will happen: the options, the data in numbers, the steps.
     if world.is_main:
-        console.print_start(to_json(config), base, mixture, lora)
+        console.print_start(config, base, mixture, lora)
     sources = encode_mixture(
         mixture, base.chat, limit=config.limit, validation_share=config.validation_share,
         max_length=config.max_length,
@@ -270,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     progress = run.read_progress()
     if (
         progress
+        and not config.dry_run
         and not changes
         and progress.reason_finished(schedule.total_steps, config.patience, config.stop_on)
     ):
@@ -290,6 +295,10 @@ def main(argv: list[str] | None = None) -> int:
         compile_layers(model)
     if world.is_main:
         console.print_sizes(*count(model), schedule)
+    if config.dry_run:
+        dry_run(config, schedule, base, model)
+        return 0
+    if world.is_main:
         lock(run.folder)  # makes a new folder, now that everything has been read
         facts = {"base": base.name, "device": describe(device), "versions": versions()}
         rows = [problem.row() for problem in held_out]
@@ -419,6 +428,19 @@ def train(
             raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
     bar.close()
     return progress
+
+
+def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -> None:
+    """Print what the run would take, from the second of two steps; nothing is updated."""
+    scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
+    model.train()
+    for _ in range(2):  # the first one includes warm-up
+        started, step = time.perf_counter(), schedule.step(0)
+        for examples in step.micro_batches:
+            forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+        seconds = time.perf_counter() - started
+    memory = peak_memory_gb(base.device), total_memory_gb(base.device)
+    console.print_plan(schedule, step.token_count, seconds, memory)
 
 
 def forward_backward(

@@ -264,15 +264,13 @@ def tasks_table(summaries: list[dict[str, Any]]) -> str:
 
 
 def result_text(result: dict[str, Any]) -> str:
-    """The table of models, the conclusion, and the examples with each model's answer."""
-    lines = [models_table(result)]
+    """The conclusion, the table of models, and the examples with each model's answer."""
+    lines = []
     if "in_words" in result:
         d = result["difference"]
-        lines.append(
-            f"tuned against base: {d['fixed']} fixed, {d['broke']} broken, exact p"
-            f" {d['p_value']:.2g}"
-        )
-        lines.append(result["in_words"])
+        lines.append(f"tuned against base: {result['in_words']}")
+        lines.append(f"  {d['fixed']} fixed, {d['broke']} broken, exact p {d['p_value']:.2g}")
+    lines.append(models_table(result))
     for example in result["examples"]:
         lines.append(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
         for name in result["models"]:

@@ -4,13 +4,16 @@ inject(model, LoRAConfig(r=8, alpha=16))     wrap the target layers and freeze e
 seed_dropout(model, ...)                     before each training forward pass
 with disabled(model): ...                    compute with the base model, bit for bit
 merge(model); unmerge(model)                 fold the adapters into the weights, and undo it
+bake_scale(model, config)                    fold the scaling into B, for readers that ignore it
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lora.config import LoRAConfig, layer_ranks, of_layer
 from lora.dora import DoRALinear
@@ -116,6 +119,24 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> float:
         lost += (moved - delta).square().sum().item()
         change += delta.square().sum().item()
     return (lost / change) ** 0.5 if change else 0.0
+
+
+@torch.no_grad()
+def bake_scale(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """Give every adapter the scaling 1 and one rank, without changing what it computes.
+
+    B is multiplied by the scaling; A and B are padded with zeros to the largest rank. Returns the
+    new settings: alpha = r, no ranks or alphas by name, no rsLoRA. Programs that ignore those, or
+    divide alpha by the rank of each tensor, then compute the same update as this project.
+    """
+    assert not config.dora, "DoRA's magnitudes cannot be expressed by A and B"
+    rank = max(layer.lora_A.shape[0] for layer in adapters(model))
+    for layer in adapters(model):
+        missing = rank - layer.lora_A.shape[0]
+        A = functional.pad(layer.lora_A, (0, 0, 0, missing))  # (rank, in)
+        B = functional.pad(layer.lora_B * layer.scaling, (0, missing))  # (out, rank)
+        layer.lora_A, layer.lora_B, layer.scaling = nn.Parameter(A), nn.Parameter(B), 1.0
+    return replace(config, r=rank, alpha=rank, rslora=False, ranks={}, alphas={})
 
 
 def unmerge(model: nn.Module) -> None:

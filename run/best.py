@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -12,26 +13,11 @@ from files import json_bytes, read_json, sync_files, sync_folder
 from lora.config import LoRAConfig
 from lora.peft_format import WEIGHTS, save_adapter
 from run.base import Base
+from run.card import adapter_card
 from run.folder import Progress, Run
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-CARD = """---
-base_model: {base}
-library_name: peft
-tags: [lora]
----
-# LoRA adapter for {base}
-
-Trained on {data}; best at step {step}, with a validation loss of {loss:.4f} nats per supervised
-token, the best of {count} validations so far.
-Settings: {lora}.
-
-Load it with PEFT:
-
-    model = AutoModelForCausalLM.from_pretrained("{base}")
-    model = PeftModel.from_pretrained(model, "<this folder>")
-"""
 
 
 def publish_best(
@@ -46,14 +32,9 @@ def publish_best(
     shutil.rmtree(new, ignore_errors=True)
     save_adapter(model, new, lora, base=base.name, revision=base.commit)
     copy_tokenizer(base.folder, base.chat.template, new)
-    card = CARD.format(
-        base=base.name,
-        data=", ".join(run.options.get("data", [])),
-        step=progress.step,
-        loss=progress.best_loss,
-        count=run.validation_count() + 1,  # this one is logged after the adapter is written
-        lora=lora,
-    )
+    count = run.validation_count() + 1  # this one is logged after the adapter is written
+    reached = asdict(progress) | {"validation_count": count}
+    card = adapter_card(base.name, lora, run, reached, new)
     (new / "README.md").write_text(card, "utf-8")
     sync_files(new)
     if best.exists():

@@ -18,22 +18,25 @@ from errors import printable
 from lora.config import LoRAConfig
 from lora.peft_format import read_adapter_config
 from run.base import Base
+from run.card import readers
 from run.folder import Progress, Run
-from run.options import in_two_columns
+from run.options import changed_options, in_two_columns
 
 
 def print_start(
-    options: Mapping[str, Any], base: Base, mixture: Sequence[WeightedSource], lora: LoRAConfig
+    options: Any, base: Base, mixture: Sequence[WeightedSource], lora: LoRAConfig
 ) -> None:
-    """The options, and what they resolved to."""
-    print(in_two_columns(options))
+    """The options that differ from the defaults, and what all of them resolved to."""
+    if changed := changed_options(options):
+        print(in_two_columns(changed))
     *base_lines, device_line = base.lines()
     print("\n".join(base_lines))
     for part in mixture:
         print(part.source.line())
-    if folder := options["from_adapter"]:
+    if folder := options.from_adapter:
         _, its_base, _ = read_adapter_config(Path(folder))
         print(f"continuing the adapter in {folder}, trained on {its_base}: {lora}")
+    print(f"adapters: {lora}; learning rate {options.learning_rate:g}, {options.schedule}")
     print(device_line)
 
 
@@ -44,6 +47,24 @@ def print_sizes(trainable: int, total: int, schedule: Schedule) -> None:
         f"{schedule.batch_size} sequences x {schedule.grad_accum} micro-batches x"
         f" {schedule.ranks} ranks = {schedule.examples_per_step} a step;"
         f" {schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all"
+    )
+
+
+def print_plan(
+    schedule: Schedule, tokens: int, seconds: float, memory: tuple[float, float]
+) -> None:
+    """What a run would take, from one measured step of `tokens` tokens in `seconds`.
+
+    `memory` holds the peak of that step and the total, in GB.
+    """
+    all_tokens = schedule.epochs * sum(len(example.tokens) for example in schedule.examples)
+    all_tokens = min(all_tokens, schedule.total_steps * tokens)
+    minutes = seconds * all_tokens / tokens / 60
+    print(
+        f"dry run: {schedule.total_steps:,} steps, about {all_tokens:,} tokens and"
+        f" {minutes:.1f} minutes, without validation\n"
+        f"  one step: {tokens:,} tokens in {seconds:.2f} s; peak memory {memory[0]:.1f} of"
+        f" {memory[1]:.1f} GB\nnothing was written"
     )
 
 
@@ -97,7 +118,9 @@ def print_end(progress: Progress, run: Run) -> None:
     print(f"best of {run.validation_count()} validations: {reached}, at step {progress.best_step}")
     if progress.best_step == 0:
         print("no validation was better than the one before the first step: training did not help")
-    print(f"the adapter is in {run.best}; to measure what it is worth:")
+    lora, _, _ = read_adapter_config(run.best)
+    print(f"the adapter is in {run.best}, read as it is by {readers(lora)}")
+    print("to measure what it is worth:")
     print(f"  python evaluate.py --adapter {shell_word(run.best)}")
 
 

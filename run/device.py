@@ -134,6 +134,16 @@ def prepare(device: torch.device) -> None:
             libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
+def total_memory_gb(device: torch.device) -> float:
+    """Memory of the device with CUDA, else of the machine; NaN where that is not reported."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):  # Windows
+        return float("nan")
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory so far: allocated on the device with CUDA, else the process's resident set.
 

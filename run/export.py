@@ -1,6 +1,11 @@
-"""Merge an adapter into its base, as a checkpoint that needs no adapter.
+"""Write an adapter in a form that other programs read: merged, portable, or as GGUF.
 
-python -m run.export --adapter out/qwen2-0.5b-instruct-gsm8k/best --out merged
+    python -m run.export --adapter out/qwen2-0.5b-instruct-gsm8k/best --out merged
+    python -m run.export --adapter out/.../best --portable --out portable
+    python -m run.export --adapter out/.../best --gguf --out model.gguf
+
+Every export is read again from the disk, and its logits are compared with the adapter's, before it
+gets its final name.
 """
 
 import json
@@ -12,18 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from torch import Tensor
 
 from data.chat import ChatFormat
-from errors import BadCheckpoint, BadOption, listed, run_script
-from lora.inject import merge, unwrapped_state
-from lora.peft_format import read_adapter
-from model.checkpoint import read_config, read_eos_ids, remarks
+from errors import BadCheckpoint, BadOption, UserError, listed, run_script
+from files import sync_files, sync_folder
+from lora.config import LoRAConfig
+from lora.inject import bake_scale, merge, unwrapped_state
+from lora.peft_format import read_adapter, save_adapter
+from model.checkpoint import Checkpoint, read_config, read_eos_ids, remarks
 from model.load import load_model
+from model.qwen2 import Qwen2
 from run.base import checkpoint_of_adapter
 from run.best import copy_tokenizer
+from run.card import adapter_card, merged_card, readers
 from run.device import DTYPES
-from run.folder import check_place
+from run.folder import Run, check_place
+from run.gguf_file import check_gguf, read_gguf, write_gguf
 from run.options import option, parse
 
 # Files of the base that belong to the merged checkpoint. Other files in the base's folder,
@@ -34,6 +46,17 @@ COPIED = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "LICENSE", "NOTICE",
 )  # fmt: skip
+SHARD_BYTES = 5 * 10**9  # larger checkpoints are split, as transformers does
+PROBE = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)  # token ids; every vocabulary has them
+# Largest accepted difference of a logit, as a fraction of the largest logit. Rounding the weights
+# stays well below; a missing, exchanged or unscaled tensor does not.
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.2}
+
+
+class ExportFailed(UserError):
+    """An export that does not compute what the adapter computes."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -41,22 +64,33 @@ class ExportConfig:
     """The options of the command line."""
 
     adapter: str = option("", "adapter folder, such as out/.../best")
-    out: str = option("merged", "folder to write; it must not exist yet")
+    out: str = option("merged", "folder or .gguf file to write; it must not exist yet")
     model: str | None = option(None, "base model (default: the one the adapter names)")
+    portable: bool = option(
+        False, "an adapter with alpha = r and one rank, which all programs scale alike"
+    )
+    gguf: bool = option(False, "one merged GGUF file for llama.cpp; needs pip install gguf")
     dtype: str = option(
         "bf16", "dtype of the merged weights; fp32 loses nothing", choices=tuple(DTYPES)
     )
 
 
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the base, and the settings of the adapter on it."""
+
+    config: ExportConfig
+    checkpoint: Checkpoint
+    lora: LoRAConfig
+    chat: ChatFormat | None  # None: the base's own chat format could not be read
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Merge an adapter into its base and write a checkpoint that needs no adapter."""
-    config = parse(ExportConfig, argv, "Merge an adapter into its base.")
+    """Write the adapter in the form that was asked for; it counts once it has been read again."""
+    # 1. What is asked for.
+    config = parse(ExportConfig, argv, "Export an adapter for other programs.")
     out = Path(config.out)
-    if out.exists():
-        raise BadOption(f"--out {out} exists already", "give a folder that does not exist")
-    check_place(out)
-    if not config.adapter:
-        raise BadOption("--adapter is not given", "give an adapter's folder, such as out/.../best")
+    check(config, out)
     checkpoint = checkpoint_of_adapter(config.adapter, config.model)
     base = read_config(checkpoint.folder)
     for remark in remarks(checkpoint.folder, base):
@@ -67,37 +101,141 @@ def main(argv: list[str] | None = None) -> None:
     except BadCheckpoint as error:  # merging needs no chat
         print(f"the base's chat template and eos ids are kept as they are: {error.cause}")
         chat = None
+
+    # 2. The model with its adapters, and what it computes.
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
-    read_adapter(Path(config.adapter), model)
+    source = Source(config, checkpoint, read_adapter(Path(config.adapter), model), chat)
+    expected = probe(model)  # (T, V)
+
+    # 3. The export, under another name; compared; renamed.
+    new = out.with_name(out.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        if config.portable:
+            said = write_portable(source, model, new)
+        else:
+            said = write_merged(source, model, new)
+            del model
+        written = new
+        if config.gguf:
+            write_gguf(new, new / out.name)
+            written = new / out.name
+        print(compared(expected, probe(reload(source, written, expected.dtype)), config))
+        sync_files(new)
+        os.rename(written, out)
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    print(f"{'portable adapter' if config.portable else 'merged'} in {out}: {said}")
+
+
+def check(config: ExportConfig, out: Path) -> None:
+    """Raise BadOption or BadRun for options that contradict each other, and for a bad --out."""
+    if out.exists():
+        raise BadOption(f"--out {out} exists already", "give a name that does not exist")
+    check_place(out)
+    if not config.adapter:
+        raise BadOption("--adapter is not given", "give an adapter's folder, such as out/.../best")
+    if config.portable and config.gguf:
+        raise BadOption("--portable writes an adapter, --gguf a merged file", "give one of them")
+    if config.gguf:
+        check_gguf()
+        if out.suffix != ".gguf":
+            raise BadOption(f"--out {out}: --gguf writes one file", f"give --out {out}.gguf")
+
+
+def write_portable(source: Source, model: Qwen2, folder: Path) -> str:
+    """Write the adapter with its scaling in B; returns which programs read it."""
+    if source.lora.dora:
+        raise BadOption(
+            f"{source.config.adapter} is a DoRA adapter: few programs read its magnitudes",
+            "leave out --portable: the merged model needs no adapter",
+        )
+    lora, checkpoint = bake_scale(model, source.lora), source.checkpoint
+    save_adapter(model, folder, lora, base=checkpoint.name, revision=checkpoint.commit)
+    if source.chat:
+        copy_tokenizer(checkpoint.folder, source.chat.template, folder)
+    run = Run.of_adapter(source.config.adapter)
+    card = adapter_card(checkpoint.name, lora, run, run.progress(), Path(source.config.adapter))
+    (folder / "README.md").write_text(card, "utf-8")
+    return f"read as it is by {readers(lora)}"
+
+
+def write_merged(source: Source, model: Qwen2, folder: Path) -> str:
+    """Merge, and write the checkpoint; returns how much of the change the rounding lost."""
+    config, base = source.config, source.checkpoint.folder
+    dtype = DTYPES[config.dtype]
     lost = merge(model, dtype)  # a base of another dtype is rounded here for the first time
     state = {k: t.to(dtype).contiguous() for k, t in unwrapped_state(model).items()}
     if bad := [name for name, t in state.items() if not t.isfinite().all()]:
         raise BadOption(
             f"merged weights {listed(bad)} do not fit into {config.dtype}", "use --dtype bf16"
         )
-    new = out.with_name(out.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     for pattern in COPIED:
-        for file in filter(Path.is_file, checkpoint.folder.glob(pattern)):
-            copy = new / file.relative_to(checkpoint.folder)
+        for file in filter(Path.is_file, base.glob(pattern)):
+            copy = folder / file.relative_to(base)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-    _update_config(
-        new / "config.json", str(dtype).removeprefix("torch."), tied=base.tie_word_embeddings
-    )
-    if chat:
-        copy_tokenizer(checkpoint.folder, chat.template, new)
-        eos_ids = chat.answer_ends(read_eos_ids(checkpoint.folder))
-        _update(new / "generation_config.json", {"eos_token_id": list(eos_ids)})
-    save_file(state, new / "model.safetensors", metadata={"format": "pt"})
-    (new / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
-    os.rename(new, out)
-    print(f"merged into {out}: rounding to {config.dtype} lost {lost:.1%} of the adapter's change")
-    if lost > 0.01:
-        print("  --dtype fp32 loses next to nothing, at twice the size")
+    dtype_name, tied = str(dtype).removeprefix("torch."), model.config.tie_word_embeddings
+    _update_config(folder / "config.json", dtype_name, tied=tied)
+    if source.chat:
+        copy_tokenizer(base, source.chat.template, folder)
+        eos_ids = source.chat.answer_ends(read_eos_ids(base))
+        _update(folder / "generation_config.json", {"eos_token_id": list(eos_ids)})
+    save_weights(state, folder)
+    adapter, run = Path(config.adapter), Run.of_adapter(config.adapter)
+    card = merged_card(source.checkpoint.name, source.lora, run, run.progress(), adapter)
+    (folder / "README.md").write_text(card, "utf-8")
+    hint = "\n  --dtype fp32 loses next to nothing, at twice the size" if lost > 0.01 else ""
+    return f"rounding to {config.dtype} lost {lost:.1%} of the adapter's change{hint}"
+
+
+def save_weights(state: dict[str, Tensor], folder: Path) -> None:
+    """Write `model.safetensors`, or above `SHARD_BYTES` several files and their index."""
+    split = split_torch_state_dict_into_shards(state, max_shard_size=SHARD_BYTES)
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: state[key] for key in keys}, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors makes it 0600
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _update(folder / "model.safetensors.index.json", index)
+
+
+def reload(source: Source, path: Path, dtype: torch.dtype) -> Qwen2:
+    """The model that was written, as it is on the disk, to compute in `dtype`."""
+    if source.config.gguf:
+        return read_gguf(path, read_config(path.parent), dtype)
+    if not source.config.portable:
+        return load_model(path, dtype=dtype)
+    model = load_model(source.checkpoint.folder, dtype=dtype)
+    read_adapter(path, model)
+    return model
+
+
+@torch.no_grad()
+def probe(model: Qwen2) -> Tensor:
+    """Logits (T, V) for the tokens of `PROBE`, in the dtype of the model."""
+    tokens = torch.tensor(PROBE)
+    hidden = model.eval()(tokens, torch.arange(len(PROBE)), [len(PROBE)])  # (T, C)
+    return hidden @ model.head_weight.t()  # (T, V)
+
+
+def compared(expected: Tensor, found: Tensor, config: ExportConfig) -> str:
+    """The largest difference of the logits, for people; ExportFailed if it is not rounding."""
+    difference = (expected.float() - found.float()).abs().max().item()
+    largest = expected.float().abs().max().item()
+    text = f"logits of {len(PROBE)} tokens differ from the adapter's by at most {difference:.2g}"
+    text += f" (largest logit {largest:.3g})"
+    # `not <=`, so that NaN fails
+    if not difference <= TOLERANCE["fp32" if config.portable else config.dtype] * largest:
+        raise ExportFailed(
+            f"read again from the disk, {text}: nothing was kept",
+            "use --dtype fp32; if that fails too, check the disk and report this as a bug",
+        )
+    return f"read again: {text}"
 
 
 def _saved_dtype(path: Path) -> str | None:

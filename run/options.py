@@ -7,15 +7,18 @@ becomes `--learning-rate 2e-4` and a key of `config.json`.
 import argparse
 import dataclasses
 import difflib
+import importlib.metadata
 import math
 import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from errors import BadOption, listed
+from files import read_json
 from run import elsewhere
 
 T = TypeVar("T")
@@ -74,6 +77,10 @@ def parse(
     parser.add_argument(
         "--debug", action="store_true", help="show where in the code an error came from"
     )
+    parser.add_argument(
+        "--config", metavar="FILE", help="JSON file of options, such as a run's config.json"
+    )
+    parser.add_argument("--version", action="version", version=version())
     argv = with_known_flags(argv, known_flags(cls, presets), renamed, parser.prog)
     for name, values in presets.items():
         flags = " ".join(f"{_flag(k)} {shown(v)}" for k, v in values.items())
@@ -81,6 +88,8 @@ def parse(
         if _flag(name) in argv:
             parser.set_defaults(**values)
             print(f"--{name} is short for {flags}")
+    if path := _config_file(argv):
+        parser.set_defaults(**read_options(cls, path))  # flags override them
     given = vars(parser.parse_args(argv))
     names = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{name: value for name, value in given.items() if name in names})
@@ -89,16 +98,66 @@ def parse(
     return config
 
 
+def version() -> str:
+    try:
+        return f"plain-lora {importlib.metadata.version('plain-lora')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "plain-lora, from a clone"
+
+
+def _config_file(argv: Sequence[str]) -> Path | None:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    path = parser.parse_known_args(argv)[0].config
+    return Path(path) if path else None
+
+
+def read_options(cls: type, path: Path) -> dict[str, Any]:
+    """The options in a JSON file: an object of them, or a run's `config.json`.
+
+    Raises BadOption, listing every key that is not an option and every value of a wrong type.
+    """
+    values = read_json(path, BadOption, "give a JSON file of options, such as a config.json")
+    values = values["options"] if isinstance(values.get("options"), dict) else values
+    types = typing.get_type_hints(cls)
+    options = {name.replace("-", "_"): value for name, value in values.items()}
+    problems = []
+    for name, value in options.items():
+        if name not in types:
+            advice = _advice(_flag(name), known_flags(cls), {})
+            problems.append(f"there is no option {name}" + f" ({advice})" * bool(advice))
+        elif not _has_type(value, types[name]):
+            problems.append(f"{name} is {value!r}")
+    for field in dataclasses.fields(cls):
+        choices = field.metadata["choices"]
+        if choices and options.get(field.name, field.default) not in choices:
+            problems.append(f"{field.name} is {options[field.name]!r}, not {' or '.join(choices)}")
+    if problems:
+        raise BadOption(f"--config {path}: {listed(problems)}", "correct the file")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a JSON value can be that of an option of the type `kind`."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if typing.get_args(kind):  # X | None
+        return any(_has_type(value, one) for one in typing.get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def known_flags(cls: type, presets: Iterable[str] = ()) -> list[str]:
-    """Every flag of an options dataclass: those of its fields and presets, --debug and --help."""
+    """Every flag of an options dataclass: those of its fields and presets, and the general ones."""
     fields = dataclasses.fields(cls)
     switches = [field.name for field in fields if isinstance(field.default, bool)]
     names = [field.name for field in fields] + [f"no-{name}" for name in switches]
-    return [_flag(name) for name in (*names, *presets, "debug", "help")]
+    return [_flag(name) for name in (*names, *presets, "config", "version", "debug", "help")]
 
 
 def with_known_flags(
@@ -192,6 +251,12 @@ def to_json(config: Any) -> dict[str, Any]:
     """The options as JSON values, by name."""
     values = dataclasses.asdict(config)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def changed_options(config: Any) -> dict[str, Any]:
+    """The options that differ from their defaults, as JSON values by name."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {k: v for k, v in to_json(config).items() if getattr(config, k) != defaults[k]}
 
 
 def in_two_columns(values: Mapping[str, Any]) -> str:

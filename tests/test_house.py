@@ -18,7 +18,7 @@ FLOORS = {
     "model": 1, "lora": 1, "data": 1,
     "run": 2, "evaluation": 2,
     "report": 3,
-    "train": 4, "evaluate": 4,
+    "train": 4, "evaluate": 4, "cli": 4,
 }  # fmt: skip
 SCRIPTS = {"train", "evaluate", "run.export", "report.__main__"}
 MAX_PARAMETERS = 7

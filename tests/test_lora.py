@@ -727,7 +727,7 @@ def test_the_merged_folder_in_bf16_is_complete_and_readable_and_loads_again(tmp_
     again = load_model(tmp_path / "out", dtype=torch.bfloat16)
     assert equal(again.state_dict(), once)
     others = {p.name for p in base.iterdir() if "safetensors" not in p.name}
-    others.add("chat_template.jinja")
+    others |= {"chat_template.jinja", "README.md"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*others, "model.safetensors"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype" if new_config else "torch_dtype"] == "bfloat16"

@@ -6,7 +6,8 @@ import evaluate
 import train
 from errors import BadOption
 from run.elsewhere import NAMES
-from run.options import parse
+from run.options import changed_options, parse, to_json
+from tests import toys
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,44 @@ def test_a_list_option_adds_up_and_another_one_that_is_repeated_takes_its_last_v
 def test_every_answer_names_an_option_that_exists():
     options = {*vars(train.TrainConfig()), *vars(evaluate.EvalConfig()), "dtype", "adapter"}
     assert NAMES.keys() <= options
+
+
+# --config
+
+
+def parsed_with(tmp_path, values, *flags):
+    toys.write_json(tmp_path / "c.json", values)
+    return parse(train.TrainConfig, ["--config", str(tmp_path / "c.json"), *flags], "")
+
+
+def test_a_config_file_sets_options_and_flags_override_it(tmp_path):
+    config = train.TrainConfig(epochs=7, data=("demo", "x.jsonl"), dora=True, learning_rate=1e-3)
+    saved = {"options": to_json(config), "identity": {}}
+    assert parsed_with(tmp_path, saved) == config
+    assert parsed_with(tmp_path, to_json(config)) == config
+    again = parsed_with(tmp_path, {"batch-size": 4}, "--epochs", "2", "--no-dora")
+    assert (again.batch_size, again.epochs, again.dora) == (4, 2, False)
+
+
+def test_every_unknown_key_and_wrong_value_of_a_config_file_is_named(tmp_path):
+    values = {"epoch": 3, "batch_size": "4", "dora": 1, "data": "gsm8k", "schedule": "stairs"}
+    with pytest.raises(BadOption) as caught:
+        parsed_with(tmp_path, values)
+    cause = caught.value.cause
+    assert "no option epoch (use --epochs)" in cause
+    assert all(name in cause for name in ("batch_size is '4'", "dora is 1", "data is", "schedule"))
+
+
+def test_changed_options_are_those_that_differ_from_the_defaults():
+    config = train.TrainConfig(epochs=7, data=("demo",))
+    assert changed_options(config) == {"epochs": 7, "data": ["demo"]}
+
+
+def test_a_dry_run_prints_steps_tokens_time_and_memory_and_writes_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--demo", "--limit", "40", "--dry-run", "--precision", "fp32"]) == 0
+    said = capsys.readouterr().out
+    assert "6 steps, about" in said and "peak memory" in said
+    assert list(tmp_path.iterdir()) == []

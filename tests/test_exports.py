@@ -1,0 +1,202 @@
+"""Exports: every program that reads one computes what the adapter computes."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from errors import BadOption
+from lora.config import LoRAConfig
+from lora.inject import adapters
+from lora.peft_format import CONFIG, WEIGHTS, save_adapter
+from model.load import load_model
+from run import card, export
+from run.folder import Run, adapter_sha256
+from tests import toys
+from tests.adapter_helpers import adapted, logits, peft_logits, transformers_model
+
+SETTINGS = {  # each is scaled wrongly by some program
+    "rslora": {"rslora": True},
+    "patterns": {"ranks": {"q_proj": 2, "v_proj": 6}, "alphas": {"k_proj": 3.0}},
+    "both": {"rslora": True, "ranks": {"o_proj": 1}, "alphas": {"q_proj": 5.0}},
+    "plain": {},
+}
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return toys.write_checkpoint(tmp_path / "base", std=0.1)
+
+
+def exported(model, base: Path, *flags: str, **settings) -> Path:
+    """Save the adapters of `model` and export them; returns what was written."""
+    here = base.parent
+    config = LoRAConfig(r=4, alpha=8, dropout=0.0, **settings)
+    save_adapter(model, here / "adapter", config, base=str(base), revision=None)
+    out = here / ("out.gguf" if "--gguf" in flags else "out")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        export.main(["--adapter", str(here / "adapter"), "--out", str(out), *flags])
+    assert "differ from the adapter's by at most" in said.getvalue()
+    return out
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_peft_computes_our_logits_with_a_portable_adapter(base, case):
+    from peft import PeftModel
+
+    model = adapted(base, **SETTINGS[case])
+    expected = logits(model)
+    out = exported(model, base, "--portable", **SETTINGS[case])
+    theirs = PeftModel.from_pretrained(transformers_model(base), out).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(peft_logits(theirs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_the_scaling_rules_of_vllm_and_llama_cpp_give_our_update_of_a_portable_adapter(base, case):
+    model = adapted(base, **SETTINGS[case])
+    ours = [layer.delta() for layer in adapters(model)]
+    out = exported(model, base, "--portable", **SETTINGS[case])
+    settings, tensors = json.loads((out / CONFIG).read_text()), load_file(out / WEIGHTS)
+    r, alpha = settings["r"], settings["lora_alpha"]
+    names = [name for name, m in load_model(base, dtype=torch.float32).named_modules()
+             if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))]  # fmt: skip
+    for name, delta in zip(names, ours, strict=True):
+        key = f"base_model.model.{name}.lora_"
+        A, B = tensors[key + "A.weight"], tensors[key + "B.weight"]
+        assert A.shape[0] == r == B.shape[1]  # vLLM allocates max_lora_rank, and ignores patterns
+        for scale in (alpha / r, alpha / A.shape[0]):  # vLLM's rule, llama.cpp's rule
+            torch.testing.assert_close(scale * (B @ A), delta, atol=1e-5, rtol=1e-5)
+
+
+def test_dora_is_not_portable_and_the_remedy_is_to_merge(base):
+    with pytest.raises(BadOption, match="leave out --portable"):
+        exported(adapted(base, dora=True), base, "--portable", dora=True)
+    assert sorted(p.name for p in base.parent.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("settings, vllm, llama_cpp", [
+    ({}, True, True), ({"rslora": True}, True, False), ({"ranks": {"q_proj": 2}}, False, True),
+    ({"alphas": {"q_proj": 2}}, False, False), ({"dora": True}, False, False),
+    ({"r": 64}, True, True),
+])  # fmt: skip
+def test_the_readers_named_are_those_whose_rule_gives_our_scale(settings, vllm, llama_cpp):
+    as_it_is = card.readers(LoRAConfig(**settings)).partition(";")[0]
+    assert ("vLLM" in as_it_is, "llama.cpp" in as_it_is) == (vllm, llama_cpp)
+    assert ("--max-lora-rank 64" in as_it_is) == (settings.get("r") == 64)
+
+
+@pytest.mark.parametrize("flags", [(), ("--portable",), ("--gguf",)])
+def test_an_export_that_computes_something_else_fails_and_leaves_everything_as_it_was(
+    base, monkeypatch, flags
+):
+    model = adapted(base)
+    read = export.reload
+
+    def damaged(*args):
+        model = read(*args)
+        model.model.layers[0].self_attn.v_proj.requires_grad_(False)
+        next(iter(model.model.norm.parameters())).data *= -1
+        return model
+
+    monkeypatch.setattr(export, "reload", damaged)
+    with pytest.raises(export.ExportFailed, match="differ from the adapter's") as caught:
+        exported(model, base, *flags)
+    assert caught.value.exit_code == 1
+    assert sorted(p.name for p in base.parent.iterdir()) == ["adapter", "base"]
+
+
+def test_a_large_checkpoint_is_split_with_an_index_that_transformers_reads(base, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_BYTES", 60_000)
+    model = adapted(base)
+    expected = logits(model)
+    out = exported(model, base, "--dtype", "fp32")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = {path.name for path in out.glob("*.safetensors")}
+    assert len(files) > 2 and set(index["weight_map"].values()) == files
+    with torch.no_grad():
+        theirs = peft_logits(transformers_model(out))
+    torch.testing.assert_close(theirs, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype, name", [("fp32", "F32"), ("fp16", "F16"), ("bf16", "BF16")])
+def test_a_gguf_file_holds_the_merged_tensors_and_the_tokenizer(tmp_path, dtype, name, tied):
+    gguf = pytest.importorskip("gguf")
+    base = toys.write_checkpoint(tmp_path / "base", tied=tied)
+    merged = exported(adapted(base), base, "--dtype", dtype)
+    reader = gguf.GGUFReader(exported(adapted(base), base, "--dtype", dtype, "--gguf"))
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    ours = load_file(merged / "model.safetensors")
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
+    names = {key: table.get_name(key, (".weight", ".bias")) for key in ours}
+    assert set(names.values()) == found.keys() and ("output.weight" in found) != tied
+    for key, tensor in ours.items():
+        theirs = found[names[key]]
+        kind = "F32" if tensor.dim() == 1 else name  # norms and biases
+        assert theirs.tensor_type.name == kind
+        assert list(reversed(theirs.shape)) == list(tensor.shape)
+        stored = tensor.float() if kind == "F32" else tensor
+        assert theirs.data.tobytes() == stored.contiguous().view(torch.uint8).numpy().tobytes()
+    field = {key: value.contents() for key, value in reader.fields.items()}
+    assert field["general.architecture"] == "qwen2" and field["tokenizer.ggml.pre"] == "qwen2"
+    assert field["qwen2.attention.head_count_kv"] == 2
+    tokens = field["tokenizer.ggml.tokens"]
+    assert len(tokens) == toys.TABLE and tokens[toys.IM_END] == "<|im_end|>"
+    assert tokens[toys.TOKENS] == f"[PAD{toys.TOKENS}]"  # a row without a token
+    assert field["tokenizer.ggml.eos_token_id"] == toys.IM_END
+    assert field["tokenizer.ggml.token_type"][toys.IM_START] == gguf.TokenType.CONTROL
+    assert "im_start" in field["tokenizer.chat_template"]
+
+
+# Model cards
+
+
+def front_matter(text: str) -> dict:
+    """The YAML between the first two lines of ---: the part that the Hub reads."""
+    yaml = pytest.importorskip("yaml")
+    assert text.startswith("---\n")
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def a_run(folder: Path, data: list[str]) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    toys.write_json(folder / "config.json", {"options": {"data": data}, "identity": {}})
+    return Run(folder)
+
+
+def test_a_card_names_base_and_data_by_their_hub_ids_and_leaves_out_what_is_local(tmp_path):
+    run = a_run(tmp_path / "run", ["gsm8k:2", "rows.jsonl", "arc-easy", "owner/name/folder"])
+    progress = {"best_step": 3, "best_loss": 0.5}
+    text = card.adapter_card("Qwen/Qwen2-0.5B-Instruct", LoRAConfig(), run, progress, run.best)
+    assert front_matter(text) == {
+        "base_model": "Qwen/Qwen2-0.5B-Instruct", "base_model_relation": "adapter",
+        "datasets": ["openai/gsm8k", "allenai/ai2_arc", "owner/name"], "library_name": "peft",
+        "license": "apache-2.0", "pipeline_tag": "text-generation", "tags": ["lora"],
+    }  # fmt: skip
+    for local in (str(tmp_path), "demo", "./base"):
+        fields = front_matter(card.adapter_card(local, LoRAConfig(), run, progress, run.best))
+        assert not fields.keys() & {"base_model", "base_model_relation", "license"}
+
+
+def test_a_card_reports_only_evaluations_of_exactly_this_adapter(base):
+    model = adapted(base)
+    run = a_run(base.parent / "run", ["gsm8k"])
+    save_adapter(model, run.best, LoRAConfig(r=4, alpha=8), base=str(base), revision=None)
+    files = [run.best / name for name in (CONFIG, WEIGHTS)]
+    digest = adapter_sha256(files[0].parent)
+    result = {"settings": {"adapter_sha256": digest, "data": "GSM8K, test"},
+              "problems": 4, "in_words": "+50.0 points, 95 % between +10 and +90: better",
+              "models": {"base": {"outcomes": [True, False, False, False]},
+                         "tuned": {"outcomes": [True, True, True, False]}}}  # fmt: skip
+    (run.folder / "evaluation" / "test-1").mkdir(parents=True)
+    toys.write_json(run.folder / "evaluation" / "test-1" / "result.json", result)
+    card.refresh_card(run)
+    line = "- GSM8K, test: 25.0% of 4 problems before, 75.0% after (+50.0 points, 95 % between"
+    assert line in (run.best / "README.md").read_text()
+    files[1].write_bytes(files[1].read_bytes() + b"x")
+    assert line not in card.adapter_card("demo", LoRAConfig(), run, {}, run.best)
