@@ -52,7 +52,7 @@ def adapter_card(
 ) -> str:
     """The card of the adapter in the folder `adapter`, trained by `run` on the base `base`.
 
-    `progress` holds `best_step`, `best_loss` and `validation_count`; {} for an adapter without a run.
+    `progress` holds `best_step`, `best_loss`, `validation_count`; {} for an adapter without a run.
     """
     max_rank = next((r for r in VLLM_RANKS if r >= lora.r), lora.r)
     vllm = (
