@@ -20,7 +20,7 @@ from lora.inject import merge, unwrapped_state
 from lora.peft_format import read_adapter
 from model.checkpoint import read_config, read_eos_ids, remarks
 from model.load import load_model
-from run.base import checkpoint_of_adapter
+from run.base import check_base_of_adapter, checkpoint_of_adapter, hash_base
 from run.best import copy_tokenizer
 from run.device import DTYPES
 from run.folder import check_place
@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     if not config.adapter:
         raise BadOption("--adapter is not given", "give an adapter's folder, such as out/.../best")
     checkpoint = checkpoint_of_adapter(config.adapter, config.model)
+    files, given = hash_base(checkpoint.folder), config.model is not None
+    check_base_of_adapter(checkpoint, files, Path(config.adapter), given=given)
     base = read_config(checkpoint.folder)
     for remark in remarks(checkpoint.folder, base):
         print(remark)
