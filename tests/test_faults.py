@@ -673,7 +673,7 @@ def test_an_error_that_is_not_a_defect_has_an_exit_code_and_no_traceback(
     assert errors.run_script(fail) == code and capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("defect", [PermissionError(errno.EACCES, "Denied", "x"), KeyError("x")])
+@pytest.mark.parametrize("defect", [FileNotFoundError(errno.ENOENT, "Absent", "x"), KeyError("x")])
 def test_a_defect_keeps_its_traceback(defect):
     def fail():
         raise defect
