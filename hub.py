@@ -81,9 +81,9 @@ def fetch(
 
 
 def _checked(folder: Path, wanted: dict) -> Path:
-    """The folder of a dataset, whose files were checked; `Base` checks a model's while hashing."""
-    if wanted["repo_type"] == "dataset":
-        check_blobs(path for pattern in wanted["allow_patterns"] for path in folder.glob(pattern))
+    """The folder, after a check of its files; `run/base.py` checks large weights, in a thread."""
+    found = (path for pattern in wanted["allow_patterns"] for path in folder.glob(pattern))
+    check_blobs(path for path in found if path.suffix != ".safetensors")
     return folder
 
 

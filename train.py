@@ -280,7 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     if world.is_main:
         console.print_sizes(*count(model), schedule)
         lock(run.folder)  # makes a new folder, now that everything has been read
-        facts = {"base": base.name, "device": describe(device), "versions": versions()}
+        facts = {"base": base.name, "base_folder": base.place, "device": describe(device)}
+        facts["versions"] = versions()
         rows = [problem.row() for problem in held_out]
         run.write_start(saved | facts, changes or [], asdict(audit), rows)
         for change in changes or []:

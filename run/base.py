@@ -99,6 +99,13 @@ class Base:
         """The frozen model in eval mode."""
         return load_model(self.folder, dtype=DTYPES[self.precision], device=self.device)
 
+    @property
+    def place(self) -> str | None:
+        """The absolute path of a base that is a folder; None if its name is known elsewhere too: a
+        Hub id, or a base included in this repository.
+        """
+        return None if self.commit or self.name in SHIPPED else str(self.folder.absolute())
+
     @functools.cached_property
     def hashing(self) -> Future[HashedFiles]:
         """The result of `hash_base`, from a thread."""
@@ -141,8 +148,10 @@ class Base:
 def checkpoint_of_adapter(
     adapter: str | Path, name: str | None = None, revision: str | None = None
 ) -> Checkpoint:
-    """Locate the base to put an adapter on: `name`, or else the base that the adapter names.
+    """Locate the base to put an adapter on: `name`, or else the one that it was trained on.
 
+    A folder is known by the adapter's run alone, and is never asked of the Hub. Otherwise the
+    adapter names its base.
     The adapter's own revision counts only for its own base, and only on the Hub.
     Raises BadAdapter if the adapter cannot be read, or if its base is not named, not on this
     machine, or quantized; BadCheckpoint and HubError as `find_checkpoint` does.
@@ -150,6 +159,8 @@ def checkpoint_of_adapter(
     if name:
         return find_checkpoint(name, revision)
     _, base, adapters_revision = read_adapter_config(Path(adapter))
+    if base is None and (place := _folder_in_run(adapter)):
+        return find_checkpoint(place)
     if base is None:
         raise BadAdapter(f"the adapter {adapter} names no base model", "give it with --model")
     if base in SHIPPED or os.path.isdir(Path(base).expanduser()):
@@ -166,6 +177,21 @@ def checkpoint_of_adapter(
         return find_checkpoint(base, revision or adapters_revision)
     except HubError as error:
         raise HubError(f"{cause}: {error.cause}", f"{error.remedy}; or {GIVE_MODEL}") from error
+
+
+def _folder_in_run(adapter: str | Path) -> str | None:
+    """The folder of the base, as the adapter's run recorded it; BadAdapter if it is not there."""
+    run = Run.of_adapter(adapter)
+    recorded, given = run.config.get("base_folder"), run.options.get("model")
+    if recorded is None:
+        return None
+    for place in (recorded, given):  # `given` may be relative, in a project that was moved
+        if os.path.isdir(os.path.expanduser(place)):
+            return place
+    raise BadAdapter(
+        f"the adapter {adapter} was trained on the folder {recorded}, which is not there",
+        GIVE_MODEL,
+    )
 
 
 def hash_adapter(adapter: Path) -> HashedFiles:

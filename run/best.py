@@ -18,8 +18,7 @@ TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ORIGINS = ("base_sha256", "data_content", "from_adapter_sha256")  # keys of ORIGIN
 CARD = """---
-base_model: {base}
-library_name: peft
+{metadata}library_name: peft
 tags: [lora]
 ---
 # LoRA adapter for {base}
@@ -45,10 +44,12 @@ def publish_best(
     """
     best, new = run.best, run.folder / "best.new"
     shutil.rmtree(new, ignore_errors=True)
-    save_adapter(model, new, lora, base=base.name, revision=base.commit)
+    name = None if base.place else base.name  # a path tells others nothing, but about its owner
+    save_adapter(model, new, lora, base=name, revision=base.commit)
     copy_tokenizer(base.folder, base.chat.template, new)
     card = CARD.format(
-        base=base.name,
+        metadata=f"base_model: {name}\n" if name else "",
+        base=name or base.folder.name,
         data=", ".join(run.options.get("data", [])),
         step=progress.step,
         loss=progress.best_loss,
