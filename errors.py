@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 
 LONGEST = 1500  # characters of a printed cause
 CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@|\bhf_[A-Za-z0-9]{16,}")  # in a URL; a Hub token
+PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT, errno.ENODEV)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class UserError(Exception):
@@ -101,15 +103,26 @@ def run_script(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         return 128 + 13  # SIGPIPE, which Windows does not define
     except OSError as error:
-        if not is_full(error):
+        if not is_full(error) and not is_passing(error) and error.errno not in DENIED:
             raise
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         place = plain(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-        _say(
-            f"error: the disk is full: {place}\n  free some space, then rerun the command to resume"
-        )
+        if is_full(error):
+            cause, remedy = f"the disk is full: {place}", "free some space"
+        else:
+            cause, remedy = f"a file cannot be used: {place}", "make it accessible again"
+        _say(f"error: {cause}\n  {remedy}, then rerun the command to resume")
         return 1
     finally:
         _flush()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the system, not a file, is at fault, so that the file may be intact: a disk or server
+    that does not answer, or too many open files.
+    """
+    return isinstance(error, OSError) and error.errno in PASSING
 
 
 def is_full(error: OSError) -> bool:

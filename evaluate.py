@@ -41,16 +41,23 @@ from evaluation.summary import (
 )
 from evaluation.tasks import Selection, Task, find_tasks
 from evaluation.teacher_forced import teacher_forced_metrics
-from files import write_json
+from files import HashedFiles, write_json
 from lora import disabled, read_adapter
 from model.checkpoint import read_sampling
 from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
-from run.base import Base, checkpoint_of_adapter
+from run.base import (
+    Base,
+    check_base_of_adapter,
+    check_not_replaced,
+    checkpoint_of_adapter,
+    hash_adapter,
+)
 from run.card import refresh_card
 from run.device import DTYPES
-from run.folder import Run, adapter_sha256, check_place, lock
+from run.folder import Run, check_place, lock
+from run.identity import folder_of_program, program
 from run.options import changed_options, in_two_columns, option, parse
 
 FORWARD_BATCH = 16  # texts per forward pass without generation; more are not faster
@@ -96,6 +103,9 @@ class EvalConfig:
         None, "file of a chat template to use instead of the adapter's or the base's"
     )
 
+    fresh: bool = option(
+        False, "measure anew in another folder if there is a result, or answers by other code"
+    )
     out: str | None = option(None, "folder for the results (default: the adapter's run folder)")
     keep_correct: str | None = option(
         None, "with --split train: write correct answers to this .jsonl file, to train on them"
@@ -155,15 +165,18 @@ def main(argv: list[str] | None = None) -> None:
         a, b = (read_result(Path(path)) for path in config.compare)
         return print(comparison_text(a, b, config.seed))
     base = find_base(config)
+    files = check_models(config, base)
     if config.ask:
         return ask(config, base)
 
     # 2. What is measured: tasks, each with a judge, its settings and a results folder.
-    evaluations = find_evaluations(config, base)
+    evaluations = find_evaluations(config, base, files)
     print_start(config, base, evaluations)
 
     # 3. The models, on one network.
     models = load_models(config, base)
+    if files:
+        check_not_replaced(Path(config.adapter), files)
 
     # 4. Each task: answers are generated, or choices scored; then they are judged and compared.
     results = []
@@ -176,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         measure = measure_answers if task.judge.generated else measure_choices
         result = {"settings": evaluation.settings, "problems": len(task.problems)}
         result |= measure(config, base, models, task, folder)
+        base.check_unchanged()
         write_json(folder / "result.json", result)
         print(f"{result_text(result)}\n\nresults in {folder}")
         results.append(result | {"task": task.name, "folder": str(folder)})
@@ -233,6 +247,15 @@ def find_base(config: EvalConfig) -> Base:
     )  # fmt: skip
 
 
+def check_models(config: EvalConfig, base: Base) -> HashedFiles | None:
+    """The adapter's files, hashed; BadAdapter if it was trained on another base than `base`."""
+    if not config.adapter:
+        return None
+    adapter, given = Path(config.adapter), config.model is not None
+    check_base_of_adapter(base, base.hashing.result(), adapter, given=given)
+    return hash_adapter(adapter)
+
+
 def decoding(config: EvalConfig, base: Base) -> Decoding:
     return Decoding(
         max_new_tokens=config.max_new_tokens, eos_ids=base.eos_ids,
@@ -255,7 +278,7 @@ def select_tasks(config: EvalConfig) -> list[Task]:
     return find_tasks(selection, run.options | run.identity, run.held_out_file)
 
 
-def find_evaluations(config: EvalConfig, base: Base) -> list[Evaluation]:
+def find_evaluations(config: EvalConfig, base: Base, files: HashedFiles | None) -> list[Evaluation]:
     """The tasks with their settings and folders; BadOption where --keep-correct cannot be used."""
     tasks = select_tasks(config)
     if config.keep_correct:
@@ -268,14 +291,19 @@ def find_evaluations(config: EvalConfig, base: Base) -> list[Evaluation]:
         )
     evaluations = []
     for task in tasks:
-        settings = evaluation_settings(config, base, task)
-        evaluations.append(Evaluation(task, settings, results_folder(config, task, settings)))
+        settings = evaluation_settings(config, base, files, task)
+        place = results_folder(config, task, settings)
+        folder, earlier = folder_of_program(place, fresh=config.fresh)
+        settings |= program() | ({"earlier_programs": earlier} if earlier else {})
+        evaluations.append(Evaluation(task, settings, folder))
         check_place(evaluations[-1].folder)
     return evaluations
 
 
-def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str, Any]:
-    """Everything that an answer depends on."""
+def evaluation_settings(
+    config: EvalConfig, base: Base, files: HashedFiles | None, task: Task
+) -> dict[str, Any]:
+    """Everything that an answer depends on, apart from the program."""
     if task.judge.generated:
         names = ("split", "prompt", "shots", "samples", "temperature", "top_k", "top_p", "seed",
                  "max_new_tokens")  # fmt: skip
@@ -284,17 +312,16 @@ def evaluation_settings(config: EvalConfig, base: Base, task: Task) -> dict[str,
         asked = {"split": config.split, "prompt": "choices", "shots": config.shots}
     if config.same_shots or (config.shots and task.judge.generated):
         asked["same_shots"] = config.same_shots
-    if template := base.chat.template.fingerprint():
-        asked["chat_template_sha256"] = template
+    models = base.identity()
+    del models["base_sizes"]
     return {
         "base": base.name,
-        "base_commit": base.commit,
+        **models,
         "adapter": config.adapter,
-        "adapter_sha256": adapter_sha256(Path(config.adapter)) if config.adapter else None,
+        "adapter_sha256": files.sha256 if files else None,
         "data": task.description,
         "problems": len(task.problems),
         "problems_sha256": fingerprint(task.problems),
-        "precision": base.precision,
         **asked,
     }
 
@@ -303,7 +330,8 @@ def results_folder(config: EvalConfig, task: Task, settings: dict[str, Any]) -> 
     """A folder for these settings alone, so that the same command finds its earlier answers."""
     model = Path(config.model or "").name.lower()
     home = Path(config.adapter).parent if config.adapter else Path("out") / model
-    code = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    named = {k: v for k, v in settings.items() if k not in ("base", "base_commit", "adapter")}
+    code = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     kind = config.split if task.judge.generated else f"{task.name}-{config.split}"
     return Path(config.out or home) / "evaluation" / f"{kind}-{code}"
 

@@ -5,6 +5,7 @@ visible under its final name was complete before it got that name; whether it st
 written, `damage` checks against the sizes and hashes in the folder's manifest.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -14,11 +15,11 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import UserError
+from errors import UserError, is_passing
 
 MANIFEST = "manifest.json"
 # Answers of file systems and systems on which a folder cannot be synced: CIFS, FUSE, Windows.
@@ -53,6 +54,8 @@ def read_json(
     except RecursionError:
         raise error(f"{path} cannot be read: it is nested too deeply", remedy) from None
     except (OSError, ValueError) as failure:
+        if is_passing(failure):
+            raise
         raise error(f"{path} cannot be read: {failure}", remedy) from None
 
 
@@ -177,20 +180,26 @@ def clean_up(parent: Path, pattern: str) -> None:
             shutil.rmtree(folder)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_folder` made; None if it is as written."""
+def damage(folder: Path, required: Iterable[str] = ()) -> str | None:
+    """What is wrong with a folder that `write_folder` made with the files `required`, or None.
+
+    A folder that differs from its manifest is damaged. One that cannot be read now, for lack of a
+    permission or because a disk does not answer, may be intact: that raises OSError.
+    """
     try:
         raw = (folder / MANIFEST).read_bytes()
         manifest = json.loads(raw)
         if raw != json_bytes(manifest):
             return f"{MANIFEST} is not as it was written"
+        if missing := sorted(set(required) - manifest.keys()):
+            return f"{MANIFEST} does not list {', '.join(missing)}"
         for name, known in manifest.items():
             data = (folder / name).read_bytes()
             if len(data) != known["bytes"]:
                 return f"{name} has {len(data):,} bytes, not {known['bytes']:,}"
             if _hash(data) != known["sha256"]:
                 return f"{name} is not what was written: its hash differs"
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} is not readable"
@@ -245,9 +254,41 @@ def hash_files(paths: list[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    digest.update(data)
+        with mapped(path) as data:
+            digest.update(f"{path.name} {len(data)}\n".encode())
+            digest.update(data)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def mapped(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """The content of a file, which is read from the disk where it is used."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+class HashedFiles:
+    """Files, and the SHA-256 of what they held when this was made."""
+
+    def __init__(self, paths: Iterable[Path]):
+        self._paths = sorted(paths)
+        self._looks = self._look()
+        self.sha256 = hash_files(self._paths)
+
+    def _look(self) -> list[tuple[int, ...]]:
+        found = [path.stat() for path in self._paths]
+        return [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found]
+
+    def changed(self) -> bool:
+        """Whether the files hold something else now; they are read only if they look different.
+
+        It also finds what changed while they were being hashed.
+        """
+        try:
+            return self._look() != self._looks and hash_files(self._paths) != self.sha256
+        except FileNotFoundError:
+            return True

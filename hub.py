@@ -4,15 +4,19 @@
 is imported only when something is fetched, since a local run does not need it.
 """
 
+import hashlib
 import logging
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from errors import HubError, UserError, plain
+from files import mapped
 
+BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a file's content in the cache
 TRIES, TIMEOUT = 3, 7  # consecutive requests for one URL; seconds without a byte
 
 
@@ -48,7 +52,8 @@ def fetch(
                 info = HfApi().repo_info(repo, revision=revision, repo_type=repo_type)
                 if choose:
                     wanted["allow_patterns"] = choose([f.rfilename for f in info.siblings or ()])
-                return Path(snapshot_download(repo, **wanted))
+                folder = Path(snapshot_download(repo, **wanted))
+                return _checked(folder, wanted)
             except UserError:
                 raise
             except Exception as error:  # the client's own, its HTTP library's, or the system's
@@ -72,7 +77,37 @@ def fetch(
     except Exception:  # nothing usable in the cache: the first error is the cause
         raise _unreachable(what, failure, patterns) from failure
     print(plain(f"the Hub did not answer ({_reason(failure)}): using the cached copy of {what}"))
+    return _checked(folder, wanted)
+
+
+def _checked(folder: Path, wanted: dict) -> Path:
+    """The folder, after a check of its files; `run/base.py` checks large weights, in a thread."""
+    found = (path for pattern in wanted["allow_patterns"] for path in folder.glob(pattern))
+    check_blobs(path for path in found if path.suffix != ".safetensors")
     return folder
+
+
+def check_blobs(paths: Iterable[Path]) -> None:
+    """Raise HubError for files of the Hub's cache whose content is not the one they are named by.
+
+    The cache names a content by its SHA-256, or a small one by git's SHA-1 of it, and a snapshot's
+    files are links to these. Other files are not checked: nothing says what they should hold.
+    """
+    for path in paths:
+        blob = path.resolve()
+        if blob.parent.name != "blobs" or not BLOB.fullmatch(blob.name):
+            continue
+        with mapped(blob) as data:
+            if len(blob.name) == 64:
+                found = hashlib.sha256(data)
+            else:
+                found = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)
+                found.update(data)
+        if found.hexdigest() != blob.name:
+            raise HubError(
+                f"{path} is damaged: the Hub's cache holds other bytes than were downloaded",
+                f"delete {blob}, then rerun the command to download it again",
+            )
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import gc
 import math
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,11 @@ from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of, judged_problems
 from evaluation.teacher_forced import teacher_forced
-from files import JsonLines, hash_files
+from files import JsonLines
 from lora.config import added_parameters
 from lora.inject import count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options, upgrade_options
-from lora.peft_format import CONFIG, WEIGHTS, check_adapter, read_adapter
+from lora.peft_format import check_adapter, read_adapter
 from lora.plus import rate_groups
 from model.compile import check_compiler, compile_layers
 from model.generate import Decoding
@@ -50,7 +49,7 @@ from model.qwen2 import Qwen2
 from progress_bar import progress_bar
 from report import write_report
 from run import console, distributed
-from run.base import Base
+from run.base import Base, check_not_replaced, hash_adapter
 from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import (
@@ -156,6 +155,9 @@ class TrainConfig:
     dry_run: bool = option(
         False, "measure one step, print what the run would take, write nothing, and exit"
     )
+    fresh: bool = option(
+        False, "train anew in OUT-2, -3, ... if OUT holds a finished run, or one of other code"
+    )
     show_example: bool = option(False, "print one example with its supervised text, and exit")
 
 
@@ -197,21 +199,24 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(config.device, distributed.local_rank())
     if config.compile:
         check_compiler(device)
-    run = Run(config.out or default_folder(config.model, source_names(config.data)))
+    out = Path(config.out or default_folder(config.model, source_names(config.data)))
+    run = Run.choose(out, fresh=config.fresh)
     check_place(run.folder)
 
     # 2. What is read: data and base. Everything that can be wrong is found before weights are read.
-    mixture = load_mixture(config.data, config.data_revision, config.columns)
+    commits = run.commits_of_data(config.data, config.data_revision)
+    mixture = load_mixture(config.data, config.data_revision, config.columns, commits)
+    adapter = Path(config.from_adapter) if config.from_adapter else None
     base = Base.find(
-        config.model, config.revision, precision=config.precision, device=device,
-        system=config.system, chat_template=config.chat_template,
-        adapter=Path(config.from_adapter) if config.from_adapter else None,
+        config.model, run.commit_of_base(config.model, config.revision), adapter=adapter,
+        precision=config.precision, device=device, system=config.system,
+        chat_template=config.chat_template,
     )  # fmt: skip
-    fingerprint = ThreadPoolExecutor(1).submit(base.fingerprint)  # runs in the background
+    base.start_hashing()
     with torch.device("meta"):
         network = Qwen2(base.config)
-    if config.from_adapter:
-        check_adapter(Path(config.from_adapter), network)
+    if adapter:
+        check_adapter(adapter, network)
     trainable = added_parameters(network, lora)  # BadOption if the options do not fit the base
     if config.show_example:
         for part in mixture:
@@ -224,19 +229,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3. The run: new, resumed, or refused because the folder holds another one.
     world = distributed.join(device)
-    identity = {
-        "base_commit": base.commit,
-        "base_sha256": fingerprint.result(),
-        "base_sizes": asdict(base.config),
-        **mixture_identity(mixture, config.limit),
-        "precision": base.precision,
-        "ranks": world.size,
-    }
-    if template := base.chat.template.fingerprint():
-        identity["chat_template_sha256"] = template
-    if config.from_adapter:
-        files = [Path(config.from_adapter) / name for name in (CONFIG, WEIGHTS)]
-        identity["from_adapter_sha256"] = hash_files([file for file in files if file.exists()])
+    identity = base.identity() | mixture_identity(mixture, config.limit) | {"ranks": world.size}
+    if adapter:
+        adapter_files = hash_adapter(adapter)
+        identity["from_adapter_sha256"] = adapter_files.sha256
     saved = {"options": to_json(config), "identity": identity}
     changes = run.check(saved, to_json(TrainConfig()), upgrade_options)  # None: a new run
     if run.format == 1:
@@ -272,14 +268,12 @@ def main(argv: list[str] | None = None) -> int:
         if config.stop_on == "exact-match":
             print(f"exact match: judged as {judge.name}" + f"; {golds}" * bool(golds))
     progress = run.read_progress()
-    if (
-        progress
-        and not config.dry_run
-        and not changes
-        and progress.reason_finished(schedule.total_steps, config.patience, config.stop_on)
-    ):
+    goal = (schedule.total_steps, config.patience, config.stop_on)
+    if progress and not config.dry_run and (reason := progress.reason_finished(*goal)):
+        run.check_finished_by_this_program()
+        progress.stopped = reason
         if world.is_main:
-            if not (run.folder / "report.html").exists():
+            if changes or not (run.folder / "report.html").exists():
                 write_report(run.folder, config.price_per_hour)
             console.print_end(progress, run)
         check_trained(progress, base.precision)
@@ -287,8 +281,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # 5. The model, with adapters.
     model = base.load()
-    if config.from_adapter:
-        read_adapter(Path(config.from_adapter), model, dropout=config.dropout)
+    if adapter:
+        read_adapter(adapter, model, dropout=config.dropout)
+        check_not_replaced(adapter, adapter_files)
     else:
         inject(model, lora, seed=config.seed)
     if config.compile:
@@ -300,7 +295,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if world.is_main:
         lock(run.folder)  # makes a new folder, now that everything has been read
-        facts = {"base": base.name, "device": describe(device), "versions": versions()}
+        facts = {"base": base.name, "base_folder": base.place, "device": describe(device)}
+        facts["versions"] = versions()
         rows = [problem.row() for problem in held_out]
         run.write_start(saved | facts, changes or [], asdict(audit), rows)
         for change in changes or []:
@@ -309,6 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     # 6. Training, and the report.
     with Stop(config.max_minutes) as stop:
         progress = train(config, data, base, model, run, world, stop)
+    base.check_unchanged()
     if world.is_main and progress.stopped:
         print(f"report in {write_report(run.folder, config.price_per_hour)}")
         console.print_end(progress, run)

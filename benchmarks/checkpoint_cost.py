@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import DEFAULTS, LORA, Ours, shown, spread, timed, write_result
 from errors import run_script
-from run.base import Base
+from run.base import Base, hash_base
 from run.best import publish_best
 from run.checkpoint import save_checkpoint
 from run.folder import Progress, Run
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     """Time each part on a real base, and print what fraction of a run they take."""
     config = parse(CostConfig, argv, "Measure what checkpoints cost.")
     base = Base.find(config.model)
-    hashing, _ = timed(base.fingerprint, base.device)  # immediate for a base with a commit
+    hashing, _ = timed(lambda: hash_base(base.folder), base.device)
     ours = Ours(base.load())
     for p in ours.parameters.values():
         p.grad = torch.randn_like(p)

@@ -89,12 +89,16 @@ def check_rounding(audit: Mapping[str, Any]) -> None:
 
 
 def load_mixture(
-    specs: Sequence[str], revision: str | None = None, columns: tuple[str, ...] = ()
+    specs: Sequence[str],
+    revision: str | None = None,
+    columns: tuple[str, ...] = (),
+    commits: Mapping[str, str | None] | str | None = None,
 ) -> list[WeightedSource]:
     """Load the sources of `--data`; BadOption or BadData for what cannot be loaded.
 
     `revision` belongs to the one source that comes from the Hub; `columns` apply to all custom
-    data. If there are several sources, each problem's id begins with its source's name.
+    data. `commits`, by source or of a single one, are those that a run recorded, and are taken
+    instead. If there are several sources, each problem's id begins with its source's name.
     """
     parsed = [parse_spec(text) for text in specs]
     names = [name for name, _ in parsed]
@@ -116,7 +120,8 @@ def load_mixture(
     mixture = []
     for name, weight in parsed:
         its_revision = revision if len(names) == 1 or name in remote else None
-        source = load_source(name, its_revision, {} if name in TASKS else renamed)
+        recorded = commits.get(name) if isinstance(commits, Mapping) else commits
+        source = load_source(name, recorded or its_revision, {} if name in TASKS else renamed)
         mixture.append(WeightedSource(_prefixed(source) if len(names) > 1 else source, weight))
     return mixture
 

@@ -27,14 +27,14 @@ NOT_FINITE = "train the adapter again, or give an earlier checkpoint of it"
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, config: LoRAConfig, *, base: str, revision: str | None
+    model: nn.Module, folder: Path, config: LoRAConfig, *, base: str | None, revision: str | None
 ) -> None:
     """Write the adapters of `model` to `folder`, in the form that PEFT loads onto `base`.
 
     Args:
         folder: is created if needed; existing files of the same names are replaced.
         config: the settings that the adapters were injected with.
-        base, revision: Hub id or folder of the base model, and its commit if known.
+        base, revision: Hub id of the base model, and its commit; None where there is none.
 
     Raises TrainingFailed, and writes nothing, if a parameter holds NaN or infinity.
     """

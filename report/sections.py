@@ -349,6 +349,8 @@ def repeat_section(run: RunRecord) -> list[Block]:
     """What the run depended on, and the command that repeats it."""
     values = {"device": run.config.get("device", "not recorded"), "seed": run.options.get("seed")}
     values |= {name: value for name, value in run.identity.items() if name != "base_sizes"}
+    program = ("program_version", "program_git", "program_sha256")
+    values |= {name: run.config[name] for name in program if run.config.get(name)}
     values |= {f"{name} version": v for name, v in mapping(run.config.get("versions")).items()}
     return [
         page.heading("How to repeat this run"),

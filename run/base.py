@@ -4,16 +4,20 @@ base = Base.find("Qwen/Qwen2-0.5B-Instruct")    # everything but the weights
 model = base.load()                              # frozen, on its device, in its precision
 """
 
+import functools
 import os
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.chat import ChatFormat
-from errors import BadAdapter, HubError
-from files import hash_files
-from lora.peft_format import read_adapter_config
+from errors import BadAdapter, BadRun, HubError, TrainingFailed, plain
+from files import HashedFiles, read_json
+from hub import check_blobs
+from lora.peft_format import CONFIG, WEIGHTS, read_adapter_config
 from model.checkpoint import (
     SHIPPED,
     Checkpoint,
@@ -25,9 +29,11 @@ from model.checkpoint import (
 from model.load import load_model
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare
+from run.folder import Run
 
 # Parts of the names of quantized checkpoints, which adapters of other trainers often name.
 QUANTIZED = ("4bit", "8bit", "int4", "int8", "gptq", "awq", "gguf")
+ORIGIN = "origin.json"  # in the folder of an adapter: what it was trained on
 GIVE_MODEL = "give yours with --model"
 
 
@@ -93,13 +99,41 @@ class Base:
         """The frozen model in eval mode."""
         return load_model(self.folder, dtype=DTYPES[self.precision], device=self.device)
 
-    def fingerprint(self) -> str | None:
-        """SHA-256 of every file that a run reads of a base without a commit; None with one."""
-        if self.commit:
-            return None
-        patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja",
-                    "additional_chat_templates/*.jinja")  # fmt: skip
-        return hash_files([path for pattern in patterns for path in self.folder.glob(pattern)])
+    @property
+    def place(self) -> str | None:
+        """The absolute path of a base that is a folder; None if its name is known elsewhere too: a
+        Hub id, or a base included in this repository.
+        """
+        return None if self.commit or self.name in SHIPPED else str(self.folder.absolute())
+
+    @functools.cached_property
+    def hashing(self) -> Future[HashedFiles]:
+        """The result of `hash_base`, from a thread."""
+        return ThreadPoolExecutor(1).submit(hash_base, self.folder)
+
+    def start_hashing(self) -> None:
+        """Start `hashing` in the background, while other things are done."""
+        _ = self.hashing
+
+    def identity(self) -> dict[str, Any]:
+        """What it is, by content, and how it will be computed; waits for `hashing`."""
+        identity = {
+            "base_commit": self.commit,
+            "base_sha256": self.hashing.result().sha256,
+            "base_sizes": asdict(self.config),
+            "precision": self.precision,
+        }
+        template = self.chat.template.fingerprint()
+        return identity | ({"chat_template_sha256": template} if template else {})
+
+    def check_unchanged(self) -> None:
+        """Raise TrainingFailed if the files, which stay mapped, hold something else by now."""
+        if self.hashing.result().changed():
+            raise TrainingFailed(
+                f"the files of the base in {self.folder} were changed during the run, so it may"
+                " have computed with a mixture of two bases",
+                "restore them and rerun the command with --fresh, or in another --out",
+            )
 
     def lines(self) -> list[str]:
         """For people: which base, how it was understood, and where and how it is computed."""
@@ -114,8 +148,10 @@ class Base:
 def checkpoint_of_adapter(
     adapter: str | Path, name: str | None = None, revision: str | None = None
 ) -> Checkpoint:
-    """Locate the base to put an adapter on: `name`, or else the base that the adapter names.
+    """Locate the base to put an adapter on: `name`, or else the one that it was trained on.
 
+    A folder is known by the adapter's run alone, and is never asked of the Hub. Otherwise the
+    adapter names its base.
     The adapter's own revision counts only for its own base, and only on the Hub.
     Raises BadAdapter if the adapter cannot be read, or if its base is not named, not on this
     machine, or quantized; BadCheckpoint and HubError as `find_checkpoint` does.
@@ -123,6 +159,8 @@ def checkpoint_of_adapter(
     if name:
         return find_checkpoint(name, revision)
     _, base, adapters_revision = read_adapter_config(Path(adapter))
+    if base is None and (place := _folder_in_run(adapter)):
+        return find_checkpoint(place)
     if base is None:
         raise BadAdapter(f"the adapter {adapter} names no base model", "give it with --model")
     if base in SHIPPED or os.path.isdir(Path(base).expanduser()):
@@ -139,3 +177,73 @@ def checkpoint_of_adapter(
         return find_checkpoint(base, revision or adapters_revision)
     except HubError as error:
         raise HubError(f"{cause}: {error.cause}", f"{error.remedy}; or {GIVE_MODEL}") from error
+
+
+def _folder_in_run(adapter: str | Path) -> str | None:
+    """The folder of the base, as the adapter's run recorded it; BadAdapter if it is not there."""
+    run = Run.of_adapter(adapter)
+    recorded, given = run.config.get("base_folder"), run.options.get("model")
+    if recorded is None:
+        return None
+    for place in (recorded, given):  # `given` may be relative, in a project that was moved
+        if os.path.isdir(os.path.expanduser(place)):
+            return place
+    raise BadAdapter(
+        f"the adapter {adapter} was trained on the folder {recorded}, which is not there",
+        GIVE_MODEL,
+    )
+
+
+def hash_adapter(adapter: Path) -> HashedFiles:
+    """The two files of an adapter, and their hash; BadAdapter if it has none."""
+    read_adapter_config(adapter)
+    return HashedFiles([adapter / CONFIG, adapter / WEIGHTS])
+
+
+def check_not_replaced(adapter: Path, files: HashedFiles) -> None:
+    """Raise BadAdapter if the adapter that was read may not be the one that was hashed."""
+    if files.changed():
+        raise BadAdapter(
+            f"the adapter in {adapter} was replaced while it was being read", "rerun the command"
+        )
+
+
+def hash_base(folder: Path) -> HashedFiles:
+    """Every file of a base that a run reads, and their hash.
+
+    Raises HubError if a file is in the Hub's cache and is not what was downloaded.
+    """
+    patterns = ("*.safetensors", "*config.json", "tokenizer.json", "chat_template.jinja",
+                "additional_chat_templates/*.jinja")  # fmt: skip
+    paths = [path for pattern in patterns for path in folder.glob(pattern)]
+    with ThreadPoolExecutor(1) as pool:
+        checking = pool.submit(check_blobs, paths)
+        files = HashedFiles(paths)
+        checking.result()
+    return files
+
+
+def check_base_of_adapter(
+    base: "Base | Checkpoint", files: HashedFiles, adapter: Path, *, given: bool
+) -> None:
+    """Raise BadAdapter if the adapter was trained on a base with other contents than `files`.
+
+    The adapter's own folder records what it was trained on, or else the run that it is in. If the
+    base was `given` explicitly, the difference is only printed.
+    """
+    path = adapter / ORIGIN
+    try:
+        in_run = Run.of_adapter(adapter).identity
+    except BadRun:  # the folder around it is something else
+        in_run = {}
+    origin = read_json(path, BadAdapter, f"delete {path}") if path.exists() else in_run
+    trained_on = origin.get("base_sha256")
+    if not isinstance(trained_on, str) or trained_on == files.sha256:
+        return
+    cause = f"the adapter in {adapter} was trained on another base than is in {base.folder}"
+    if not given:
+        raise BadAdapter(
+            f"{cause}: its hash is {files.sha256[:12]}, not {trained_on[:12]}",
+            f"give the right base with --model, or --model {base.folder} to use this one anyway",
+        )
+    print(plain(f"{cause}: used anyway, since --model names it"))

@@ -12,12 +12,13 @@ from errors import BadCheckpoint
 from files import json_bytes, read_json, sync_files, sync_folder
 from lora.config import LoRAConfig
 from lora.peft_format import WEIGHTS, save_adapter
-from run.base import Base
+from run.base import ORIGIN, Base
 from run.card import adapter_card
 from run.folder import Progress, Run
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+ORIGINS = ("base_sha256", "data_content", "from_adapter_sha256")  # keys of ORIGIN
 
 
 def publish_best(
@@ -26,19 +27,22 @@ def publish_best(
     """Write the model's adapters as they are now to `run.best`, with a model card.
 
     `best/` is whole at every instant: it is renamed into place the first time, and afterwards only
-    its weights and its card change, each by a rename.
+    its weights, its card and its origin change, each by a rename.
     """
     best, new = run.best, run.folder / "best.new"
     shutil.rmtree(new, ignore_errors=True)
-    save_adapter(model, new, lora, base=base.name, revision=base.commit)
+    name = None if base.place else base.name  # a path tells others nothing, but about its owner
+    save_adapter(model, new, lora, base=name, revision=base.commit)
     copy_tokenizer(base.folder, base.chat.template, new)
     count = run.validation_count() + 1  # this one is logged after the adapter is written
     reached = asdict(progress) | {"validation_count": count}
-    card = adapter_card(base.name, lora, run, reached, new)
+    card = adapter_card(name or base.folder.name, lora, run, reached, new)
     (new / "README.md").write_text(card, "utf-8")
+    origin = {name: run.identity[name] for name in ORIGINS if name in run.identity}
+    (new / ORIGIN).write_bytes(json_bytes(origin))
     sync_files(new)
     if best.exists():
-        for name in (WEIGHTS, "README.md"):
+        for name in (WEIGHTS, "README.md", ORIGIN):
             os.replace(new / name, best / name)
         sync_folder(best)
         shutil.rmtree(new)

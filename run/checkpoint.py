@@ -1,7 +1,7 @@
 """Checkpoints: the trained weights, the optimizer's state and the progress, published whole.
 
-A checkpoint is a folder with the hashes of its files (`files.py`). Data order and dropout are
-functions of (seed, epoch, row), so there is no random state to save.
+A checkpoint is a folder with the hashes of its files (`files.py`), and names its run. Data order
+and dropout are functions of (seed, epoch, row), so there is no random state to save.
 """
 
 import json
@@ -14,7 +14,8 @@ from torch import nn
 
 from errors import TrainingFailed
 from files import damage, json_bytes, remove_folder, write_folder
-from run.folder import KEEP, Progress, Run
+from run.folder import CHECKPOINT_FILES, KEEP, Progress, Run
+from run.identity import program
 
 
 def save_checkpoint(
@@ -35,11 +36,12 @@ def save_checkpoint(
     state = {"progress": asdict(progress), "scaler": scaler.state_dict()}
     files = {
         "state.safetensors": save({k: t.cpu().contiguous() for k, t in tensors.items()}),
-        "progress.json": json_bytes(state),
+        "progress.json": json_bytes({"run": run.id, **program(), **state}),
     }
     write_folder(final, files)
-    if reason := damage(final):  # then the older ones must stay
+    if reason := damage(final, CHECKPOINT_FILES):  # then the older ones must stay
         raise TrainingFailed(f"{final} was not written correctly: {reason}", "check the disk")
+    run.record_checkpoint()
     for old in run.checkpoints()[:-KEEP]:
         remove_folder(old)
 

@@ -30,7 +30,7 @@ from lora.peft_format import read_adapter, save_adapter
 from model.checkpoint import Checkpoint, read_config, read_eos_ids, remarks
 from model.load import load_model
 from model.qwen2 import Qwen2
-from run.base import checkpoint_of_adapter
+from run.base import check_base_of_adapter, checkpoint_of_adapter, hash_base
 from run.best import copy_tokenizer
 from run.card import adapter_card, merged_card, readers
 from run.device import DTYPES
@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(config.out)
     check(config, out)
     checkpoint = checkpoint_of_adapter(config.adapter, config.model)
+    files, given = hash_base(checkpoint.folder), config.model is not None
+    check_base_of_adapter(checkpoint, files, Path(config.adapter), given=given)
     base = read_config(checkpoint.folder)
     for remark in remarks(checkpoint.folder, base):
         print(remark)

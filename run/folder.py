@@ -15,14 +15,15 @@
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
 import platform
+import secrets
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -31,19 +32,23 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from errors import BadRun, UserError, listed
-from files import JsonLines, clean_up, damage, read_json, write_file, write_json
+from files import JsonLines, clean_up, damage, hash_files, read_json, write_file, write_json
+from run.identity import (
+    check_result,
+    differences,
+    is_same_program,
+    numbered,
+    program,
+    program_text,
+)
 
 FORMAT = 2  # of config.json: 1 had --r, and mixed sources by exact fractions
 KEEP = 2  # checkpoints: the newest, and one to fall back on
 LOCK, OWNER = "lock", "lock.owner"
 SPARE_BYTES = 64 << 20  # for logs, reports and answers
-# Options that may differ when a run resumes: its length, how often it validates and saves, and
-# --compile, which only rounds differently.
-FREE = {"out", "epochs", "max_steps", "patience", "evals_per_epoch", "save_every", "max_minutes",
-        "price_per_hour", "compile"}  # fmt: skip
-# Names of the data, which may differ too if its content, in the identity "data_content", is equal:
-# files may be renamed.
-NAMES_OF_DATA = {"data", "data_commit", "data_revision", "data_sha256", "columns"}
+CHECKPOINT_FILES = ("state.safetensors", "progress.json")
+# Files without which a folder holds no run; other people's may be in it too.
+OWN = ("config.json", "metrics.jsonl", "validation.jsonl", "audit.json", "best", "checkpoints")
 
 
 @dataclass
@@ -104,13 +109,12 @@ class Progress:
 
 
 def adapter_sha256(adapter: Path) -> str | None:
-    """SHA-256 of the content of an adapter's files, which evaluations record; None without any."""
+    """SHA-256 of an adapter's files, which evaluations record; None if they cannot be read."""
     files = [adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     try:
-        contents = [file.read_bytes() for file in files if file.is_file()]
+        return hash_files(files)
     except OSError:
         return None
-    return hashlib.sha256(b"".join(contents)).hexdigest() if contents else None
 
 
 class Run:
@@ -127,6 +131,20 @@ class Run:
         """The run whose folder an adapter is in; without options if it is in none."""
         return cls(Path(adapter).parent if adapter else Path("/nonexistent"))
 
+    @classmethod
+    def choose(cls, folder: Path, *, fresh: bool) -> "Run":
+        """The run in `folder`; if `fresh`, in the first of folder, folder-2, folder-3, ... without
+        a finished run or one of other code.
+        """
+
+        def is_taken(candidate: Path) -> bool:
+            run = cls(candidate)
+            return bool(run.config) and (
+                run.progress().get("stopped") is not None or not is_same_program(run.config)
+            )
+
+        return cls(numbered(folder, is_taken) if fresh else folder)
+
     @property
     def name(self) -> str:
         return self.folder.resolve().name
@@ -137,7 +155,7 @@ class Run:
         path = self.folder / "config.json"
         if not path.exists():
             return {}
-        remedy = "repair the file, or move the adapter to another folder"
+        remedy = "repair the file, or use another folder"
         config = read_json(path, BadRun, remedy)
         if not all(isinstance(config.get(key), dict) for key in ("options", "identity")):
             raise BadRun(f"{path} is not the configuration of a run", remedy)
@@ -157,6 +175,57 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Commits and hashes of what the options resolved to."""
         return self.config.get("identity", {})
+
+    @property
+    def id(self) -> str | None:
+        """What its checkpoints name it by; None for a run of an earlier version."""
+        return self.config.get("id")
+
+    def commit_of_base(self, model: str, revision: str | None) -> str | None:
+        """The revision of the base to take: the commit that the run recorded, if it resumes.
+
+        So a new commit on the Hub does not lock the run out. Another --revision is taken as given.
+        Raises BadRun if the base was a folder that is gone: the Hub's repository of that name, if
+        there is one, is something else.
+        """
+        asked = self.options.get("model"), self.options.get("revision")
+        if asked != (model, revision):
+            return revision
+        commit = self.identity.get("base_commit")
+        was_folder = commit is None and self.identity.get("base_sha256") and "/" in model
+        if was_folder and not os.path.exists(os.path.expanduser(model)):
+            raise BadRun(
+                f"the base of this run, the folder {model}, is not there", "give it with --model"
+            )
+        return commit or revision
+
+    def commits_of_data(
+        self, data: Sequence[str], revision: str | None
+    ) -> dict[str, str | None] | str | None:
+        """The commits that the run recorded: by source, or of its single one; None if it is new."""
+        commits = self.identity.get("data_commit")
+        if self.options.get("data_revision") != revision:
+            return None
+        same = self.options.get("data") in (list(data), data[0])  # once, it was a text
+        return commits if same or isinstance(commits, dict) else None
+
+    def record_checkpoint(self) -> None:
+        """Note, once, that this run has saved: then a folder without checkpoints is not new."""
+        config = self.config
+        if config and not config.get("has_checkpoint"):
+            write_json(self.folder / "config.json", config | {"has_checkpoint": True})
+
+    def check_finished_by_this_program(self) -> None:
+        """Raise BadRun if other code wrote the newest checkpoint, of a run that is finished."""
+        check_result(f"{self.folder} was finished", self._newest_state())
+
+    def _newest_state(self) -> dict[str, Any]:
+        """What the newest readable checkpoint says; {} if there is none."""
+        for checkpoint in reversed(self.checkpoints()):
+            state = _read_or_empty(checkpoint / "progress.json")
+            if isinstance(state.get("progress"), dict):
+                return state
+        return {}
 
     def audit(self) -> dict[str, Any]:
         """`audit.json`; {} if it is missing or damaged."""
@@ -182,11 +251,7 @@ class Run:
 
     def progress(self) -> dict[str, Any]:
         """Progress in the newest readable checkpoint; {} if there is none."""
-        for checkpoint in reversed(self.checkpoints()):
-            progress = _read_or_empty(checkpoint / "progress.json").get("progress")
-            if isinstance(progress, dict):
-                return progress
-        return {}
+        return self._newest_state().get("progress", {})
 
     def read_progress(self) -> Progress | None:
         """The progress to resume from, after `repair`; None if there is no checkpoint."""
@@ -202,61 +267,71 @@ class Run:
         """None if there is no run here yet; else the changed options of the run to resume.
 
         `new` holds "options" and "identity". An option that the saved run did not know counts as
-        its default, and one that has become a list since as a list of one; `upgrade` translates
-        options that have been renamed. Raises BadRun if the folder holds other files, or a run
-        that differs in more than what may change.
+        its default; `upgrade` translates options that have been renamed. Raises BadRun if the
+        folder holds parts of a run, or one that differs in more than what may change.
         """
-        folder = self.folder
-        check_place(folder)
-        if not folder.exists() or {p.name for p in folder.iterdir()} <= {
-            LOCK,
-            OWNER,
-            "config.json.new",
-        }:
+        check_place(self.folder)
+        if not self.config:
+            if found := [name for name in OWN if (self.folder / name).exists()]:
+                raise BadRun(
+                    f"--out {self.folder} holds {', '.join(found)}, and no config.json",
+                    "give another --out, or restore the config.json to resume that run",
+                )
             return None
-        try:
-            old = json.loads((folder / "config.json").read_bytes())
-            old_values = {**defaults, **upgrade(old["options"]), **old["identity"]}
-            values = {**defaults, **new["options"], **new["identity"]}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        old = {**defaults, **upgrade(self.options), **self.identity}
+        refused, changes = differences(old, {**defaults, **new["options"], **new["identity"]})
+        if refused:
             raise BadRun(
-                f"--out {folder} holds other files, and no run to resume", "give another --out"
-            ) from None
-        content, old_content = (v.pop("data_content", None) for v in (values, old_values))
-        same_data = content is not None and content == old_content
-        free = FREE | (NAMES_OF_DATA if same_data else set())
-        changed = {
-            key: f"{key} was {old_values.get(key)}, is {values.get(key)}"
-            for key in sorted(old_values.keys() | values.keys())
-            if values.get(key) not in (old_values.get(key), [old_values.get(key)])
-        }
-        if refused := [text for key, text in changed.items() if key not in free]:
-            raise BadRun(
-                f"--out {folder} holds another run: {listed(refused)}",
+                f"--out {self.folder} holds another run: {listed(refused)}",
                 "give another --out, or the old values to resume that run",
             )
-        return [text for key, text in changed.items() if key not in ("data_sha256", "data_commit")]
+        if not is_same_program(self.config):
+            was, now = program_text(self.config), program_text(program())
+            changes.append(f"the code was {was}, is {now}")
+        return changes
 
     def repair(self) -> None:
         """Remove what killed sessions left half done, and set damaged checkpoints aside.
 
-        Raises BadRun if every checkpoint is damaged: a run never restarts from nothing by itself.
+        Raises BadRun if no checkpoint is left, or if the newest is of another run: a run never
+        restarts from nothing by itself. Raises OSError, and changes no checkpoint, if one cannot be
+        read at the moment.
         """
         folder = self.folder / "checkpoints"
         clean_up(folder, "step-[0-9]*")
         shutil.rmtree(self.folder / "best.new", ignore_errors=True)
         for checkpoint in reversed(self.checkpoints()):
-            reason = damage(checkpoint)
+            reason = damage(checkpoint, CHECKPOINT_FILES)
             if reason is None:
-                return
+                return self._check_own(checkpoint)
             aside = checkpoint.with_name(f"{checkpoint.name}.bad-{time.time_ns()}")
             os.rename(checkpoint, aside)
-            print(f"{checkpoint} is damaged ({reason}): set aside as {aside.name}")
+            print(f"{checkpoint} is damaged ({reason}): set aside as {aside.name}; to put it back:")
+            print(f"  mv {shlex.quote(str(aside))} {shlex.quote(str(checkpoint))}")
         if bad := sorted(folder.glob("step-*.bad-*")):
             raise BadRun(
                 f"every checkpoint in {folder} is damaged: {listed(path.name for path in bad)}",
                 "give another --out to start again, or remove these to start again here",
             )
+        if self.config.get("has_checkpoint"):
+            raise BadRun(
+                f"{folder} holds no checkpoint, although this run has saved some",
+                "put them back to resume, or give another --out to start again",
+            )
+
+    def _check_own(self, checkpoint: Path) -> None:
+        """Raise BadRun if a checkpoint is of another run; say so if the log lacks lines."""
+        state = _read_or_empty(checkpoint / "progress.json")
+        if state.get("run") != self.id:
+            raise BadRun(
+                f"{checkpoint} is of another run: of {state.get('run')}, not {self.id}",
+                "move it to another folder, or give another --out",
+            )
+        known = self.progress().get("log_bytes", 0)
+        size = self.log_file.stat().st_size if self.log_file.exists() else 0
+        if size < known:
+            print(f"{self.log_file} has {size:,} bytes of the {known:,} that were saved: the"
+                  " report will lack lines")  # fmt: skip
 
     def write_start(
         self,
@@ -267,9 +342,13 @@ class Run:
     ) -> None:
         """Write what the folder holds from the start: `config.json` first, which makes it a run."""
         path = self.folder / "config.json"
-        earlier = self.config.get("changes", [])
+        earlier = self.config
+        kept = {name: earlier[name] for name in ("id", "has_checkpoint") if name in earlier}
+        if not earlier:
+            kept = {"id": secrets.token_hex(8)}
+        all_changes = earlier.get("changes", []) + changes
         (self.folder / "report.html").unlink(missing_ok=True)  # describes an earlier end
-        write_json(path, {"format": FORMAT, **config, "changes": earlier + changes})
+        write_json(path, {"format": FORMAT, **kept, **config, **program(), "changes": all_changes})
         write_json(self.folder / "audit.json", audit)
         rows = "".join(json.dumps(row) + "\n" for row in held_out)
         write_file(self.held_out_file, rows.encode())

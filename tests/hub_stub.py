@@ -43,6 +43,7 @@ class StubHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), StubHandler)
         self.files, self.requests = files, []
         self.fault, self.only, self.times, self.cuts = None, "", 10**6, False
+        self.earlier: list[str] = []  # commits that are not main's any more
         self.over = threading.Event()
 
     @property
@@ -70,9 +71,11 @@ class StubHandler(BaseHTTPRequestHandler):
         repo = address and (address["type"] or "models/") + address["name"]
         if repo not in self.server.files:
             return self.refuse(401, "RepoNotFound")  # the Hub's answer for unknown repositories
-        if (address["revision"] or "main") not in (*REVISIONS, COMMITS[repo]):
+        revision = address["revision"] or "main"
+        if revision not in (*REVISIONS, COMMITS[repo], *self.server.earlier):
             return self.refuse(404, "RevisionNotFound")
         files = self.server.files[repo]
+        commit = revision if revision in self.server.earlier else COMMITS[repo]
         if address["kind"] == "tree":
             tree = [
                 {"type": "file", "path": name, "size": len(content), "oid": etag(content)}
@@ -81,12 +84,12 @@ class StubHandler(BaseHTTPRequestHandler):
             return self.answer(json.dumps(tree).encode())
         if address["kind"] != "resolve":
             siblings = [{"rfilename": name} for name in files]
-            info = {"id": address["name"], "sha": COMMITS[repo], "siblings": siblings}
+            info = {"id": address["name"], "sha": commit, "siblings": siblings}
             return self.answer(json.dumps(info).encode())
         if address["file"] not in files:
             return self.refuse(404, "EntryNotFound")
         content = files[address["file"]]
-        about = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": COMMITS[repo]}
+        about = {"ETag": f'"{etag(content)}"', "X-Repo-Commit": commit}
         return self.answer(content, **about, fraction=fault)
 
     do_HEAD = do_GET
@@ -116,7 +119,10 @@ class StubHandler(BaseHTTPRequestHandler):
 
 
 def etag(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+    """As on the Hub: SHA-256 of a large file, git's SHA-1 of a small one."""
+    if len(content) > 10_000:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def toy_hub(checkpoint: Path, folder: Path) -> StubHub:

@@ -204,16 +204,16 @@ def test_data_that_is_missing_empty_or_malformed_is_refused(
     "out, cause",
     [
         ("notes", "is not a folder"), ("notes/run", "is not a folder"),
-        ("dangling", "is not a folder"), ("mine", "holds other files"),
-        ("base", "holds other files"), ("data", "holds other files"),
+        ("dangling", "is not a folder"), ("mine", "holds best, and no config.json"),
+        ("base", "base/config.json is not the configuration of a run"),
         ("old", "holds another run: rank was 4, is 8; seed was 1, is 0"),
     ],
 )  # fmt: skip
 def test_an_out_path_in_use_is_refused_and_not_overwritten(workspace, capsys, out, cause):
     (workspace / "notes").write_text("mine")
     (workspace / "dangling").symlink_to("nowhere")
-    (workspace / "mine").mkdir()
-    (workspace / "mine" / "thesis.txt").write_text("years")
+    (workspace / "mine" / "best").mkdir(parents=True)
+    (workspace / "mine" / "best" / "adapter.txt").write_text("years")
     if out == "old":
         train.main((TRAIN + "--rank 4 --seed 1 --max-steps 1 --limit 20 --out old").split())
     assert cause in refused(train.main, TRAIN + f"--max-steps 1 --limit 20 --out {out}", capsys)

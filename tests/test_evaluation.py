@@ -465,19 +465,13 @@ def test_exact_matches_are_the_answers_that_the_judge_calls_correct(tuned):
 # Folders
 
 
-def test_the_settings_of_an_earlier_version_name_the_same_folder():
-    settings = {
-        "base": "demo", "base_commit": None, "adapter": "out/demo/best",
-        "adapter_sha256": "58834ab002a33405fa2c437307cc3565a9abd1581afe7b8e67dd0f3be9a000c9",
-        "data": "demo, test", "problems": 200,
-        "problems_sha256": "d22d73502e5bb5af1d629c9eadb8af7d759fa3ed762d0be35da732c411b2b7e8",
-        "precision": "bf16", "split": "test", "prompt": "chat", "shots": 0, "samples": 1,
-        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": 160,
-    }  # fmt: skip
+def test_an_evaluations_folder_is_named_by_what_its_base_and_adapter_are_and_not_by_their_places():
     config = evaluate.EvalConfig(model="demo", data=("demo",), out="here", max_new_tokens=160)
     (task,) = evaluate.select_tasks(config)
     base = Base.find("demo", precision="bf16", device="cpu")
-    found = evaluate.evaluation_settings(config, base, task)
-    assert found == settings | {"adapter": None, "adapter_sha256": None}
+    settings = evaluate.evaluation_settings(config, base, None, task)
     folder = evaluate.results_folder(config, task, settings)
-    assert folder == Path("here/evaluation/test-f9f21d9e")
+    places = {"base": "copy/of/demo", "base_commit": "abc", "adapter": "elsewhere/best"}
+    assert evaluate.results_folder(config, task, settings | places) == folder
+    for changed in ({"base_sha256": "b"}, {"adapter_sha256": "b"}, {"problems_sha256": "b"}):
+        assert evaluate.results_folder(config, task, settings | changed) != folder

@@ -1,6 +1,7 @@
 """Tests of the Hub's client against a stub that serves a toy checkpoint and a small gsm8k."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -156,6 +157,74 @@ def test_offline_a_full_cache_needs_no_socket_and_an_empty_one_is_refused_naming
     assert nothing.returncode == 2
     last = nothing.stderr.splitlines()[-1]
     assert all(name in last for name in ("config.json", "tokenizer.json", "*.safetensors"))
+
+
+# What the files are
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "train-*.parquet"])
+def test_one_flipped_bit_in_the_cache_is_refused_offline_too(hub, tmp_path, file):
+    place = {"home": tmp_path, "hub": hub.url}
+    command = [*TRAIN_ON_HUB, "--max-steps", 1, "--out"]
+    assert python(*command, tmp_path / "run", **place).returncode == 0
+    (path,) = tmp_path.glob(f"cache/hub/*/snapshots/*/**/{file}")
+    data = path.read_bytes()
+    path.resolve().write_bytes(data[:-2] + bytes([data[-2] ^ 128]) + data[-1:])
+    again = python(*command, tmp_path / "again", **place, HF_HUB_OFFLINE="1")
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 2, again.stderr
+    assert "is damaged" in again.stderr and str(path.resolve()) in again.stderr
+    path.resolve().unlink()  # the remedy
+    assert python(*command, tmp_path / "again", **place).returncode == 0
+
+
+def test_a_new_commit_on_the_hub_does_not_lock_a_run_out(hub, tmp_path, monkeypatch):
+    out, place = tmp_path / "run", {"home": tmp_path, "hub": hub.url}
+    command = [*TRAIN_ON_HUB, "--out", out]
+    assert python(*command, "--max-steps", 1, **place).returncode == 0
+    hub.earlier = list(COMMITS.values())
+    for number, repo in enumerate(list(COMMITS), 3):
+        monkeypatch.setitem(COMMITS, repo, str(number) * 40)
+    for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
+        resumed = python(*command, "--max-steps", 2 + len(offline), **place, **offline)
+        assert resumed.returncode == 0, resumed.stderr
+        identity = json.loads((out / "config.json").read_text())["identity"]
+        assert [identity["base_commit"], identity["data_commit"]] == hub.earlier
+    new = python(*command, "--out", tmp_path / "new", **place)
+    assert new.returncode == 0 and "3" * 40 in new.stdout and "4" * 40 in new.stdout
+
+
+def test_a_base_that_was_a_folder_is_never_asked_of_the_hub(hub, tmp_path):
+    place = {"home": tmp_path, "hub": hub.url}
+    folder = fetch(MODEL, **place).stdout.strip()
+    shutil.copytree(folder, tmp_path / "toy/qwen2")  # the Hub has a repository of that name
+    code = "import os, sys; from errors import run_script; from {0} import main; os.chdir({1!r});"
+    code += "sys.exit(run_script(main))"
+    toys = f"--data {tmp_path}/sums --precision fp32 --device cpu".split()
+    train = [code.format("train", str(tmp_path)), *toys, "--out", "run", "--max-steps", 1]
+    train += ["--model", "toy/qwen2"]
+    evaluate = [
+        code.format("evaluate", str(tmp_path)),
+        *toys,
+        "--adapter",
+        "run/best",
+        "--limit",
+        1,
+    ]
+    first = python("-c", *train, **place)
+    assert first.returncode == 0, first.stderr
+    adapter = (tmp_path / "run/best/adapter_config.json").read_text()
+    assert json.loads(adapter)["base_model_name_or_path"] is None and str(tmp_path) not in adapter
+    assert python("-c", *evaluate, **place).returncode == 0  # found through the run
+    shutil.rmtree(tmp_path / "toy")
+    hub.requests.clear()
+    for command in (train, evaluate):
+        again = python("-c", *command, **place)
+        assert (
+            again.returncode == 2
+            and "toy/qwen2, " in again.stderr
+            and "is not there" in again.stderr
+        ), again.stderr
+    assert hub.requests == []
 
 
 # Secrets

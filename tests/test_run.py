@@ -22,6 +22,7 @@ from run import device as run_device
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import pick_device, pick_precision
 from run.folder import Progress, Run
+from run.identity import program
 from run.options import in_two_columns, option, parse, to_json
 from tests.refusals import snapshot
 from tests.toys import new_training, read_log, train_steps
@@ -321,6 +322,7 @@ def test_a_json_file_is_replaced_completely_or_not_at_all(tmp_path):
 
 DEFAULTS = to_json(TrainConfig())
 CONFIG = {"options": to_json(TrainConfig()), "identity": {"ranks": 1, "base_commit": None}}
+CONFIG |= program()
 
 
 def changed(**options: object) -> dict:
@@ -356,16 +358,16 @@ def test_the_folder_of_another_run_is_refused_with_the_old_and_new_values(tmp_pa
 @pytest.mark.parametrize(
     "files",
     [
-        {"notes.txt": "mine"}, {"config.json": "{"}, {"config.json": "[]"}, {"config.json": "{}"},
-        {"config.json": '{"model_type": "qwen2"}'}, {"config.json": "\udcff"}, {".hidden": ""},
-        {"config.json": '{"options": 1, "identity": 2}'},
+        {"best": ""}, {"config.json": "{"}, {"config.json": "[]"}, {"config.json": "{}"},
+        {"config.json": '{"model_type": "qwen2"}'}, {"config.json": "\udcff"},
+        {"metrics.jsonl": ""}, {"config.json": '{"options": 1, "identity": 2}'},
     ],
 )  # fmt: skip
-def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path, files):
+def test_a_folder_with_parts_of_a_run_or_of_a_model_is_refused_and_not_changed(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     before = snapshot(tmp_path)
-    with pytest.raises(BadRun, match="other files"):
+    with pytest.raises(BadRun, match="config.json"):
         Run(tmp_path).check(CONFIG, DEFAULTS)
     assert snapshot(tmp_path) == before
 

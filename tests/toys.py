@@ -5,6 +5,7 @@ checkpoints, and the key biases are as large as theirs, so that an attention tha
 """
 
 import functools
+import hashlib
 import io
 import json
 import random
@@ -241,6 +242,10 @@ def change_json(path: Path, **changes: object) -> None:
 def read_log(path: Path) -> list[dict]:
     """The objects of a JSON Lines file without damaged lines."""
     return [line.value for line in JsonLines.read(path)]
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def free_port() -> int:
