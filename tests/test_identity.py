@@ -225,10 +225,13 @@ def test_a_base_exchanged_under_the_same_path_is_refused_unless_it_is_named(exch
         assert "used anyway, since --model names it" in capsys.readouterr().out
 
 
-def test_an_adapter_that_left_its_run_knows_its_base(exchanged):
+def test_an_adapter_that_left_its_run_names_no_path_but_knows_its_base(exchanged, capsys):
     adapter = shutil.copytree(exchanged / "run/best", exchanged / "alone/adapter")
-    with pytest.raises(BadAdapter, match="was trained on another base"):
-        export.main(["--adapter", str(adapter), "--out", str(exchanged / "merged")])
+    merging = ["--adapter", str(adapter), "--out", str(exchanged / "merged")]
+    with pytest.raises(BadAdapter, match="names no base model"):
+        export.main(merging)
+    export.main([*merging, "--model", str(exchanged / "tiny/base")])
+    assert "was trained on another base" in capsys.readouterr().out
 
 
 def test_a_base_that_is_overwritten_during_a_run_is_reported_with_exit_code_1(tmp_path):
