@@ -74,7 +74,7 @@ def read_figures(run: Path) -> dict[str, int]:
     """Problems, and how many of them each model answers correctly."""
     (path,) = run.glob("evaluation/*/result.json")
     result = json.loads(path.read_text("utf-8"))
-    correct = {name: result["models"][name]["correct"] for name in ("base", "tuned")}
+    correct = {name: sum(result["models"][name]["outcomes"]) for name in ("base", "tuned")}
     return {"problems": result["problems"]} | correct
 
 
