@@ -301,7 +301,7 @@ def test_the_run_folder_holds_the_documented_files_and_best_is_the_best(tmp_path
         f"adapter_config.json {WEIGHTS} README.md origin.json chat_template.jinja tokenizer.json"
     )
     in_best = {p.name for p in (out / "best").iterdir()}
-    assert in_best == {*names.split(), "tokenizer_config.json"}
+    assert in_best == {*names.split(), "tokenizer.json", "tokenizer_config.json"}
     best = min(series(lines, "val_loss"))
     progress = Run(out).read_progress()
     assert progress.best_loss == best and progress.stopped
