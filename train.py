@@ -223,9 +223,10 @@ def main(argv: list[str] | None = None) -> int:
             console.show_example(part.source, base.chat)
         return 0
 
-    rows = [row for part in mixture for row in part.source.train]
-    saved = run.identity.get("precision")
-    base = settle_fp16(base, config.precision, saved, rows, config.max_length)
+    # On a GPU without bf16 units: whether fp16 can hold this base is tried before there is a run.
+    train_rows = [row for part in mixture for row in part.source.train]
+    begun = run.identity.get("precision")
+    base = settle_fp16(base, config.precision, begun, train_rows, config.max_length)
 
     # 3. The run: new, resumed, or refused because the folder holds another one.
     world = distributed.join(device)

@@ -66,7 +66,7 @@ class LaunchConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Count, print each figure beside its target; returns 1 if one exceeds it."""
+    """Count, and print each figure with its target; returns 1 if a figure exceeds it."""
     config = parse(LaunchConfig, argv, "Launches, waits, copies and host time, against targets.")
     if not torch.cuda.is_available():
         raise BadOption("launches are counted on a CUDA device, and there is none",

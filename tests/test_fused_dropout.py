@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora import fused_dropout
-from lora.dropout import KeyedDropout, fused_works, token_keys
+from lora.dropout import KeyedDropout, fused_equals, fused_works, token_keys
 
 
 class Pointer:
@@ -91,3 +91,18 @@ def test_the_kernel_gives_the_values_and_gradients_of_the_plain_form_bit_for_bit
 
 def test_nothing_but_a_gpu_takes_the_kernel(triton):
     assert not fused_works(torch.device("cpu")) and not fused_works(torch.device("meta"))
+
+
+@pytest.mark.parametrize("fault", [None, "another scale", "zeros without a sign"])
+def test_the_trial_on_a_device_accepts_the_kernel_and_no_other(triton, monkeypatch, fault):
+    plainly = fused_dropout.apply
+
+    def apply(x, keys, channel_keys, threshold, scale):
+        if fault == "another scale":
+            scale += 0.01
+        y = plainly(x, keys, channel_keys, threshold, scale)
+        return y + 0.0 if fault == "zeros without a sign" else y  # -0 + 0 is 0
+
+    monkeypatch.setattr(fused_dropout, "apply", apply)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert fused_equals(torch.device("cpu"), dtype) == (fault is None)
