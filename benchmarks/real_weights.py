@@ -5,7 +5,7 @@
 
 Tests compare with the same packages on tiny random bases. Real weights have what those lack: large
 activations, confident predictions, and near-ties. FOLDER is any Qwen2 or Qwen2.5 checkpoint, such
-as what `hf download Qwen/Qwen2-0.5B-Instruct` fetches. The figures in docs/results.md are of
+as what `hf download Qwen/Qwen2-0.5B-Instruct` fetches. The figures in docs/performance.md are of
 Qwen2.5-Coder-0.5B-Instruct, dequantised from Q4_K_M: transformers writes such a folder from the
 file qwen2.5-coder-0.5b-instruct-q4_k_m.gguf with `from_pretrained(..., gguf_file=...)` in bf16.
 """
