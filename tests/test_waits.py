@@ -17,6 +17,8 @@ from evaluation.teacher_forced import teacher_forced
 from lora.inject import LoRAConfig, inject
 from model import attention
 from model.attention import FlatAttention, attend_padded
+from model.cache import send
+from model.generate import Decoding, decode
 from model.qwen2 import Qwen2, Qwen2Config
 from run.base import Base
 from run.distributed import World
@@ -86,6 +88,13 @@ def test_a_validation_waits_for_the_device_once(model):
     assert waits.count == 1
 
 
+def test_a_decoding_step_waits_for_the_device_once(model):
+    prompts = [[5, 6, 7 + i] for i in range(6)]
+    with Waits() as waits:
+        steps = list(decode(model, prompts, Decoding(4, (), vocab_size=64)))
+    assert waits.count == len(steps) > 4, "one read of the tokens a step"
+
+
 def test_tensors_are_copied_to_a_gpu_asynchronously(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.data_ptr()) or x)
@@ -97,4 +106,5 @@ def test_tensors_are_copied_to_a_gpu_asynchronously(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", fake_to)
     flat_batch(examples(3), "cuda")
     FlatAttention([3, 4], torch.device("cuda"))
-    assert len(pinned) == 2
+    send([3, 4], torch.device("cuda"))
+    assert len(pinned) == 3
