@@ -48,6 +48,8 @@ PARTS = {
     "train:count": "adapters",
     "train:Run.write_start": "run folder",
     "train:torch.optim.AdamW": "optimizer",
+    "train:validate": "validation before the first step",
+    "train:publish_best": "publish the first best/",
 }
 # What the first step begins and ends with: taking its rows, and writing its line of the log.
 STEP_BEGINS, STEP_ENDS = "train:Schedule.step", "train:JsonLines.write"
@@ -150,8 +152,10 @@ def child(times: str, checkout: str, *argv: str) -> None:
 
         return step
 
-    def ends(_: Callable) -> Callable:
+    def ends(write_line: Callable) -> Callable:
         def write(*args, **values):
+            if not began:  # the validation before the first step
+                return write_line(*args, **values)
             found = {"entered": STARTED, "spans": spans, "step_began": began[0]}
             found |= {"ended": time.monotonic(), "heavy": [n for n in HEAVY if n in sys.modules]}
             Path(times).write_text(json.dumps(found))

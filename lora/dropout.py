@@ -4,7 +4,8 @@
 mask is a hash, so a row of data is masked identically in any micro-batch, on any rank, and after
 any interruption. On a CPU it is also four times as fast, because PyTorch draws serially there.
 
-Before each training forward, `lora.seed_dropout` gives every adapter one key per token.
+Before each training forward, `lora.seed_dropout` gives every adapter one key per token. On CUDA the
+whole of it is one Triton kernel (`fused_dropout.py`), if that gives the same bits there.
 
 Legend:
     T     tokens of a micro-batch
@@ -12,8 +13,12 @@ Legend:
     key   32 bits that identify a token within the run, or a pair of channels within the model
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
+
+from lora import fused_dropout
 
 BITS = 16  # hash bits per channel (two channels share a hash), so p is exact to 1/65536
 
@@ -36,6 +41,7 @@ class KeyedDropout(nn.Module):
         self.threshold = min(round(p * 2**BITS), 2**BITS - 1)  # hashes below it drop their value
         self.scale = 2**BITS / (2**BITS - self.threshold)
         self.keys: Tensor | None = None
+        self.fused = False  # whether to use the Triton kernel
         pairs = torch.arange((channels + 1) // 2) + (layer << 32)
         self.register_buffer("channel_keys", _mix64(pairs).to(torch.int32), persistent=False)
 
@@ -50,7 +56,38 @@ class KeyedDropout(nn.Module):
             return x
         assert self.keys is not None, "call lora.seed_dropout(model, ...) before a training forward"
         assert len(self.keys) == len(x), f"{len(self.keys)} dropout keys for {len(x)} tokens"
+        if self.fused:
+            return fused_dropout.apply(x, self.keys, self.channel_keys, self.threshold, self.scale)
         return (x * self.mask(x.shape[-1])).mul_(self.scale)  # (T, C)
+
+
+@functools.cache
+def fused_works(device: torch.device) -> bool:
+    """Whether the Triton kernel runs on `device` and equals the plain form; prints why if not."""
+    if device.type != "cuda" or fused_dropout.triton is None:
+        return False
+    try:
+        equal = all(
+            _fused_equals(device, d) for d in (torch.float32, torch.bfloat16, torch.float16)
+        )
+        reason = None if equal else "its results differ from the plain form's"
+    except Exception as error:  # of Triton's compiler or the driver: anything may be missing
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if reason:
+        print(f"adapter dropout without its Triton kernel: {reason}")
+    return reason is None
+
+
+def _fused_equals(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether values and gradients of the two forms are the same bits."""
+    x = torch.linspace(-2, 2, 5 * 1027, device=device).view(5, 1027).to(dtype).requires_grad_()
+    layer = KeyedDropout(0.3, 1027, layer=3).to(device)
+    layer.keys = token_keys(0, 0, torch.arange(5, device=device), torch.arange(5, device=device))
+    found = []
+    for layer.fused in (False, True):
+        y = layer(x)
+        found.append(torch.stack((y, *torch.autograd.grad(y.sum(), x))))
+    return torch.equal(*found)
 
 
 def token_keys(seed: int, epoch: int, row_ids: Tensor, positions: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lora.config import LoRAConfig, layer_ranks, of_layer
 from lora.dora import DoRALinear
-from lora.dropout import token_keys
+from lora.dropout import fused_works, token_keys
 from lora.layer import LoRALinear
 
 
@@ -83,7 +83,7 @@ def seed_dropout(
     """
     keys = token_keys(seed, epoch, row_ids, positions)  # (T,)
     for layer in adapters(model):
-        layer.dropout.keys = keys
+        layer.dropout.keys, layer.dropout.fused = keys, fused_works(keys.device)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from torch import Tensor
 IGNORE = -100  # target of a token that is not supervised, as in F.cross_entropy
 
 LOGITS_BYTES = 160 << 20  # logits of a chunk: about 550 tokens of Qwen2's vocabulary in bf16
-PROBABILITIES_BYTES = 24 << 20  # fp32 probabilities of a block on a CPU: small enough for its cache
+# Probabilities of a block in fp32: they fit a CPU's cache; elsewhere, 128 tokens of Qwen2.
+PROBABILITIES_BYTES, DEVICE_PROBABILITIES_BYTES = 24 << 20, 75 << 20
 
 
 def linear_cross_entropy(
@@ -92,15 +93,15 @@ def _score_in_place(
     """Nats and number of correct predictions of `logits (n, V)` for `targets (n,)`.
 
     With `needs_grad`, overwrites `logits` with their gradient: softmax minus one-hot. Probabilities
-    are computed in the dtype `wide`, on a CPU in blocks that fit its cache. The log-sum-exp follows
+    are computed in the dtype `wide`, in blocks. The log-sum-exp follows
     from the most likely token, whose probability is at least 1/V, so that its log is finite.
     """
     n, V = logits.shape
     nats = torch.zeros((), dtype=wide, device=logits.device)
     correct = torch.zeros((), dtype=torch.int64, device=logits.device)
-    block = n
-    if logits.device.type == "cpu":
-        block = max(1, min(n, PROBABILITIES_BYTES // (V * wide.itemsize)))
+    on_cpu = logits.device.type == "cpu"
+    size = PROBABILITIES_BYTES if on_cpu else DEVICE_PROBABILITIES_BYTES
+    block = max(1, min(n, size // (V * wide.itemsize)))
     probabilities = torch.empty(block, V, dtype=wide, device=logits.device)
     for z, target in zip(logits.split(block), targets.split(block)):
         p = torch.softmax(z, dim=-1, dtype=wide, out=probabilities[: len(z)])  # (b, V)

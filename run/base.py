@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from data.chat import ChatFormat
-from errors import BadAdapter, BadRun, HubError, TrainingFailed, plain
+from errors import BadAdapter, BadOption, BadRun, HubError, TrainingFailed, plain
 from files import HashedFiles, read_json
 from hub import check_blobs
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter_config
@@ -28,7 +28,14 @@ from model.checkpoint import (
 )
 from model.load import load_model
 from model.qwen2 import Qwen2, Qwen2Config
-from run.device import DTYPES, describe, pick_device, pick_precision, prepare
+from run.device import (
+    DTYPES,
+    describe,
+    is_out_of_memory,
+    pick_device,
+    pick_precision,
+    prepare,
+)
 from run.folder import Run
 
 # Parts of the names of quantized checkpoints, which adapters of other trainers often name.
@@ -96,8 +103,17 @@ class Base:
         )
 
     def load(self) -> Qwen2:
-        """The frozen model in eval mode."""
-        return load_model(self.folder, dtype=DTYPES[self.precision], device=self.device)
+        """The frozen model in eval mode; BadOption if it does not fit into the device's memory."""
+        try:
+            return load_model(self.folder, dtype=DTYPES[self.precision], device=self.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise BadOption(
+                f"the weights of {self.name} in {self.precision} do not fit into the memory of"
+                f" {describe(self.device)}",
+                "use a smaller base, a smaller --precision, or --device cpu",
+            ) from error
 
     @property
     def place(self) -> str | None:

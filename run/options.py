@@ -7,7 +7,6 @@ becomes `--learning-rate 2e-4` and a key of `config.json`.
 import argparse
 import dataclasses
 import difflib
-import importlib.metadata
 import math
 import re
 import sys
@@ -20,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 from errors import BadOption, listed
 from files import read_json
 from run import elsewhere
+from run.identity import program
 
 T = TypeVar("T")
 FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
@@ -99,10 +99,9 @@ def parse(
 
 
 def version() -> str:
-    try:
-        return f"plain-lora {importlib.metadata.version('plain-lora')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "plain-lora, from a clone"
+    """The program's name, its version if it is installed, and git's description of a clone."""
+    facts = program()
+    return " ".join(filter(None, ("plain-lora", facts["program_version"], facts["program_git"])))
 
 
 def _config_file(argv: Sequence[str]) -> Path | None:

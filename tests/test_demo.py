@@ -120,3 +120,12 @@ def test_a_shortened_demo_solves_what_its_base_cannot(tmp_path):
 def test_at_a_learning_rate_of_zero_the_demo_learns_nothing(tmp_path):
     result = outcome(tmp_path / "run", "--learning-rate", "0", "--max-steps", "2")
     assert "none of 40 answers changed" in result["in_words"]
+
+
+def test_the_readme_shows_what_the_demo_printed_and_the_results_of_its_three_seeds():
+    docs = Path(train.__file__).parent / "docs"
+    readme = (docs.parent / "README.md").read_text("utf-8")
+    seeds = json.loads((docs / "demo.json").read_text("utf-8"))["seeds"]
+    tuned = [f"{100 * seed['tuned'] / seed['problems']:.1f}" for seed in seeds]
+    assert (docs / "demo.txt").read_text("utf-8") in readme
+    assert f"Seeds 0, 1 and 2 reach {tuned[0]}, {tuned[1]} and {tuned[2]} %" in readme

@@ -537,7 +537,7 @@ def test_five_such_steps_in_a_row_end_the_run_and_best_is_the_best_before_them(s
     check_invariants(out)
     validations = [m for m in read_log(out / "metrics.jsonl") if "val_loss" in m]
     best = min(validations, key=lambda m: m["val_loss"])
-    assert f"best at step {best['step']}," in (out / "best" / "README.md").read_text()
+    assert f"Best at step {best['step']}," in (out / "best" / "README.md").read_text()
 
 
 def overflowing():

@@ -521,8 +521,10 @@ def test_no_loss_of_given_answers_is_made_of_logits_that_are_not_finite(loud):
 
 
 def test_a_run_without_a_step_or_a_best_adapter_has_failed():
-    check_trained(Progress(step=1, best_loss=0.5), "fp16")
-    for progress in (Progress(cursor=3, skipped=3, best_loss=0.5), Progress(step=3)):
+    check_trained(Progress(step=1, best_loss=0.5, validations=1), "fp16")
+    untrained = Progress(cursor=3, skipped=3, best_loss=0.5)
+    only_before_the_first_step = Progress(step=3, best_loss=0.5, validations=0)
+    for progress in (untrained, Progress(step=3), only_before_the_first_step):
         with pytest.raises(UserError) as caught:
             check_trained(progress, "fp16")
         assert caught.value.exit_code == 1 and "bf16 or fp32" in caught.value.remedy

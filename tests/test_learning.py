@@ -72,4 +72,4 @@ def test_stopping_on_exact_match_keeps_the_adapter_that_answers_best(task, tmp_p
     ranking = [(line["val_exact_match"], -line["val_loss"]) for line in lines]
     card = (tmp_path / "run" / "best" / "README.md").read_text()
     assert max(ranking)[0] > 0.8
-    assert f"best at step {lines[ranking.index(max(ranking))]['step']}," in card
+    assert f"Best at step {lines[ranking.index(max(ranking))]['step']}," in card

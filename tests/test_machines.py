@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import files
 from data import load_source
+from errors import BadOption
 from progress_bar import progress_bar
+from run import base as run_base
 from run import device as run_device
 from run.base import Base
 from run.device import pick_device, prepare
@@ -210,3 +212,14 @@ def test_an_intel_gpu_that_is_not_used_is_named(monkeypatch, capsys):
     monkeypatch.setattr(run_device, "NVIDIA", ())
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     assert pick_device("auto").type == "cpu" and "Intel GPU is not used" in capsys.readouterr().out
+
+
+def test_a_base_that_does_not_fit_into_memory_is_refused_in_two_lines(tmp_path, monkeypatch):
+    def load_model(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 260.00 MiB.")
+
+    monkeypatch.setattr(run_base, "load_model", load_model)
+    base = Base.find(str(toys.write_checkpoint(tmp_path / "base")), precision="fp32", device="cpu")
+    with pytest.raises(BadOption, match="do not fit into the memory") as caught:
+        base.load()
+    assert "--device cpu" in caught.value.remedy

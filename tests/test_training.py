@@ -299,7 +299,7 @@ def test_the_run_folder_holds_the_documented_files_and_best_is_the_best(tmp_path
     assert {p.name for p in out.iterdir()} >= set(names.split())
     names = f"adapter_config.json {WEIGHTS} README.md chat_template.jinja tokenizer.json"
     in_best = {p.name for p in (out / "best").iterdir()}
-    assert in_best == {*names.split(), "tokenizer_config.json"}
+    assert in_best == {*names.split(), "tokenizer_config.json", "origin.json"}
     best = min(series(lines, "val_loss"))
     progress = Run(out).read_progress()
     assert progress.best_loss == best and progress.stopped
@@ -320,7 +320,7 @@ def test_a_run_prints_derived_numbers_at_its_start_and_the_next_command_at_its_e
     base = sum(t.numel() for t in load_file(Path(toy[1]) / "model.safetensors").values())
     assert f"trainable {trained:,} of {base:,}" in text
     assert "16 sequences x 1 micro-batches x 1 ranks = 16 a step" in text
-    assert "learning_rate 0.0002" in text and "duplicates  train and test: 0 exact" in text
+    assert "learning rate 0.0002" in text and "duplicates  train and test: 0 exact" in text
     assert f"python evaluate.py --adapter {tmp_path / 'run' / 'best'}" in text
 
 

@@ -1,0 +1,70 @@
+"""Keyed dropout as one Triton kernel, for CUDA: hash, mask and scale, without storing any of them.
+
+The plain form in `dropout.py` needs some 14 kernels a layer forward, and keeps the dropped input
+and its mask for the backward pass. This one computes the mask again from the keys. Its results
+equal the plain form's bit for bit: zeros keep the sign that a product with 0 has. Triton comes with
+PyTorch's builds for CUDA. `dropout.fused_works` says whether the kernel is used.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no build for CUDA
+    triton = None
+
+BLOCK = 1024  # channels of a program; a literal in the kernel, which may not read globals
+HALF = 2**15  # hashes are 16 bits, read as signed
+
+
+def mix32(x):
+    """The hash of `dropout.py`'s `_mix32_`, on int32 values that wrap."""
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def drop(x, y, keys, channel_keys, channels, threshold, scale):
+    """Program (token, block of channels): y = x * mask * scale. Two channels share a hash."""
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * 1024 + tl.arange(0, 1024)
+    inside = channel < channels
+    pair_keys = tl.load(channel_keys + channel // 2, mask=inside, other=0)
+    hashes = mix32(tl.load(keys + token) ^ pair_keys)
+    half = tl.where(channel % 2 == 0, hashes << 16, hashes) >> 16  # its 16 bits, with their sign
+    kept = (half >= threshold).to(tl.float32)
+    value = tl.load(x + token * channels + channel, mask=inside).to(tl.float32)
+    tl.store(y + token * channels + channel, value * kept * scale, mask=inside)
+
+
+if triton is not None:
+    mix32 = triton.jit(mix32)
+    drop = triton.jit(drop)
+
+
+class FusedDropout(torch.autograd.Function):
+    """`x (T, C)` dropped by keys (T,) and channel keys (C/2,); the gradient is dropped alike."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float):
+        ctx.save_for_backward(keys, channel_keys)
+        ctx.threshold, ctx.scale = threshold, scale
+        return _launch(x, keys, channel_keys, threshold, scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _launch(grad, *ctx.saved_tensors, ctx.threshold, ctx.scale), None, None, None, None
+
+
+apply = FusedDropout.apply
+
+
+def _launch(x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float) -> Tensor:
+    x = x.contiguous()
+    y, (tokens, channels) = torch.empty_like(x), x.shape
+    grid = (tokens, triton.cdiv(channels, BLOCK))
+    drop[grid](x, y, keys, channel_keys, channels, threshold - HALF, scale)
+    return y
