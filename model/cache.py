@@ -106,7 +106,8 @@ class KVCache:
                 attend_slots(grouped[rows], keys[rows, :, :used], values[rows, :, :used], mask)
                 for rows, used, mask in parts
             ]
-            return torch.cat(y).flatten(1, 2)  # (B, H, D)
+            y = y[0] if len(y) == 1 else torch.cat(y)  # (B, G, H/G, D)
+            return y.flatten(1, 2)  # (B, H, D)
 
         return self.model(tokens, slots, [1] * len(slots), cache=attend)  # (B, C)
 
