@@ -25,7 +25,7 @@ from model.qwen2 import Qwen2
 # Prompts join the batch in groups of batch_size // GROUPS. A larger group would have to wait longer
 # for room, and meanwhile the places of finished sequences would stay empty.
 GROUPS = 4
-ROOM = 128  # slots of the cache for each answer at first, except on a GPU: all that it may need
+ROOM = 256  # slots of the cache for each answer at first, except on a GPU: all that it may need
 
 NOT_FINITE = -1  # instead of a token, where the logits are not finite
 CANDIDATES = 8  # tokens with the largest rounded logits, among which fp32 decides
