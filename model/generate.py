@@ -1,14 +1,13 @@
 """Generation with a key/value cache: many prompts in parallel, each token computed once.
 
 Prompts wait in a queue. Each step decodes one token of every unfinished sequence; finished ones
-leave the batch, and once there is room, the next group of prompts joins it with a cache of its own.
+leave the batch, and once there is room, the next group of prompts joins it.
 A common beginning of all prompts is prefilled once, and so are equal prompts. The text of a
 sequence does not depend on the others: each has its own stream of random numbers for sampling.
 
 Legend: B sequences in the batch, C hidden size, V vocabulary size.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from errors import BadCheckpoint, BadOption, UserError
 from model.attention import HALF_PRECISION
-from model.cache import KVCache, advance, shared_prefix
+from model.cache import KVCache, send, shared_prefix
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2
 
 # Prompts join the batch in groups of batch_size // GROUPS. A larger group would have to wait longer
 # for room, and meanwhile the places of finished sequences would stay empty.
 GROUPS = 4
+ROOM = 256  # slots of the cache for each answer at first, except on a GPU: all that it may need
 
 NOT_FINITE = -1  # instead of a token, where the logits are not finite
 CANDIDATES = 8  # tokens with the largest rounded logits, among which fp32 decides
@@ -117,31 +117,28 @@ def decode(
     waiting.reverse()  # so that pop() gives the next group
     answers: list[list[int]] = [[] for _ in prompts]
     draws = [_uniform_draws(i, decoding) for i in sequence_ids or range(len(prompts))]
-    live: list[KVCache] = []
-    while live or waiting:
+    room = max(limits) if device.type == "cuda" else min(max(limits), ROOM)
+    cache = KVCache(model, min(decoding.batch_size, len(prompts)), room, prefix)
+    while cache.sequences or waiting:
         # One more token of each live sequence, and the first of a new group if there is room.
         hidden = []
         with weights.active():
-            if live:
-                last = [answers[i][-1] for cache in live for i in cache.sequences]
-                hidden.append(advance(model, live, torch.tensor(last, device=device)))
-            in_flight = sum(len(cache.sequences) for cache in live)
-            if waiting and in_flight + len(waiting[-1]) <= decoding.batch_size:
+            if cache.sequences:
+                hidden.append(cache.advance([answers[i][-1] for i in cache.sequences]))
+            if waiting and len(cache.sequences) + len(waiting[-1]) <= decoding.batch_size:
                 group = list(waiting.pop())
-                live.append(KVCache(model, group, prefix))
-                hidden.append(live[-1].prefill(model, [prompts[i] for i in group]))
-        batch = [i for cache in live for i in cache.sequences]
-        step_draws = torch.tensor([next(draws[i]) for i in batch], dtype=torch.float32)  # (B,)
+                hidden.append(cache.prefill(group, [prompts[i] for i in group]))
         states = torch.cat(hidden)  # (B, C)
         logits = weights.logits(states)  # (B, V)
         if decoding.temperature == 0:
             picked = most_likely(logits, states, head)  # (B,)
         else:
-            picked = sample(logits, decoding, step_draws.to(device))  # (B,)
+            step_draws = send([next(draws[i]) for i in cache.sequences], device)  # (B,)
+            picked = sample(logits, decoding, step_draws)  # (B,)
 
         # Record the tokens, and take finished sequences out of the batch.
         step, finished = [], set()
-        for i, token in zip(batch, picked.tolist()):
+        for i, token in zip(cache.sequences, picked.tolist()):
             if token == NOT_FINITE:
                 raise not_finite_logits(logits.dtype)
             answers[i].append(token)
@@ -149,16 +146,12 @@ def decode(
             step.append((i, token, ended))
             if ended or len(answers[i]) == limits[i]:
                 finished.add(i)
-        for cache in live:
-            cache.remove(finished)
-        live = [cache for cache in live if cache.sequences]
+        cache.remove(finished)
         yield sorted(step)
 
 
 def _uniform_draws(sequence_id: int, decoding: Decoding) -> Iterator[float]:
     """Numbers in [0, 1), one per token, that depend only on the seed and `sequence_id`."""
-    if decoding.temperature == 0:
-        return itertools.repeat(0.0)
     generator = np.random.default_rng((decoding.seed, sequence_id))
     return iter(generator.random, None)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lora.inject import LoRAConfig, adapters, disabled, inject, merge
 from model.attention import attend_example
-from model.cache import GROWTH, KVCache, advance, attend_slots, shared_prefix
+from model.cache import AttentionAfter, KVCache, attend_each_after, attend_slots, shared_prefix
 from model.generate import NOT_FINITE, Decoding, decode, generate, most_likely, sample
 from model.load import load_model
 from model.packed import PackedWeights, packing_works
@@ -84,22 +84,30 @@ def test_cached_decoding_equals_the_full_forward_pass(model):
 @pytest.mark.parametrize("shared", [0, 4], ids=["no shared prefix", "a shared prefix"])
 def test_cached_hidden_states_equal_those_of_the_full_forward_pass(model, shared):
     (begin,) = examples([shared], seed=5)
-    rests = examples([GROWTH + 21, GROWTH + 16, GROWTH + 16])
-    texts = [torch.cat([begin, rest]) for rest in rests]
+    steps = 60
+    texts = [torch.cat([begin, rest]) for rest in examples([steps + n for n in (6, 1, 3)])]
     prefix = None
     if shared:
-        prefix = KVCache(model, [0])
-        prefix.prefill(model, [begin.tolist()])
-    caches = [KVCache(model, [0, 1], prefix), KVCache(model, [2], prefix)]
-    lengths = [shared + n for n in (6, 1, 3)]  # of the prompts
-    starts = [text[:n].tolist() for text, n in zip(texts, lengths, strict=True)]
-    hidden = torch.cat([caches[0].prefill(model, starts[:2]), caches[1].prefill(model, starts[2:])])
-    for step in range(GROWTH + 10):  # so that the caches grow
-        ends = [n + step for n in lengths]
+        prefix = KVCache(model, 1)
+        prefix.prefill([0], [begin.tolist()])
+    cache = KVCache(model, 8, room=20, prefix=prefix)  # so that it grows, and has parts
+    ends = [shared + n for n in (6, 1, 3)]  # of the prompts
+    starts = [text[:n].tolist() for text, n in zip(texts, ends, strict=True)]
+    hidden = torch.cat([cache.prefill([0, 1], starts[:2]), cache.prefill([2], starts[2:])])
+    for _ in range(steps):
         truth = torch.stack([states(model, text[:end])[-1] for text, end in zip(texts, ends)])
         torch.testing.assert_close(hidden, truth, atol=5e-5, rtol=0)
-        tokens = torch.stack([text[end] for text, end in zip(texts, ends)])
-        hidden = advance(model, caches, tokens.to(hidden.device))  # (B, C)
+        hidden = cache.advance([int(text[end]) for text, end in zip(texts, ends)])  # (B, C)
+        ends = [end + 1 for end in ends]
+
+
+def test_prompts_after_a_prefix_in_one_call_equal_one_call_each():
+    generator = torch.Generator().manual_seed(0)
+    lengths, shared = [3, 1, 9], 5
+    q, k, v = (torch.randn(13, n, 8, generator=generator) for n in (4, 2, 2))
+    keys, values = torch.randn(2, shared, 2, 8, generator=generator)
+    one = AttentionAfter(shared, lengths, q.device)(0, keys, values, q, k, v)
+    torch.testing.assert_close(one, attend_each_after(keys, values, q, k, v, lengths))
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
@@ -147,7 +155,7 @@ def test_the_other_prompts_and_their_order_do_not_change_a_text(model, decoding)
 def test_a_shared_prefix_and_equal_prompts_do_not_change_a_text(model, decoding):
     begin, *rests = examples([30, 3, 9, 1, 6], seed=6)
     prompts = [torch.cat([begin, rest]) for rest in rests for _ in range(3)]
-    assert shared_prefix(model, [p.tolist() for p in prompts]).used == len(begin)
+    assert shared_prefix(model, [p.tolist() for p in prompts]).lengths == [len(begin)]
     alone = one_by_one(model, prompts, decoding)
     assert answers(model, prompts, decoding) == alone
     assert answers(model, prompts, replace(decoding, batch_size=8)) == alone
@@ -170,7 +178,7 @@ def test_a_shared_prefix_and_equal_prompts_are_computed_once(model, monkeypatch)
 def test_a_prompt_that_begins_another_shares_all_but_its_last_token(model):
     (text,) = examples([80])
     prompts = [text[:40], text, text[:41]]
-    assert shared_prefix(model, [p.tolist() for p in prompts]).used == 39
+    assert shared_prefix(model, [p.tolist() for p in prompts]).lengths == [39]
     alone = [answers(model, [p])[0] for p in prompts]
     assert answers(model, prompts) == alone
     assert shared_prefix(model, [text.tolist()] * 5) is None, "nothing would be saved"

@@ -1,4 +1,4 @@
-"""How many kernels a training step launches, counted on PyTorch's `meta` device.
+"""How many kernels a training step and a decoding step launch, counted on PyTorch's `meta` device.
 
 An operator that is neither a view nor an allocation launches one kernel on a GPU, or a few.
 `benchmarks/launches.py` counts the kernels themselves, which needs PyTorch for CUDA.
@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batches import Schedule
 from lora.inject import LoRAConfig, inject
+from model import cache
 from model.attention import FlatAttention, attend_each
 from model.qwen2 import Qwen2, Qwen2Config
 from tests import toys
@@ -19,6 +20,8 @@ WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "new_empt
                   "_unsafe_view", "_reshape_alias", "detach", "lift_fresh")  # fmt: skip
 
 # Lower these when a change saves some; 24 layers were 5,223 kernels with all else on an H100.
+OF_A_DECODED_LAYER = 42  # without adapters
+OF_THE_REST_OF_A_DECODED_TOKEN = 26
 OF_A_LAYER = 204
 OF_THE_REST = 76  # embedding, rotary table, dropout keys, last norm, loss, offsets
 
@@ -57,3 +60,25 @@ def test_a_layer_of_a_training_step_launches_no_more_kernels_than_it_should(monk
     one, two, three = map(kernels_of_a_step, (1, 2, 3))
     assert three - two == two - one <= OF_A_LAYER
     assert 2 * one - two <= OF_THE_REST
+
+
+def kernels_of_a_decoding_step(monkeypatch, layers: int, prompts: int) -> int:
+    """Those of one token of all `prompts`, with attention as one kernel."""
+    each = lambda self, _, *qkv: attend_each(*qkv, self.lengths)  # noqa: E731
+    monkeypatch.setattr(FlatAttention, "__call__", each)
+    monkeypatch.setattr(cache, "attend_slots", lambda q, k, v, mask: q + q)
+    with META:
+        model = Qwen2(Qwen2Config(32, 48, layers, 4, 2, 64))
+    with torch.inference_mode():
+        decoded = cache.KVCache(model, prompts, room=4)
+        decoded.prefill(list(range(prompts)), [[5, 6, 7]] * prompts)
+        with Kernels() as kernels:
+            decoded.advance([5] * prompts)
+    return kernels.count
+
+
+def test_a_decoding_step_launches_no_more_kernels_for_more_sequences(monkeypatch):
+    one, two, three = (kernels_of_a_decoding_step(monkeypatch, n, 1) for n in (1, 2, 3))
+    assert three - two == two - one <= OF_A_DECODED_LAYER
+    assert 2 * one - two <= OF_THE_REST_OF_A_DECODED_TOKEN
+    assert kernels_of_a_decoding_step(monkeypatch, 3, 100) == three

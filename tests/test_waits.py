@@ -17,6 +17,8 @@ from evaluation.teacher_forced import teacher_forced
 from lora.inject import LoRAConfig, inject
 from model import attention
 from model.attention import FlatAttention, attend_padded
+from model.cache import send
+from model.generate import Decoding, decode
 from model.qwen2 import Qwen2, Qwen2Config
 from run.base import Base
 from run.distributed import World
@@ -26,6 +28,9 @@ from run.stopping import Stop
 META = torch.device("meta")
 SIZES = Qwen2Config(32, 48, 2, 4, 2, 64)
 aten = torch.ops.aten
+# The later ones are those of inference mode, which does not break them up.
+COPIES = (aten._to_copy.default, aten.to.dtype_layout)
+SCALARS = (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default)
 
 
 class Waits(TorchDispatchMode):
@@ -37,8 +42,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        to_host = func is aten._to_copy.default and str(kwargs.get("device")) == "cpu"
-        if (to_host or func is aten._local_scalar_dense.default) and args[0].is_meta:
+        to_host = func in COPIES and str(kwargs.get("device")) == "cpu"
+        if (to_host or func in SCALARS) and args[0].is_meta:
             self.count += 1
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype")) if to_host else 1.0
         assert func is not aten.nonzero.default, "a shape that depends on values on the device"
@@ -86,6 +91,13 @@ def test_a_validation_waits_for_the_device_once(model):
     assert waits.count == 1
 
 
+def test_a_decoding_step_waits_for_the_device_once(model):
+    prompts = [[5, 6, 7 + i] for i in range(6)]
+    with Waits() as waits:
+        steps = list(decode(model.eval(), prompts, Decoding(4, (), vocab_size=64, batch_size=4)))
+    assert waits.count == len(steps) > 4, "one read of the tokens a step"
+
+
 def test_tensors_are_copied_to_a_gpu_asynchronously(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.data_ptr()) or x)
@@ -97,4 +109,5 @@ def test_tensors_are_copied_to_a_gpu_asynchronously(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", fake_to)
     flat_batch(examples(3), "cuda")
     FlatAttention([3, 4], torch.device("cuda"))
-    assert len(pinned) == 2
+    send([3, 4], torch.device("cuda"))
+    assert len(pinned) == 3
