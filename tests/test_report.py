@@ -32,7 +32,7 @@ HOSTILE = (
 )  # fmt: skip
 TAGS = set(
     "html head meta title style body h1 h2 h3 h4 p div dl dt dd table caption thead tbody tr th td"
-    " pre b details summary figure svg g defs path clippath rect use text tspan".split()
+    " pre b details summary nav a figure figcaption span svg line polyline circle text".split()
 )
 
 
@@ -143,7 +143,7 @@ def fresh_run(tmp_path):
 
 
 def markdown(run: Path, price: float | None = None) -> str:
-    return to_markdown(report_blocks(read_run(run), None, price))
+    return to_markdown(report_blocks(read_run(run, price)))
 
 
 def row(text: str, name: str) -> list[str]:
@@ -240,7 +240,7 @@ def test_a_point_gained_costs_the_training_time_divided_by_the_points(run):
     assert "12.0 min, $0.500; but the gain itself is not" in text.replace("\\", "")
     assert row(text, "training, including validation") == ["2 h 00 min", "\\$5.00 |"]
     assert "Price per hour: not given" in markdown(run)
-    assert row(markdown(run), "training, including validation") == ["2 h 00 min", "– |"]
+    assert row(markdown(run), "training, including validation") == ["2 h 00 min |"]
 
 
 @pytest.mark.parametrize("fixed", [2, 1])  # as many as broken, or fewer
@@ -261,7 +261,8 @@ def test_the_command_repeats_every_option(tmp_path):
     config = parse(TrainConfig, [*argv, "a b'$(c)"], "")
     identity = {"base_commit": "abc", "ranks": 2}
     write_json(tmp_path / "config.json", {"options": to_json(config), "identity": identity})
-    words = shlex.split(command(read_run(tmp_path)).replace("\\\n", ""))
+    run = read_run(tmp_path)
+    words = shlex.split(command(run, run.repeated).replace("\\\n", ""))
     assert words[:4] == ["torchrun", "--nproc-per-node", "2", "train.py"]
     again = to_json(parse(TrainConfig, words[4:], ""))
     changed = {"revision": "abc", "out": "a b'$(c)-again", "rank": "8"}
@@ -301,7 +302,7 @@ def test_the_best_validation_is_chosen_by_the_metric_of_early_stopping(fresh_run
     for stop_on, step in (("loss", 2), ("exact-match", 1)):
         config["options"]["stop_on"] = stop_on
         write_json(fresh_run / "config.json", config)
-        assert read_run(fresh_run).best["step"] == step
+        assert read_run(fresh_run).best.step == step
 
 
 def test_the_rank_and_alpha_of_earlier_versions_are_given_by_their_current_options(fresh_run):
@@ -311,7 +312,8 @@ def test_the_rank_and_alpha_of_earlier_versions_are_given_by_their_current_optio
     write_json(fresh_run / "config.json", config)
     found = read_run(fresh_run)
     assert found.options == {"epochs": 2, "rank": "8,q_proj=16", "alpha": "16"}
-    assert "--rank 8,q_proj=16" in command(found) and "--init" not in command(found)
+    repeated = command(found, found.repeated)
+    assert "--rank 8,q_proj=16" in repeated and "--init" not in repeated
     assert "LoRA rank 8,q\\_proj=16" in markdown(fresh_run)
 
 
@@ -404,7 +406,8 @@ def test_nulls_torn_lines_and_damaged_lines_are_skipped(fresh_run):
     (fresh_run / "metrics.jsonl").write_text("\n".join(lines))
     found = read_run(fresh_run)
     assert (len(found.steps), len(found.validations), found.damaged_lines) == (2, 1, 2)
-    assert found.best == {} and found.train("train_loss") == found.train("grad_norm") == []
+    assert found.best.step is None
+    assert found.series("train_loss") == found.series("grad_norm") == []
     assert "2 lines of metrics.jsonl could not be read." in write_report(fresh_run).read_text()
 
 
@@ -464,7 +467,7 @@ def test_no_damage_raises_an_exception(tmp_path, seed):
     write_json(folder / "config.json", others | {"options": options})
     lines = [json.dumps(damaged(line, rng)) for line in log_lines(60, every=10)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
-    blocks = report_blocks(read_run(folder), figures if seed % 6 == 0 else None, 2.5)
+    blocks = report_blocks(read_run(folder, 2.5))
     (to_html("a", blocks) + to_markdown(blocks)).encode()
 
 
@@ -552,4 +555,4 @@ def test_among_equal_exact_matches_the_lower_loss_is_best_as_in_training(tmp_pat
     write_json(tmp_path / "config.json", options)
     lines = [{"step": s, "val_loss": v, "val_exact_match": 0.5} for s, v in ((1, 0.9), (2, 0.8))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_run(tmp_path).best["step"] == 2
+    assert read_run(tmp_path).best.step == 2
