@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 MISSING = "–"  # in place of a value that is not known
-'''PAGE = """<!DOCTYPE html>
+PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -48,7 +48,7 @@ class Table:
     folded: bool = False  # in HTML, a click on the title shows it
     boxes: str = ""  # in HTML, "cards" or "pairs" instead of a grid
 
-'''    @cached_property
+    @cached_property
     def filled(self) -> list[list[str]]:
         """The header and the rows that are shown; [] for none."""
         rows = [row for row in self.rows if any(cell is not None for cell in row[1:])]
@@ -112,7 +112,7 @@ def tag(name: str, text: str, kind: str = "") -> str:
     return f"<{name}{attribute}>{html.escape(text)}</{name}>"
 
 
-'''def tags(name: str, texts: Iterable[str]) -> str:
+def tags(name: str, texts: Iterable[str]) -> str:
     """Elements without line breaks before a % or inside an interval."""
     texts = (re.sub("(?<=[0-9]) %", "\u00a0%", text) for text in texts)
     return "".join(tag(name, re.sub("(?<=[0-9])–(?=[0-9])", "–\u2060", text)) for text in texts)
@@ -137,7 +137,7 @@ def heading(text: str, level: int = 2, anchor: str = "") -> Text:
 
 
 def contents(anchors: dict[str, str]) -> Text:
-    """Links to headings by their anchors; only in HTML, since viewers of Markdown make their own."""
+    """Links to headings by their anchors; only in HTML."""
     links = (f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in anchors.items())
     return Text(f"<nav>{' '.join(links)}</nav>")
 
@@ -168,5 +168,3 @@ def transcript(title: str, parts: Sequence[tuple[str, str, str]], *, opened: boo
     page = f'{start}{tag("summary", title)}<div class="parts">{boxes}</div></details>'
     texts = (f"{inert(label)}:\n\n{fenced(text)}" for label, text, _ in parts)
     return Text(page, "\n\n".join([f"**{inert(title)}**", *texts]))
-
-

@@ -39,10 +39,10 @@ LEAST_NATS, LEAST_SHARE = 0.002, 0.03  # smaller changes do not count; 0.03 is 2
 MORE_EPOCHS_RULE = (
     "The rule: a straight line is fitted to the last third of the validations (at least four)."
     " A change counts if it exceeds twice the scatter around the line, 0.5 % of the lowest value,"
-    f" and {LEAST_NATS} nats. Where answers were generated, the share of wrong ones is used in place"
-    f" of the loss, and {LEAST_SHARE} in place of the nats. More epochs are unlikely to help if the"
-    " last validation is above the best by more than that; otherwise they are likely to help if the"
-    " line falls by more."
+    f" and {LEAST_NATS} nats. Where answers were generated, the share of wrong ones replaces the"
+    f" loss, and {LEAST_SHARE} replaces {LEAST_NATS}. More epochs are unlikely to help if the last"
+    " validation is above the best by more than that; otherwise they are likely to help if the"
+    " line falls by more than that."
 )
 DECAY = (
     "The learning rate decays to zero over the run, which by itself flattens the end of the curve."
