@@ -115,7 +115,8 @@ def shares(title: str, unit: str, models: dict[str, dict[str, Share | None]]) ->
     labels = list(dict.fromkeys(label for _, label, _ in found))
     kinds = {model: model if model in ("base", "tuned") else "other" for model in models}
     bottom = TOP + ROW_HEIGHT * len(labels)
-    x = Axis(0, 100 * max(share.high for *_, share in found), LABEL_WIDTH, WIDTH - RIGHT)
+    highest = max(math.ceil(10 * share.high) for *_, share in found)  # in tenths
+    x = Axis(0, 10 * highest, LABEL_WIDTH, WIDTH - RIGHT)
     drawn = [line(x(tick), TOP, x(tick), bottom, "grid") for tick in x.ticks()]
     drawn += [text(x(tick), bottom + 16, f"{tick:g}", "middle") for tick in x.ticks()]
     for i, label in enumerate(labels):

@@ -177,6 +177,9 @@ def training(run: RunRecord) -> Iterator[Block]:
 def curves(run: RunRecord, key: str, validation_key: str) -> Iterator[Curve]:
     """The curves of one plot."""
     points, best = run.series(key), run.best
+    if key == "learning_rate":  # without noise
+        yield Curve("learning rate", "mean", points)
+        return
     yield from each_and_mean(points, "train, " if validation_key else "")
     if validation_key:
         yield Curve("validation", "validation", run.series(validation_key))
