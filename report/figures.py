@@ -14,7 +14,7 @@ from report import show
 from report.page import tag
 from report.records import Series, Share
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 58, 14, 8, 38  # the margins of the axes last
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 58, 20, 8, 38  # the margins of the axes last
 ROW_HEIGHT, LABEL_WIDTH, LONGEST_LABEL = 30, 145, 24  # of `shares`; the last in characters
 MOST_POINTS = 400  # of a curve: more cannot be seen, and make the page large
 LOG_RANGE = 20  # an axis may be logarithmic if the largest value is this multiple of the smallest
@@ -56,7 +56,7 @@ class Axis:
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             powers = range(first, last + 1, max(1, (last - first) // 5))
-            parts = (1, 2, 5) if last - first < 3 else (1,)
+            parts = (1, 2, 5) if self.high / self.low < 200 else (1,)
             found = [10.0**power * part for power in powers for part in parts]
         else:
             rough = (self.high - self.low) / 5
@@ -80,13 +80,18 @@ def each_and_mean(points: Series, prefix: str = "") -> list[Curve]:
     return curves
 
 
-def over_steps(title: str, unit: str, curves: Iterable[Curve], *, log: bool) -> str:
-    """Curves over optimizer steps, nothing without a point; `log` as in `Axis.of`."""
+def over_steps(title: str, unit: str, curves: Iterable[Curve], scale: str) -> str:
+    """Curves over optimizer steps, on a "linear" scale, "from 0", or "log", as in `Axis.of`.
+
+    Returns "" if there is no point.
+    """
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return ""
     steps, values = zip(*(point for curve in curves for point in curve.points))
-    x, y = Axis.of(steps, LEFT, WIDTH - RIGHT), Axis.of(values, HEIGHT - BOTTOM, TOP, log=log)
+    values += (0,) if scale == "from 0" else ()
+    x = Axis.of(steps, LEFT, WIDTH - RIGHT)
+    y = Axis.of(values, HEIGHT - BOTTOM, TOP, log=scale == "log")
     drawn = [line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid") for tick in y.ticks()]
     drawn += [text(LEFT - 6, y(tick) + 4, f"{tick:,.6g}", "end") for tick in y.ticks()]
     drawn += [text(x(tick), HEIGHT - 20, f"{tick:,.6g}", "middle") for tick in x.ticks()]

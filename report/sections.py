@@ -49,15 +49,14 @@ DECAY = (
     " Over more epochs it would decay more slowly."
 )
 MOST_REASONS = 20  # lines for rows left out
-PLOTS = (  # title, unit, key of steps, key of validations
-    ("Loss", "nats per supervised token", "train_loss", "val_loss"),
-    ("Token accuracy (teacher-forced)", "share of supervised tokens",
+PLOTS = (  # title, unit, scale, key of steps, key of validations
+    ("Loss", "nats per supervised token", "log", "train_loss", "val_loss"),
+    ("Token accuracy (teacher-forced)", "share of supervised tokens", "linear",
      "train_token_accuracy", "val_token_accuracy"),
-    ("Learning rate", "per step", "learning_rate", ""),
-    ("Gradient norm", "before clipping", "grad_norm", ""),
-    ("Training speed", "tokens per second", "tokens_per_second", ""),
+    ("Learning rate", "per step", "linear", "learning_rate", ""),
+    ("Gradient norm", "before clipping", "log", "grad_norm", ""),
+    ("Training speed", "tokens per second", "from 0", "tokens_per_second", ""),
 )  # fmt: skip
-LOGARITHMIC = ("train_loss", "grad_norm")  # they may span decades
 
 
 def write_report(folder: Path, price_per_hour: float | None = None) -> Path:
@@ -156,8 +155,7 @@ def results(run: RunRecord) -> Iterator[Block]:
 def training(run: RunRecord) -> Iterator[Block]:
     """Learning curves, why training stopped, and whether more epochs would help."""
     yield page.pictures(
-        over_steps(title, unit, curves(run, *keys), log=keys[0] in LOGARITHMIC)
-        for title, unit, *keys in PLOTS
+        over_steps(title, unit, curves(run, *keys), scale) for title, unit, scale, *keys in PLOTS
     )
     yield learning_table(run)
     yield page.paragraph(TEACHER_FORCED if run.steps else "metrics.jsonl has no steps yet.")

@@ -13,7 +13,7 @@ def known(formatter: Callable[..., str]) -> Callable[..., str | None]:
     return lambda value, *more: None if value is None else formatter(value, *more)
 
 
-nats = known("{:.4f}".format)
+nats = known(lambda value: f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}")
 count = known("{:,.0f}".format)
 two_digits = known("{:.2f}".format)
 share = known(lambda value, digits=1: f"{100 * value:.{digits}f} %")
