@@ -294,7 +294,7 @@ def time_and_cost(run: RunRecord) -> Iterator[Block]:
     phases = {"training, including validation": run.progress.seconds or None}
     for e in run.evaluations:
         phases |= {f"evaluation {e.name}: {name}": m.seconds for name, m in e.models.items()}
-    phases["total"] = sum(seconds for seconds in phases.values() if seconds)
+    phases["total"] = sum(seconds for seconds in phases.values() if seconds) or None
     price = run.price_per_hour
     hourly = "not given" if price is None else f"${price:g}"
     yield page.paragraph(f"Price per hour: {hourly}. {cost_per_point(run)}")

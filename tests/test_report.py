@@ -253,6 +253,12 @@ def test_the_contents_link_to_every_section_and_to_nothing_else(run):
     assert links == re.findall(r'<h2 id="([^"]*)">([^<]*)</h2>', html) and len(links) == 8
 
 
+def test_sections_without_content_are_left_out(tmp_path):
+    write_json(tmp_path / "config.json", {"options": {}})
+    html = write_report(tmp_path).read_text()
+    assert "<h2" in html and "Answers in detail" not in html and "Options" not in html
+
+
 def test_rows_and_columns_without_a_value_are_left_out():
     table = Table(("", "a", "b"), [("x", None, None), ("y", None, "1"), ("z", None, None)])
     assert table.markdown == "|  | b |\n|---|---|\n| y | 1 |"
