@@ -29,11 +29,11 @@ from errors import BadOption, printable, run_script
 from evaluation.answers import GenerationSettings, answer_all, stream_answer
 from evaluation.choices import choice_metrics, score_all
 from evaluation.rejection import check_new_file, check_tasks, keep
+from evaluation.results import read_result
 from evaluation.summary import (
     answer_metrics,
     comparison_text,
     difference,
-    read_result,
     result_text,
     task_summary,
     tasks_table,

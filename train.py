@@ -39,7 +39,7 @@ from evaluation.teacher_forced import teacher_forced
 from files import JsonLines
 from lora.config import added_parameters
 from lora.inject import count, inject, seed_dropout, trained_parameters
-from lora.options import RENAMED, lora_config, lora_options, upgrade_options
+from lora.options import RENAMED, lora_config, lora_options
 from lora.peft_format import check_adapter, read_adapter
 from lora.plus import rate_groups
 from model.compile import check_compiler, compile_layers
@@ -64,9 +64,10 @@ from run.device import (
     versions,
 )
 from run.distributed import World
+from run.earlier import upgrade_options
 from run.folder import Progress, Run, check_place, check_space, default_folder, lock
 from run.fp16 import settle_fp16
-from run.options import option, parse, to_json
+from run.options import changed_options, option, parse, to_json
 from run.stopping import Stop, StopRequested
 
 SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the run fails
@@ -297,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     if world.is_main:
         lock(run.folder)  # makes a new folder, now that everything has been read
         facts = {"base": base.name, "base_folder": base.place, "device": describe(device)}
-        facts["versions"] = versions()
+        facts |= {"versions": versions(), "changed_options": [*changed_options(config)]}
         rows = [problem.row() for problem in held_out]
         run.write_start(saved | facts, changes or [], asdict(audit), rows)
         for change in changes or []:

@@ -185,11 +185,11 @@ class Trend:
         return "falling" if self.decrease > self.threshold else "flat"
 
 
-def trend(losses: Sequence[float]) -> Trend | None:
+def trend(losses: Sequence[float], floor: float = 0.0) -> Trend | None:
     """The trend of the last third of `losses`, at least four values; None if there are fewer.
 
-    A change counts if it exceeds twice the standard error of the residuals of a least-squares line
-    and 0.5 % of the lowest loss.
+    A change counts if it exceeds twice the standard error of the residuals of a least-squares line,
+    0.5 % of the lowest loss, and `floor`.
     """
     if len(losses) < 4:
         return None
@@ -202,5 +202,5 @@ def trend(losses: Sequence[float]) -> Trend | None:
         points=len(last),
         decrease=-slope * (len(last) - 1),
         above_best=last[-1] - best,
-        threshold=max(2 * scatter, 0.005 * best),
+        threshold=max(2 * scatter, 0.005 * best, floor),
     )

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from data.rows import Problem
@@ -33,7 +32,6 @@ from evaluation.statistics import (
     wilson_interval,
 )
 from evaluation.steps import operations, reasoning_steps
-from files import read_json
 
 TRANSCRIPTS = 5  # of each kind in a result
 
@@ -319,29 +317,3 @@ def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
     lines.append(models_table({"problems": a["problems"], "models": models}))
     found = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
     return "\n".join([*lines, f"B against A: {found['in_words']}"])
-
-
-# Results of finished evaluations.
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A `result.json` of this or an earlier version; raises BadData if it is anything else."""
-    remedy = "give a result.json written by evaluate.py"
-    result = upgrade_result(read_json(path, BadData, remedy))
-    settings, models = result.get("settings"), result.get("models")
-    if not isinstance(settings, dict) or "problems_sha256" not in settings or not models:
-        raise BadData(f"{path} is not the result of an evaluation", remedy)
-    return result
-
-
-def upgrade_result(result: dict[str, Any]) -> dict[str, Any]:
-    """A `result.json` with today's keys: `contestants` are now `models`, `right` is `correct`."""
-    models = result.get("contestants")
-    if not isinstance(models, dict):
-        return result
-    names = {"right": "correct"}
-    models = {
-        name: {names.get(k, k): v for k, v in m.items()} if isinstance(m, dict) else m
-        for name, m in models.items()
-    }
-    return {k: v for k, v in result.items() if k != "contestants"} | {"models": models}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from errors import BadOption, BadRun, listed
+from errors import BadOption, listed
 from lora.config import LoRAConfig
 from lora.peft_format import read_adapter_config
 
@@ -69,27 +69,6 @@ def lora_options(config: LoRAConfig) -> dict[str, Any]:
         "rslora": config.rslora,
         "dora": config.dora,
     }
-
-
-def upgrade_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options saved by an earlier version, under the names and in the form of today.
-
-    Today's options are returned as they are. Raises BadRun if the run used a feature that no
-    longer exists: PiSSA or gaussian initialization, or trained biases.
-    """
-    options = dict(options)
-    removed = {"init": options.pop("init", "kaiming"), "bias": options.pop("bias", "none")}
-    used = [f"--{name} {v}" for name, v in removed.items() if v not in ("kaiming", "none")]
-    if used:
-        raise BadRun(
-            f"this run was started with {' and '.join(used)}, which no longer exists",
-            "start a new run in another --out, or resume this one with the version that started it",
-        )
-    if "r" in options:  # --rank and --alphas had only the entries by name then
-        ranks, alphas = (str(options.pop(name, None) or "") for name in ("rank", "alphas"))
-        options["rank"] = _text(options.pop("r"), ranks.split(","))
-        options["alpha"] = _text(options.get("alpha", LoRAConfig.alpha), alphas.split(","))
-    return options
 
 
 def _numbers(text: str, kind: type[T], default: T) -> tuple[T, dict[str, T], list[str]]:

@@ -1,175 +1,161 @@
-"""The figures of a report: each function takes plain values and returns one SVG.
+"""The figures of a report as SVG, in the colors of the page's theme.
 
-Every line is drawn in a placeholder color, which becomes a CSS variable of the page, so that one
-figure fits the light theme and the dark one. Text remains text, which can be selected and read
-aloud. Needs matplotlib.
+A point's `<title>` shows its values under the mouse pointer, without a script. Titles and legends
+are HTML above the drawing, so that they wrap on a narrow page.
 """
 
-import io
-import re
-import warnings
+import html
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
-import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from report import show
+from report.page import tag
+from report.records import Series, Share
 
-from evaluation.statistics import wilson_interval
-from report.records import Series
-
-INK, MUTED, LINE, BASE, TUNED, MARK = (f"#0a0b0{i}" for i in range(1, 7))  # placeholder colors
-VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", BASE: "base", TUNED: "tuned", MARK: "mark"}
-MODELS = {"base": BASE, "tuned": TUNED}
-STYLE = {
-    "svg.fonttype": "none", "font.size": 10, "lines.linewidth": 1.8, "text.color": INK,
-    "text.parse_math": False,  # a $ in a label is a dollar sign
-    "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.facecolor": "none",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": LINE, "xtick.color": MUTED, "ytick.color": MUTED,
-    "legend.frameon": False, "figure.facecolor": "none",
-}  # fmt: skip
-WIDTH, HEIGHT = 4.6, 3.3  # inches: two fit side by side, and one is legible on a phone
-MOST_POINTS = 800  # of a line: more cannot be seen, and make the page large
-LONGEST_LABEL = 22  # characters
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 58, 20, 8, 38  # the margins of the axes last
+ROW_HEIGHT, LABEL_WIDTH, LONGEST_LABEL = 30, 145, 24  # of `shares`; the last in characters
+MOST_POINTS = 400  # of a curve: more cannot be seen, and make the page large
+LOG_RANGE = 20  # an axis may be logarithmic if the largest value is this multiple of the smallest
 
 
-@matplotlib.rc_context(STYLE)
-def loss(train: Series, validation: Series, best_step: float | None) -> str:
-    """Learning curves, with a star at the best validation."""
-    figure, axes = _canvas("Loss", "optimizer step", "nats per supervised token")
-    _curves(axes, train, validation)
-    best = [point for point in validation if point[0] == best_step]
-    if best:
-        label = f"best, step {best_step:,.0f}"
-        axes.plot(*best[0], "*", color=INK, markersize=13, label=label, zorder=4)
-    return _svg(figure, "loss")
+@dataclass(frozen=True)
+class Curve:
+    """Values over optimizer steps."""
+
+    label: str
+    kind: str  # a class of report.css
+    points: Series
 
 
-@matplotlib.rc_context(STYLE)
-def token_accuracy(train: Series, validation: Series) -> str:
-    """The share of reference tokens predicted correctly, which is not answer accuracy."""
-    title = "Token accuracy (teacher-forced)"
-    figure, axes = _canvas(title, "optimizer step", "% of supervised tokens")
-    _curves(axes, *([(step, 100 * v) for step, v in points] for points in (train, validation)))
-    return _svg(figure, "token-accuracy")
+@dataclass(frozen=True)
+class Axis:
+    """Draws the values `low` at `start` and `high` at `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    @classmethod
+    def of(cls, values: Sequence[float], start: float, end: float, *, log: bool = False) -> "Axis":
+        """The axis that `values` fit on; with `log`, logarithmic if their range is wide."""
+        low, high = min(values), max(values)
+        if high - low <= 1e-9 * max(1e-9, abs(low), abs(high)):  # a single value: in the middle
+            low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+        return cls(low, high, start, end, log and low > 1e-30 and high / low >= LOG_RANGE)
+
+    def __call__(self, value: float) -> float:
+        low, high, value = map(math.log10 if self.log else float, (self.low, self.high, value))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round values on the axis, about five."""
+        if self.log:
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            powers = range(first, last + 1, max(1, (last - first) // 5))
+            parts = (1, 2, 5) if self.high / self.low < 200 else (1,)
+            found = [10.0**power * part for power in powers for part in parts]
+        else:
+            rough = (self.high - self.low) / 5
+            unit = 10.0 ** math.floor(math.log10(rough))
+            step = unit * min((1, 2, 5, 10), key=lambda part: abs(unit * part - rough))
+            first, last = math.ceil(self.low / step), math.floor(self.high / step)
+            found = [step * i for i in range(first, last + 1)]
+        return [tick for tick in found if self.low <= tick <= self.high]
 
 
-@matplotlib.rc_context(STYLE)
-def rate_and_norm(learning_rates: Series, norms: Series, clip: float | None) -> str:
-    """The learning rate above the gradient norm."""
-    figure, (above, below) = _canvas("Learning rate and gradient norm", "", "", rows=2)
-    above.set(ylabel="learning rate\n(per step)")
-    above.plot(*_columns(learning_rates), color=TUNED)
-    above.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    below.set(xlabel="optimizer step", ylabel="gradient norm\n(before clipping)")
-    below.plot(*_columns(norms), color=TUNED, linewidth=0.8, label="gradient norm")
-    if clip is not None and norms:
-        below.axhline(clip, color=MARK, linestyle="--", linewidth=1.2, label=f"clipped at {clip:g}")
-    return _svg(figure, "rate-and-norm")
+def each_and_mean(points: Series, prefix: str = "") -> list[Curve]:
+    """Every step, and the means of neighboring steps if there are many."""
+    curves, half = [Curve(f"{prefix}each step", "each", points)], len(points) // 80
+    if half:
+        values = [value for _, value in points]
+        means = [
+            (step, fmean(values[max(0, i - half) : i + half + 1]))
+            for i, (step, _) in sample([*enumerate(points)])
+        ]
+        curves.append(Curve(f"{prefix}mean of {2 * half + 1} steps", "mean", means))
+    return curves
 
 
-@matplotlib.rc_context(STYLE)
-def speed(points: Series) -> str:
-    """Tokens per second, step by step."""
-    figure, axes = _canvas("Training speed", "optimizer step", "tokens per second")
-    _line_and_mean(axes, points, "")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    return _svg(figure, "speed")
+def over_steps(title: str, unit: str, curves: Iterable[Curve], scale: str) -> str:
+    """Curves over optimizer steps, on a "linear" scale, "from 0", or "log", as in `Axis.of`.
+
+    Returns "" if there is no point.
+    """
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return ""
+    steps, values = zip(*(point for curve in curves for point in curve.points))
+    values += (0,) if scale == "from 0" else ()
+    x = Axis.of(steps, LEFT, WIDTH - RIGHT)
+    y = Axis.of(values, HEIGHT - BOTTOM, TOP, log=scale == "log")
+    drawn = [line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid") for tick in y.ticks()]
+    drawn += [text(LEFT - 6, y(tick) + 4, f"{tick:,.6g}", "end") for tick in y.ticks()]
+    drawn += [text(x(tick), HEIGHT - 20, f"{tick:,.6g}", "middle") for tick in x.ticks()]
+    drawn.append(text(WIDTH - RIGHT, HEIGHT - 3, "optimizer step", "end"))
+    for curve in curves:
+        points = [(x(step), y(value), step, value) for step, value in sample(curve.points)]
+        path = " ".join(f"{across:.1f},{down:.1f}" for across, down, *_ in points)
+        drawn.append(f'<polyline class="{curve.kind}" points="{path}"/>')
+        kind = curve.kind if len(points) < 40 else f"{curve.kind} unseen"  # apart from its title
+        for across, down, step, value in points:
+            drawn.append(dot(across, down, kind, f"step {step:,.6g}: {value:,.4g}"))
+    legend = {curve.label: curve.kind for curve in curves if len(curves) > 1}
+    return figure(title, unit + ", logarithmic" * y.log, legend, HEIGHT, drawn)
 
 
-@matplotlib.rc_context(STYLE)
-def accuracy(
-    title: str, ylabel: str, models: dict[str, dict[str, tuple[int, int]]], name: str
-) -> str:
-    """Each model's (correct, problems) by label, as a share with its 95 % Wilson interval."""
-    figure, axes = _canvas(title, "% of problems answered correctly", ylabel)
-    labels = list(dict.fromkeys(label for cells in models.values() for label in cells))
-    for i, (model, cells) in enumerate(models.items()):
-        heights = [labels.index(label) + 0.22 * (i - (len(models) - 1) / 2) for label in cells]
-        shares = [100 * correct / max(n, 1) for correct, n in cells.values()]
-        lows, highs = 100 * np.array([wilson_interval(*c) for c in cells.values()]).reshape(-1, 2).T
-        errors = np.maximum(0, [shares - lows, highs - shares])
-        axes.errorbar(
-            shares, heights, xerr=errors, fmt="o", color=MODELS.get(model, MARK), label=model,
-            markersize=6, capsize=3,
-        )  # fmt: skip
-    _label_rows(axes, labels)
-    return _svg(figure, name)
+def shares(title: str, unit: str, models: dict[str, dict[str, Share | None]]) -> str:
+    """The shares of each model by label, with their intervals."""
+    found = [
+        (model, label, share)
+        for model, by_label in models.items()
+        for label, share in by_label.items()
+        if share
+    ]
+    if not found:
+        return ""
+    labels = list(dict.fromkeys(label for _, label, _ in found))
+    kinds = {model: model if model in ("base", "tuned") else "other" for model in models}
+    bottom = TOP + ROW_HEIGHT * len(labels)
+    highest = max(math.ceil(10 * share.high) for *_, share in found)  # in tenths
+    x = Axis(0, 10 * highest, LABEL_WIDTH, WIDTH - RIGHT)
+    drawn = [line(x(tick), TOP, x(tick), bottom, "grid") for tick in x.ticks()]
+    drawn += [text(x(tick), bottom + 16, f"{tick:g}", "middle") for tick in x.ticks()]
+    for i, label in enumerate(labels):
+        short = label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+        drawn.append(text(LABEL_WIDTH - 8, TOP + ROW_HEIGHT * (i + 0.5) + 4, short, "end"))
+    for model, label, share in found:
+        offset = 9 * ([*models].index(model) - (len(models) - 1) / 2)
+        y, kind = TOP + ROW_HEIGHT * (labels.index(label) + 0.5) + offset, kinds[model]
+        drawn.append(line(x(100 * share.low), y, x(100 * share.high), y, kind))
+        about = f"{label}, {model}: {show.accuracy(share)}"
+        drawn.append(dot(x(100 * share.value), y, kind, about))
+    return figure(title, unit, kinds, bottom + 22, drawn)
 
 
-@matplotlib.rc_context(STYLE)
-def mistakes(counts: dict[str, dict[str, int]], problems: int, name: str) -> str:
-    """How many wrong answers of each kind each model gave."""
-    figure, axes = _canvas("Kinds of mistakes", f"answers, of {problems:,}", "kind")
-    kinds = list(dict.fromkeys(kind for of_model in counts.values() for kind in of_model))
-    for i, (model, of_model) in enumerate(counts.items()):
-        heights = [row + 0.38 * (i - (len(counts) - 1) / 2) for row in range(len(kinds))]
-        widths = [of_model.get(kind, 0) for kind in kinds]
-        axes.barh(heights, widths, 0.36, color=MODELS.get(model, MARK), label=model)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _label_rows(axes, kinds)
-    return _svg(figure, name)
+def sample(points: Sequence) -> Sequence:
+    return points[:: -(-len(points) // MOST_POINTS) or 1]
 
 
-def _canvas(title: str, xlabel: str, ylabel: str, rows: int = 1) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    axes = figure.subplots(rows, 1, sharex=True)
-    if rows == 1:
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-    return figure, axes
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _label_rows(axes: Axes, labels: list[str]) -> None:
-    """Name the rows, the first at the top."""
-    short = [" ".join(label.split()) for label in labels]
-    short = [s if len(s) <= LONGEST_LABEL else s[: LONGEST_LABEL - 1] + "…" for s in short]
-    axes.set_yticks(range(len(labels)), short)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
+def dot(x: float, y: float, kind: str, about: str) -> str:
+    title = tag("title", about)
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>'
 
 
-def _curves(axes: Axes, train: Series, validation: Series) -> None:
-    _line_and_mean(axes, train, "train, ")
-    if validation:
-        style = {"color": MARK, "markersize": 4, "label": "validation", "zorder": 3}
-        axes.plot(*_columns(validation), "o-", **style)
+def text(x: float, y: float, content: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(content)}</text>'
 
 
-def _line_and_mean(axes: Axes, points: Series, prefix: str) -> None:
-    """A thin line through every step, and one through the means of neighboring steps."""
-    if not points:
-        return
-    steps, values = _columns(points)
-    shown = slice(None, None, -(-len(steps) // MOST_POINTS))
-    each = {"color": TUNED, "linewidth": 0.7, "alpha": 0.6, "label": f"{prefix}each step"}
-    axes.plot(steps[shown], values[shown], **each)
-    window = len(values) // 40
-    if window > 1:
-        sums, sizes = (np.convolve(x, np.ones(window), "same") for x in (values, values**0))
-        label = f"{prefix}mean of {window} steps"
-        axes.plot(steps[shown], (sums / sizes)[shown], color=TUNED, label=label)
-
-
-def _columns(points: Series) -> np.ndarray:
-    return np.array(points, dtype=float).reshape(-1, 2).T  # (2, points): steps and values
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as inline SVG in the page's colors; `name` makes its ids unique on the page."""
-    handles = [h for axes in figure.axes for h in axes.get_legend_handles_labels()[0]]
-    if len(handles) > 1:
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9)
-    text = io.StringIO()
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": name}):
-        warnings.simplefilter("ignore")  # a glyph that matplotlib lacks is drawn by the browser
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    head, body = text.getvalue().partition("<svg")[2].split(">", 1)
-    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)
-    for color, variable in VARIABLES.items():
-        body = body.replace(color, f"var(--{variable})")
-    return f'<svg{head} role="img">{body}'.strip()
+def figure(title: str, unit: str, legend: dict[str, str], height: float, drawn: list[str]) -> str:
+    keys = "".join(tag("span", label, f"key {kind}") for label, kind in legend.items())
+    caption = f"<figcaption>{tag('b', title)} {tag('span', unit)}{keys}</figcaption>"
+    drawing = tag("title", title) + "".join(drawn)
+    svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{drawing}</svg>'
+    return f"<figure>{caption}{svg}</figure>"

@@ -1,28 +1,25 @@
 """The blocks of a report: the same content as HTML and as Markdown.
 
-Text from data and models may contain anything. Every text given to a function below is plain text,
-and passes through `tag` (HTML) and through `inert` or `fenced` (Markdown), so that a page cannot
-load or run anything.
+Text from data and models may contain anything. Every text given to a block is plain text, and
+passes through `tag` (HTML) and through `inert` or `fenced` (Markdown), so that a page cannot load
+or run anything.
 """
 
 import html
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 MISSING = "–"  # in place of a value that is not known
-Field = tuple[str, Callable[[Any], Any], Callable[[Any], str]]  # label, getter, formatter
 PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title>
-<style>
-{style}</style>
-</head>
+<style>{style}</style>
 <body>
 {body}
 </body>
@@ -30,26 +27,95 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-class Block(NamedTuple):
-    html: str
-    markdown: str
+@dataclass(frozen=True)
+class Text:
+    """A block in both forms."""
+
+    html: str = ""
+    markdown: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A block of rows: a label, then values as text, None where one is not known.
+
+    Rows and columns without any value are left out, and so is a table without rows.
+    """
+
+    header: Sequence[str]
+    rows: Iterable[Sequence[str | None]]
+    title: str = ""
+    folded: bool = False  # in HTML, a click on the title shows it
+    boxes: str = ""  # in HTML, "cards" or "pairs" instead of a grid
+
+    @cached_property
+    def filled(self) -> list[list[str]]:
+        """The header and the rows that are shown; [] for none."""
+        rows = [row for row in self.rows if any(cell is not None for cell in row[1:])]
+        filled = [i for i in range(len(self.header)) if any(row[i] is not None for row in rows)]
+        texts = [[MISSING if row[i] is None else row[i] for i in filled] for row in rows]
+        return [[self.header[i] for i in filled], *texts] if rows else []
+
+    @property
+    def html(self) -> str:
+        if not self.filled:
+            return ""
+        header, *rows = self.filled
+        title = tag("summary" if self.folded else "caption", self.title) if self.title else ""
+        if self.boxes:
+            boxes = "".join(f"<div>{tag('dt', k)}{tags('dd', texts)}</div>" for k, *texts in rows)
+            grid = f'<dl class="{self.boxes}">{boxes}</dl>'
+        else:
+            lines = "\n".join(f"<tr>{tags('td', row)}</tr>" for row in rows)
+            lines = f"<thead><tr>{tags('th', header)}</tr></thead>\n<tbody>{lines}</tbody>"
+            grid = f'<div class="table"><table>{title * (not self.folded)}{lines}</table></div>'
+        return f"<details>{title}{grid}</details>" if self.folded else grid
+
+    @property
+    def markdown(self) -> str:
+        lines = [f"| {' | '.join(map(inert, row))} |" for row in self.filled]
+        if not lines:
+            return ""
+        lines.insert(1, "|---" * len(self.filled[0]) + "|")
+        return "\n".join([f"**{inert(self.title)}**\n"] * bool(self.title) + lines)
+
+
+Block = Text | Table
+
+
+def pairs(values: dict[str, str | None], title: str = "", *, folded: bool = False) -> Table:
+    """Names and values."""
+    return Table(("name", "value"), values.items(), title, folded, boxes="pairs")
+
+
+def side_by_side(title: str, corner: str, columns: dict[str, dict[str, str | None]]) -> Table:
+    """A row for each key that any of the columns has."""
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    rows = [(key, *(column.get(key) for column in columns.values())) for key in keys]
+    return Table((corner, *columns), rows, title)
 
 
 def to_html(title: str, blocks: Iterable[Block]) -> str:
     """A page that needs no other file."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    body = "\n".join(block.html for block in blocks if block.html)
+    body = "\n".join(filter(None, (block.html for block in blocks)))
     return PAGE.format(title=html.escape(title), style=style, body=body)
 
 
 def to_markdown(blocks: Iterable[Block]) -> str:
-    return "\n\n".join(block.markdown for block in blocks if block.markdown) + "\n"
+    return "\n\n".join(filter(None, (block.markdown for block in blocks))) + "\n"
 
 
 def tag(name: str, text: str, kind: str = "") -> str:
     """An HTML element of class `kind` that contains plain text."""
     attribute = f' class="{kind}"' if kind else ""
     return f"<{name}{attribute}>{html.escape(text)}</{name}>"
+
+
+def tags(name: str, texts: Iterable[str]) -> str:
+    """Elements without line breaks before a % or inside an interval."""
+    texts = (re.sub("(?<=[0-9]) %", "\u00a0%", text) for text in texts)
+    return "".join(tag(name, re.sub("(?<=[0-9])–(?=[0-9])", "–\u2060", text)) for text in texts)
 
 
 def inert(text: str) -> str:
@@ -64,42 +130,35 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def heading(text: str, level: int = 2) -> Block:
-    return Block(tag(f"h{level}", text), f"{'#' * level} {inert(text)}")
+def heading(text: str, level: int = 2, anchor: str = "") -> Text:
+    """A heading; `anchor` is what links on the page call it."""
+    opening = f'<h{level} id="{anchor}">' if anchor else f"<h{level}>"
+    return Text(f"{opening}{html.escape(text)}</h{level}>", f"{'#' * level} {inert(text)}")
 
 
-def paragraph(text: str, kind: str = "") -> Block:
+def contents(anchors: dict[str, str]) -> Text:
+    """Links to headings by their anchors; only in HTML."""
+    links = (f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in anchors.items())
+    return Text(f"<nav>{' '.join(links)}</nav>")
+
+
+def paragraph(text: str, kind: str = "") -> Text:
     """A paragraph, or nothing if there is no text. `kind` is "lead" or, for small print, "note"."""
-    return Block(tag("p", text, kind), inert(text)) if text else Block("", "")
+    return Text(tag("p", text, kind), inert(text)) if text else Text()
 
 
-def code(text: str) -> Block:
+def code(text: str) -> Text:
     """Lines to copy, or to read exactly as they are; nothing if there is no text."""
-    return Block(tag("pre", text, "code"), fenced(text)) if text else Block("", "")
+    return Text(tag("pre", text, "code"), fenced(text)) if text else Text()
 
 
-def cards(items: Sequence[tuple[str, str, str]]) -> Block:
-    """The headline values: label, value, note."""
-    lists = (tag("dt", label) + tag("dd", value) + tag("dd", note) for label, value, note in items)
-    boxes = "".join(f'<dl class="card">{box}</dl>' for box in lists)
-    markdown = table("", ("headline", "value", "note"), items).markdown
-    return Block(f'<div class="cards">{boxes}</div>', markdown)
+def pictures(figures: Iterable[str]) -> Text:
+    """Figures side by side, where there is room; only in HTML."""
+    drawn = "".join(figures)
+    return Text(f'<div class="pictures">{drawn}</div>' if drawn else "")
 
 
-def pairs(items: dict[str, str]) -> Block:
-    """Names and values."""
-    boxes = "".join(f"<div>{tag('dt', k)}{tag('dd', v)}</div>" for k, v in items.items())
-    markdown = table("", ("name", "value"), list(items.items())).markdown
-    return Block(f'<dl class="pairs">{boxes}</dl>', markdown)
-
-
-def pictures(svgs: Sequence[str]) -> Block:
-    """SVG figures side by side, where there is room; only in HTML."""
-    figures = "".join(f"<figure>{svg}</figure>" for svg in svgs)
-    return Block(f'<div class="pictures">{figures}</div>' if svgs else "", "")
-
-
-def transcript(title: str, parts: Sequence[tuple[str, str, str]], *, opened: bool) -> Block:
+def transcript(title: str, parts: Sequence[tuple[str, str, str]], *, opened: bool) -> Text:
     """Texts that a title unfolds, as (label, text, kind); `kind` is "correct", "wrong" or ""."""
     boxes = "".join(
         f'<div class="part {kind}">{tag("b", label)}{tag("pre", text)}</div>'
@@ -108,57 +167,4 @@ def transcript(title: str, parts: Sequence[tuple[str, str, str]], *, opened: boo
     start = "<details open>" if opened else "<details>"
     page = f'{start}{tag("summary", title)}<div class="parts">{boxes}</div></details>'
     texts = (f"{inert(label)}:\n\n{fenced(text)}" for label, text, _ in parts)
-    return Block(page, "\n\n".join([f"**{inert(title)}**", *texts]))
-
-
-def table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, folded: bool = False
-) -> Block:
-    """A table, or nothing without rows. `folded`: in HTML, a click on its title shows it."""
-    if not rows:
-        return Block("", "")
-    head = "".join(tag("th", cell) for cell in header)
-    cells = ("".join(tag("td", unbroken(cell)) for cell in row) for row in rows)
-    body = "\n".join(f"<tr>{row}</tr>" for row in cells)
-    caption = tag("caption", title) if title and not folded else ""
-    page = f"<table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
-    page = f'<div class="table">{page}</div>'
-    if folded:
-        page = f"<details>{tag('summary', title)}{page}</details>"
-    top, *lines = (f"| {' | '.join(map(inert, row))} |" for row in (header, *rows))
-    above = [f"**{inert(title)}**", ""] if title else []
-    return Block(page, "\n".join([*above, top, "|---" * len(header) + "|", *lines]))
-
-
-def unbroken(cell: str) -> str:
-    """`cell` without line breaks before a % or inside an interval."""
-    return re.sub("(?<=[0-9])–(?=[0-9])", "–\u2060", re.sub("(?<=[0-9]) %", "\u00a0%", cell))
-
-
-def known(formatter: Callable[[Any], str], value: Any) -> str:
-    return MISSING if value is None else formatter(value)
-
-
-def listing(
-    title: str, fields: Sequence[Field], records: Iterable[Any], *, folded: bool = False
-) -> Block:
-    """A table with a row for each record and a column for each (label, getter, formatter)."""
-    rows = [[known(formatter, getter(r)) for _, getter, formatter in fields] for r in records]
-    return table(title, [label for label, _, _ in fields], rows, folded=folded)
-
-
-def comparison(
-    title: str, corner: str, fields: Sequence[Field], models: dict[str, Any],
-    last: tuple[str, Callable[[list[Any]], str]] | None = None,
-) -> Block:  # fmt: skip
-    """A table with a row for each (label, getter, formatter) and a column for each model.
-
-    `last` is one more column: its label, and what it shows of a row's values.
-    """
-    extra = [last] if last else []
-    rows = []
-    for label, getter, formatter in fields:
-        values = [getter(model) for model in models.values()]
-        cells = [known(formatter, value) for value in values]
-        rows.append([label, *cells, *(summary(values) for _, summary in extra)])
-    return table(title, [corner, *models, *(label for label, _ in extra)], rows)
+    return Text(page, "\n\n".join([f"**{inert(title)}**", *texts]))

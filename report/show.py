@@ -1,13 +1,22 @@
-"""Values as text for a reader: shares, intervals, durations, prices, changes."""
+"""Values as text for a reader: shares, intervals, durations, prices, changes.
+
+Formatters made with `known` take None, a value that is not known, and return it.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evaluation.statistics import wilson_interval
-from report.page import MISSING
+from report.records import Share
 
-nats = "{:.4f}".format
-count = "{:,.0f}".format
+
+def known(formatter: Callable[..., str]) -> Callable[..., str | None]:
+    return lambda value, *more: None if value is None else formatter(value, *more)
+
+
+nats = known(lambda value: f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}")
+count = known("{:,.0f}".format)
+two_digits = known("{:.2f}".format)
+share = known(lambda value, digits=1: f"{100 * value:.{digits}f} %")
 
 
 def value(x: Any) -> str:
@@ -17,21 +26,14 @@ def value(x: Any) -> str:
     if isinstance(x, dict):
         return ", ".join(f"{k}: {value(v)}" for k, v in x.items()) or "none"
     if isinstance(x, bool) or x is None:
-        return {True: "yes", False: "no", None: MISSING}[x]
+        return {True: "yes", False: "no", None: "not set"}[x]
     return f"{x:g}" if isinstance(x, float) else str(x)
 
 
-def share(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def between(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"{100 * low:.1f}–{100 * high:.1f} %"
-
-
-def ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
+@known
+def accuracy(found: Share) -> str:
+    """`12.5 % (8.0–18.9)`: a share with its 95 % interval."""
+    return f"{share(found.value)} ({100 * found.low:.1f}–{100 * found.high:.1f})"
 
 
 def from_to(shares: Sequence[float]) -> str:
@@ -39,47 +41,22 @@ def from_to(shares: Sequence[float]) -> str:
     return " → ".join(f"{100 * value:.1f}" for value in shares) + " %" if shares else "not known"
 
 
-def accuracy(counts: tuple[float, int]) -> str:
-    """`12.5 % (8.0–18.9)`: (correct, problems) as a share with its 95 % Wilson interval."""
-    correct, problems = counts
-    if not problems or not 0 <= correct <= problems:
-        return MISSING
-    low, high = wilson_interval(int(correct), problems)
-    return f"{share(correct / problems)} ({100 * low:.1f}–{100 * high:.1f})"
-
-
-def accuracy_of(problems: int) -> Callable[[float], str]:
-    """A formatter of how many of `problems` are correct."""
-    return lambda correct: accuracy((correct, problems))
-
-
 def signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def change(pair: Sequence[float], *, points: bool = False) -> tuple[str, str, str]:
-    """First, last, and the change: in per cent of the first, or of shares in `points`."""
-    if not pair:
-        return MISSING, MISSING, MISSING
-    first, last = pair
-    if points:
-        gained = f"{signed(100 * (last - first), 2)} points"
-        return f"{100 * first:.2f} %", f"{100 * last:.2f} %", gained
-    return nats(first), nats(last), f"{signed(100 * (last / first - 1), 2)} %" if first else MISSING
-
-
+@known
 def duration(seconds: float) -> str:
     """`41.4 s`, `12.0 min` or `2 h 00 min`."""
-    minutes, hours = seconds / 60, seconds / 3600
     if seconds < 60:
         return f"{seconds:.1f} s"
-    if round(minutes) < 60:
-        return f"{minutes:.1f} min"
-    return f"{hours // 1:,.0f} h {minutes % 60:02.0f} min"
+    if round(seconds / 60) < 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds // 3600:,.0f} h {seconds / 60 % 60:02.0f} min"
 
 
-def cost(price_per_hour: float | None, seconds: float | None) -> str:
+def cost(seconds: float | None, price_per_hour: float | None) -> str | None:
     if price_per_hour is None or seconds is None:
-        return MISSING
+        return None
     dollars = price_per_hour * seconds / 3600
     return f"${dollars:,.2f}" if dollars >= 1 else f"${dollars:.3f}"

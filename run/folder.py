@@ -25,7 +25,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -343,9 +343,10 @@ class Run:
         """Write what the folder holds from the start: `config.json` first, which makes it a run."""
         path = self.folder / "config.json"
         earlier = self.config
-        kept = {name: earlier[name] for name in ("id", "has_checkpoint") if name in earlier}
+        kept = {k: earlier[k] for k in ("id", "started", "has_checkpoint") if k in earlier}
         if not earlier:
-            kept = {"id": secrets.token_hex(8)}
+            now = datetime.now(timezone.utc)
+            kept = {"id": secrets.token_hex(8), "started": f"{now:%Y-%m-%d %H:%M} UTC"}
         all_changes = earlier.get("changes", []) + changes
         (self.folder / "report.html").unlink(missing_ok=True)  # describes an earlier end
         write_json(path, {"format": FORMAT, **kept, **config, **program(), "changes": all_changes})

@@ -32,13 +32,14 @@ from lora.inject import (
     unmerge,
     unwrapped_state,
 )
-from lora.options import RENAMED, lora_config, lora_options, upgrade_options
+from lora.options import RENAMED, lora_config, lora_options
 from lora.peft_format import CONFIG, WEIGHTS, peft_key, read_adapter, save_adapter
 from lora.plus import rate_groups
 from model.compile import compile_layers
 from model.load import load_model
 from model.loss import linear_cross_entropy
 from run import export
+from run.earlier import upgrade_options
 from run.folder import Run
 from tests import toys
 from tests.adapter_helpers import (

@@ -126,7 +126,6 @@ def _run_as_script(argv: list[str], fault: Fault | None, env: dict | None) -> in
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
     sys.argv = ["train.py", *argv]
     os.environ |= {"TOKENIZERS_PARALLELISM": "false"} | (env or {})
-    sys.modules["report.figures"] = None  # a report without figures: they take a second
     stopping.STARTED = time.monotonic()
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
