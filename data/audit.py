@@ -1,7 +1,7 @@
 """Statistics of the data, printed before the first step: rows, lengths, supervision, duplicates."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ class Audit:
     sources: dict[str, dict] = field(default_factory=dict)
 
 
-DUPLICATES = {  # kind -> what two questions are compared by
+DUPLICATES: dict[str, Callable[[str], str]] = {  # kind -> what two questions are compared by
     "exact": str,
     "ignoring case": normalize,  # and white space
     "ignoring numbers": mask_numbers,  # and case and white space

@@ -47,8 +47,9 @@ def flat_batch(examples: list[Example], device: torch.device | str = "cpu") -> B
     flat = torch.from_numpy(np.concatenate(arrays))  # one copy to the device instead of five
     if torch.device(device).type == "cuda":
         flat = flat.pin_memory()  # a copy from pageable memory would wait for the GPU's queue
-    parts = flat.to(device, non_blocking=True).split([len(a) for a in arrays])
-    return Batch(*parts, lengths)
+    flat = flat.to(device, non_blocking=True)
+    tokens, targets, positions, row_ids, supervised_rows = flat.split([len(a) for a in arrays])
+    return Batch(tokens, targets, positions, row_ids, supervised_rows, lengths)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Step:
 class SourceRows(NamedTuple):
     """How many examples a source has, and how many an epoch takes of them."""
 
-    count: int
+    available: int
     per_epoch: int
 
 

@@ -113,12 +113,12 @@ class ChatFormat:
         self, conversations: Sequence[tuple[Sequence[Message], Tools]]
     ) -> list[EncodedChat]:
         """`encode` each (messages, tools), but tokenize each distinct text once, on all cores."""
-        conversations = [list(self._pieces(self._turns(*chat))) for chat in conversations]
-        pieces = dict.fromkeys(piece for pieces in conversations for piece, _ in pieces)
-        texts = [piece for piece in pieces if isinstance(piece, str)]
+        chats = [list(self._pieces(self._turns(*chat))) for chat in conversations]
+        distinct = dict.fromkeys(piece for pieces in chats for piece, _ in pieces)
+        texts = [piece for piece in distinct if isinstance(piece, str)]
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
-        return [_join(pieces, ids.__getitem__) for pieces in conversations]
+        return [_join(pieces, ids.__getitem__) for pieces in chats]
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next message begins."""
@@ -151,7 +151,7 @@ class ChatFormat:
             for turn in self.template.turns(messages, tools)
         ]
 
-    def _pieces(self, turns: tuple[Message, ...]) -> Iterator[tuple[int | str, bool]]:
+    def _pieces(self, turns: Iterable[Message]) -> Iterator[tuple[int | str, bool]]:
         """Control token ids and texts in order, each with whether it is supervised."""
         for role, content, supervised, *_ in turns:
             yield self.start, False

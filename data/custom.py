@@ -102,7 +102,7 @@ def load_path(path: Path, columns: Columns = NOT_RENAMED) -> Source:
 def load_hub(name: str, revision: str | None, columns: Columns = NOT_RENAMED) -> Source:
     """Read a dataset on the Hub; owner/name/folder is one configuration of owner/name."""
     owner, repo, *inside = name.rstrip("/").split("/")
-    folder, chosen, others = "/".join(inside), {}, []
+    folder, chosen, others = "/".join(inside), {}, list[str]()
     remedy = "convert it to one of these, or try --data-revision refs/convert/parquet"
 
     def patterns(names: list[str]) -> list[str]:

@@ -31,7 +31,8 @@ THINGS = ("pens", "books", "cups", "hats", "balls", "cards", "coins", "stamps", 
 DAILY = (("reads", "pages"), ("walks", "miles"), ("makes", "toys"))
 FRUITS = ("apples", "pears", "plums", "eggs", "limes", "nuts", "figs", "melons")
 DAYS = ("Monday", "Tuesday", "Friday", "Sunday")
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}
+OPERATORS: dict[str, Callable[[int, int], int | Fraction]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}
 PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 # fmt: on
 

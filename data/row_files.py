@@ -233,7 +233,7 @@ def _refuse_broken_array(path: Path, data: bytes, fault: Exception | None) -> No
 
 def _spread_objects(data: bytes) -> list[dict]:
     """The first two objects of a file, or the only one, if the first is on several lines."""
-    decoder, objects = json.JSONDecoder(), []
+    decoder, objects = json.JSONDecoder(), list[dict]()
     try:
         rest = data.decode().strip()
         while rest and len(objects) < 2:

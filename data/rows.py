@@ -109,7 +109,7 @@ def read_problems(
     of the most frequent fault.
     """
     parse = parse or parse_row
-    problems, bad, remedies = [], [], Counter()
+    problems, bad, remedies = [], [], Counter[str]()
     for number, row in read_rows(path):
         try:
             problems.append(parse(row, f"{path.name}:{number}"))

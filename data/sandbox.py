@@ -18,7 +18,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
-from jinja2.runtime import LoopContext, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -99,7 +99,7 @@ class Generation(Extension):
 class Meters(NodeTransformer):
     """Adds calls that charge the budget to a template's tree; raises for a tag of `REFUSED`."""
 
-    def visit(self, node: nodes.Node) -> nodes.Node:
+    def visit(self, node: nodes.Node) -> Any:
         if isinstance(node, REFUSED) or getattr(node, "recursive", False):
             raise Unrenderable(f"uses {type(node).__name__} in line {node.lineno}")
         if isinstance(node, nodes.AssignBlock) and node.filter:
@@ -119,7 +119,7 @@ class Meters(NodeTransformer):
         return _filter(node, "meter") if is_slice or is_value else node
 
 
-def _filter(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
+def _filter(node: Any, name: str, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
 
 
@@ -182,10 +182,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             yield value
 
     @pass_context  # without a context, jinja2 would call it while compiling
-    def _finalize(self, context: object, value: Any) -> Any:
+    def _finalize(self, context: Context, value: Any) -> Any:
         return self._charge(value)
 
-    def call_binop(self, context: object, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" or operator == "%" and isinstance(left, str):
             raise Unrenderable(f"uses {operator}")  # as in 10 ** 10 ** 10, or '%9999999999d' % 1
         if operator == "*":

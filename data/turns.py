@@ -233,7 +233,7 @@ def _read_turn(turn: dict[str, Any], notes: Notes) -> Message:
     return message
 
 
-def _role(turn: dict[str, Any]) -> tuple[object, str]:
+def _role(turn: dict[str, Any]) -> tuple[str, str]:
     """(a turn's role as written, the role that it means)."""
     found = [turn[key] for key in ROLE_KEYS if not is_blank(turn.get(key))]
     if len(found) > 1:
@@ -243,8 +243,8 @@ def _role(turn: dict[str, Any]) -> tuple[object, str]:
             f"a turn has neither role and content nor from and value: it has {name_list(turn)}",
             'write each turn as {"role": "user", "content": "..."}',
         )
-    (named,) = found or (None,)
-    known = named.strip().casefold() if isinstance(named, str) else None
+    named: Any = found[0] if found else None
+    known = named.strip().casefold() if isinstance(named, str) else ""
     if known in TOOL_ROLES:
         raise BadRow(
             f"role {named!r} belongs to a form of tool calls that chat templates do not take",

@@ -214,7 +214,8 @@ def models_table(result: dict[str, Any]) -> str:
         row("token accuracy (teacher-forced)", (f"{m['token_accuracy']:.1%}" for m in columns))
         row("gold answers of these two", (str(m.get("loss_problems", n)) for m in columns))
     for kind in first.get("mistakes", ()):
-        row(f"classified as {kind}", (str(m["mistakes"].get(kind, "-")) for m in columns))
+        if any(m["mistakes"].get(kind) for m in columns):  # most kinds are rare
+            row(f"classified as {kind}", (str(m["mistakes"].get(kind, "-")) for m in columns))
     if first.get("mistakes") and "wrong_step" in first:
         row("correct, with a wrong step in it", (str(m.get("wrong_step", "-")) for m in columns))
     if "right_choice_nats" in first:

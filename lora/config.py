@@ -55,7 +55,7 @@ class LoRAConfig:
 
 def layers_text(names: Iterable[str]) -> str:
     """Layer names for people: `q_proj, v_proj of layers 0-3, 7` instead of ten full names."""
-    others, numbers = [], {}  # numbers: last part of a name -> numbers of the layers
+    others, numbers = [], dict[str, list[int]]()  # last part of a name -> numbers of its layers
     for name in names:
         number = next((part for part in name.split(".") if part.isdecimal()), None)
         if number is None:
@@ -129,9 +129,16 @@ def added_parameters(model: nn.Module, config: LoRAConfig) -> int:
     """
     total = 0
     for name, r in layer_ranks(model, config).items():
-        out_features, in_features = model.get_submodule(name).weight.shape
-        total += r * (in_features + out_features) + config.dora * out_features
+        layer = linear_layer(model, name)
+        total += r * (layer.in_features + layer.out_features) + config.dora * layer.out_features
     return total
+
+
+def linear_layer(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of this full name."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear), f"{name} is a {type(layer).__name__}"
+    return layer
 
 
 def of_layer(name: str, by_name: Mapping[str, T], default: T) -> T:

@@ -39,10 +39,12 @@ class DoRALinear(LoRALinear):
     Call `init_magnitude` once after construction.
     """
 
+    squares: Tensor  # (out,) fp32: ||W||², needed at every step
+
     def init_magnitude(self) -> None:
         """Create the magnitudes m, equal to the row norms that the initial A and B give."""
         squares = self.base_layer.weight.detach().float().square().sum(dim=1)  # (out,)
-        self.register_buffer("squares", squares, persistent=False)  # ||W||², needed at every step
+        self.register_buffer("squares", squares, persistent=False)
         self.lora_magnitude_vector = nn.Parameter(self.norm())
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class DoRALinear(LoRALinear):
 
         Row by row: ||w + b A||² = ||w||² + b · (2 w Aᵀ + b A Aᵀ), with scaling included in b.
         """
-        weight, A, B = self._base_weight(), self.lora_A, self.scaling * self.lora_B
+        weight, A, B = self.original_weight(), self.lora_A, self.scaling * self.lora_B
         cross = (weight @ A.to(weight.dtype).t()).float()  # (out, r)
         squares = self.squares + (B * (2 * cross + B @ (A @ A.t()))).sum(dim=1)  # (out,)
         return squares.clamp_min(MIN_SQUARE).sqrt()
@@ -74,10 +76,6 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """The update to the base weight, (out, in) fp32: gain * V - W."""
-        weight = self._base_weight().float()  # (out, in)
+        weight = self.original_weight().float()  # (out, in)
         gain = (self.lora_magnitude_vector / self.norm())[:, None]  # (out, 1)
         return gain * (weight + super().delta()) - weight
-
-    def _base_weight(self) -> Tensor:
-        """W, (out, in), also while the adapter is merged."""
-        return self.unmerged_weight if self.merged else self.base_layer.weight.detach()

@@ -36,12 +36,14 @@ class KeyedDropout(nn.Module):
         layer: number of the layer; layers with different numbers have independent masks.
     """
 
+    channel_keys: Tensor  # ((C + 1) // 2,) int32
+
     def __init__(self, p: float, channels: int, layer: int):
         super().__init__()
         assert 0 <= p < 1, f"dropout {p} is not in [0, 1)"
         self.threshold = min(round(p * 2**BITS), 2**BITS - 1)  # hashes below it drop their value
         self.scale = 2**BITS / (2**BITS - self.threshold)
-        self.keys: Tensor | None = None
+        self.keys = torch.empty(0, dtype=torch.int32)  # (T,): those of `seed_dropout`
         self.fused = False  # whether to use the Triton kernel
         pairs = torch.arange((channels + 1) // 2) + (layer << 32)
         self.register_buffer("channel_keys", _mix64(pairs).to(torch.int32), persistent=False)
@@ -55,8 +57,10 @@ class KeyedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.threshold == 0:
             return x
-        assert self.keys is not None, "call lora.seed_dropout(model, ...) before a training forward"
-        assert len(self.keys) == len(x), f"{len(self.keys)} dropout keys for {len(x)} tokens"
+        assert len(self.keys) == len(x), (
+            f"{len(self.keys)} dropout keys for {len(x)} tokens: call lora.seed_dropout(model, ...)"
+            " before a training forward"
+        )
         if self.fused:
             return fused_dropout.apply(x, self.keys, self.channel_keys, self.threshold, self.scale)
         return (x * self.mask(x.shape[-1])).mul_(self.scale)  # (T, C)

@@ -13,13 +13,16 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+
+    jit = triton.jit
 except ImportError:  # no build for CUDA
-    triton = None
+    triton, jit = None, lambda function: function
 
 BLOCK = 1024  # channels of a program; a literal in the kernel, which may not read globals
 HALF = 2**15  # hashes are 16 bits, read as signed
 
 
+@jit
 def mix32(x):
     """The hash of `dropout.py`'s `_mix32_`, on int32 values that wrap."""
     x = x * 0x7FEB352D
@@ -28,6 +31,7 @@ def mix32(x):
     return x ^ ((x >> 16) & 0xFFFF)
 
 
+@jit
 def drop(x, y, keys, channel_keys, channels, threshold, scale):
     """Program (token, block of channels): y = x * mask * scale. Two channels share a hash."""
     token = tl.program_id(0).to(tl.int64)
@@ -41,11 +45,6 @@ def drop(x, y, keys, channel_keys, channels, threshold, scale):
     tl.store(y + token * channels + channel, value * kept * scale, mask=inside)
 
 
-if triton is not None:
-    mix32 = triton.jit(mix32)
-    drop = triton.jit(drop)
-
-
 class FusedDropout(torch.autograd.Function):
     """`x (T, C)` dropped by keys (T,) and channel keys (C/2,); the gradient is dropped alike."""
 
@@ -57,7 +56,9 @@ class FusedDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _launch(grad, *ctx.saved_tensors, ctx.threshold, ctx.scale), None, None, None, None
+        keys, channel_keys = ctx.saved_tensors
+        grad_x = _launch(grad, keys, channel_keys, ctx.threshold, ctx.scale)
+        return grad_x, None, None, None, None
 
 
 apply = FusedDropout.apply
@@ -66,6 +67,6 @@ apply = FusedDropout.apply
 def _launch(x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float) -> Tensor:
     x = x.contiguous()
     y, (tokens, channels) = torch.empty_like(x), x.shape
-    grid = (tokens, triton.cdiv(channels, BLOCK))
+    grid = (tokens, -(-channels // BLOCK))
     drop[grid](x, y, keys, channel_keys, channels, threshold - HALF, scale)
     return y

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora.config import LoRAConfig, layer_ranks, of_layer
+from lora.config import LoRAConfig, layer_ranks, linear_layer, of_layer
 from lora.dora import DoRALinear
 from lora.dropout import fused_works, token_keys
 from lora.layer import LoRALinear
@@ -31,7 +31,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:
     layer_type = DoRALinear if config.dora else LoRALinear
     for index, (name, r) in enumerate(layer_ranks(model, config).items()):
         layer = layer_type(
-            model.get_submodule(name),
+            linear_layer(model, name),
             r=r,
             alpha=of_layer(name, config.alphas, config.alpha),
             dropout=config.dropout,
@@ -39,7 +39,7 @@ def inject(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:
             index=index,
             seed=seed,
         )
-        if config.dora:
+        if isinstance(layer, DoRALinear):
             layer.init_magnitude()
         parent, _, last_part = name.rpartition(".")
         setattr(model.get_submodule(parent), last_part, layer.train(model.training))
@@ -115,7 +115,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> float:
     for layer in adapters(model):
         layer.merge(dtype)
         delta = layer.delta()
-        moved = layer.base_layer.weight.float() - layer.unmerged_weight.float()
+        moved = layer.base_layer.weight.float() - layer.original_weight().float()
         lost += (moved - delta).square().sum().item()
         change += delta.square().sum().item()
     return (lost / change) ** 0.5 if change else 0.0

@@ -73,6 +73,11 @@ class LoRALinear(nn.Module):
         """Whether the base weight currently contains the update."""
         return self.unmerged_weight is not None
 
+    def original_weight(self) -> Tensor:
+        """The base weight without the update, (out, in), also while merged."""
+        weight = self.base_layer.weight.detach()
+        return weight if self.unmerged_weight is None else self.unmerged_weight
+
     def delta(self) -> Tensor:
         """The update to the base weight, (out, in) fp32: scaling * B A."""
         return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
@@ -92,7 +97,7 @@ class LoRALinear(nn.Module):
 
     def unmerge(self) -> None:
         """Restore the original base weight, bit for bit."""
-        assert self.merged, "the adapter is not merged"
+        assert self.unmerged_weight is not None, "the adapter is not merged"
         self.base_layer.weight.data, self.unmerged_weight = self.unmerged_weight, None
 
 

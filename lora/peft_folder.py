@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from errors import listed
-from lora.config import LoRAConfig, last_part, of_layer
+from lora.config import LoRAConfig, last_part, linear_layer, of_layer
 from lora.foreign import CONFIG, WEIGHTS, check_folder
 from lora.peft_settings import MERGE, Fault, Settings, plain_name, read_settings, refuse
 from lora.peft_tensors import (
@@ -69,6 +69,8 @@ class AdapterFolder:
         if problems := list(_pattern_problems(settings, tensors)):
             refuse(folder / CONFIG, problems)
         ranks = _plain_pattern(settings.rank_pattern)
+        alphas = _plain_pattern(settings.alpha_pattern)
+        assert alphas is not None, "read_settings refuses expressions in alpha_pattern"
         config = LoRAConfig(
             r=settings.r,
             alpha=settings.alpha,
@@ -77,7 +79,7 @@ class AdapterFolder:
             rslora=settings.rslora,
             dora=settings.dora,
             ranks=_by_name(tensors.ranks, settings.r) if ranks is None else ranks,
-            alphas=_plain_pattern(settings.alpha_pattern),
+            alphas=alphas,
         )
         return cls(folder, settings, tensors, config)
 
@@ -135,12 +137,15 @@ class AdapterFolder:
     def _shape_problems(
         self, name: str, keys: Mapping[str, str], model: nn.Module
     ) -> Iterator[Fault]:
-        out_features, in_features = model.get_submodule(name).weight.shape
+        layer = linear_layer(model, name)
         rank = of_layer(name, self.config.ranks, self.config.r)
         rows = self.tensors.ranks.get(bare(name), rank)  # a wrong rank is one problem, not two
-        shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rows)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (rank, layer.in_features),
+            "lora_B": (layer.out_features, rows),
+        }
         if self.config.dora:
-            shapes["lora_magnitude_vector"] = (out_features,)
+            shapes["lora_magnitude_vector"] = (layer.out_features,)
         elif key := keys.get("lora_magnitude_vector"):
             yield Fault(f"{key} is not expected: use_dora is false", OTHER_CONFIG)
         for matrix, shape in shapes.items():
@@ -200,10 +205,9 @@ def _by_name(values: Mapping[str, T], default: T) -> dict[str, T]:
 def _pattern_problems(settings: Settings, tensors: Tensors) -> Iterator[Fault]:
     """Entries of rank_pattern and alpha_pattern that match no layer with tensors."""
     paths = {layer.path for layer in tensors.layers.values()}
-    patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
-    for field, pattern in patterns.items():
+    for field in ("rank_pattern", "alpha_pattern"):
         unmatched = []
-        for key in pattern:
+        for key in getattr(settings, field):
             name, is_full = plain_name(key) or (None, False)
             if name and name not in (paths if is_full else tensors.endings):
                 unmatched.append(key)

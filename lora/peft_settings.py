@@ -18,7 +18,7 @@ from lora.foreign import CONFIG, FOLDER, mlx_adapter
 
 # Fields of features that change the forward pass, with the values that mean "not used". An absent
 # field is not used either.
-UNUSED = {
+UNUSED: dict[str, tuple] = {
     "bias": ("none",),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
@@ -256,8 +256,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < 1e30
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _is_index(value: object) -> bool:

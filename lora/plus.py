@@ -19,11 +19,10 @@ def rate_groups(
     """
     if ratio is None:
         return [{"params": [*parameters.items()], "ratio": 1.0, "weight_decay": weight_decay}]
-    slow, fast = [], []
-    for name, p in parameters.items():
-        is_fast = name.endswith("lora_B") or p.ndim == 1  # magnitudes are the only vectors
-        (fast if is_fast else slow).append((name, p))
+    # Magnitudes are the only vectors.
+    fast = {n: p for n, p in parameters.items() if n.endswith("lora_B") or p.ndim == 1}
+    slow = {n: p for n, p in parameters.items() if n not in fast}
     return [
-        {"params": slow, "ratio": 1.0, "weight_decay": weight_decay},
-        {"params": fast, "ratio": ratio, "weight_decay": weight_decay},
+        {"params": [*slow.items()], "ratio": 1.0, "weight_decay": weight_decay},
+        {"params": [*fast.items()], "ratio": ratio, "weight_decay": weight_decay},
     ]

@@ -14,6 +14,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -201,13 +202,13 @@ def kernel_error(
     with torch.inference_mode(False), torch.enable_grad():
         generator = torch.Generator(device).manual_seed(0)
         offsets = torch.tensor([0, 40, 43], dtype=torch.int32, device=device)
-        inputs = [
+        q, k, v = (
             torch.randn(43, *heads, generator=generator, device=device, dtype=dtype)
             for heads in (queries, keys, keys)
-        ]
-        inputs = [x.requires_grad_() for x in inputs]
+        )
+        inputs = [x.requires_grad_() for x in (q, k, v)]
         results = []
-        for y in (attend(*inputs, offsets, 40), attend_plainly(*inputs, offsets, 40)):
+        for y in (attend(q, k, v, offsets, 40), attend_plainly(q, k, v, offsets, 40)):
             results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
         errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(*results)]
         return torch.stack(errors).max().item()
@@ -223,7 +224,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
 
 
 @functools.cache
-def varlen_kernel() -> Callable[..., Tensor]:
+def varlen_kernel() -> Callable[..., Any]:
     """PyTorch's variable-length attention, causal, with the arguments that this version takes.
 
     Raises ImportError in versions of PyTorch before 2.10, which do not have it.
@@ -231,8 +232,9 @@ def varlen_kernel() -> Callable[..., Tensor]:
     from torch.nn.attention.varlen import varlen_attn  # here, so that older versions can start
 
     known = inspect.signature(varlen_attn).parameters
-    # From 2.11 on a window: all earlier tokens and no later one.
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    options: dict[str, Any] = {"is_causal": True}
+    if "window_size" in known:  # from 2.11 on: all earlier tokens and no later one
+        options = {"window_size": (-1, 0)}
     if "enable_gqa" in known:  # from 2.12 on; earlier kernels take grouped heads without it
         options["enable_gqa"] = True
     return functools.partial(varlen_attn, **options)

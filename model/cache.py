@@ -162,12 +162,13 @@ class KVCache:
         if not self.prefix:
             return FlatAttention(lengths, self.device)
         if self.device.type == "cpu":
-            return lambda layer, *qkv: attend_each_after(*self._begin(layer), *qkv, lengths)
+            return lambda layer, q, k, v: attend_each_after(*self._begin(layer), q, k, v, lengths)
         attention = AttentionAfter(self.shared, lengths, self.device)
         return lambda layer, *qkv: attention(layer, *self._begin(layer), *qkv)
 
     def _begin(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values of the prefix, (N, G, D) each."""
+        assert self.prefix, "no prompts share a prefix"
         keys, values = (
             x[layer, 0, :, : self.shared] for x in (self.prefix.keys, self.prefix.values)
         )
@@ -198,7 +199,7 @@ class AttentionAfter:
     def __init__(self, shared: int, lengths: list[int], device: torch.device):
         whole = [shared + n for n in lengths]
         self.shared, self.flat = shared, FlatAttention(whole, device)
-        sources, results, taken = [], [], shared
+        sources, results, taken = list[int](), list[int](), shared
         for n in lengths:
             results += range(len(sources) + shared, len(sources) + shared + n)
             sources += [*range(shared), *range(taken, taken + n)]

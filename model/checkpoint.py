@@ -117,7 +117,7 @@ def read_config(folder: Path) -> Qwen2Config:
     problems = [] if is_dict else [(f"rope_parameters is {rope!r}", WRONG_VALUE)]
     rope = rope if is_dict else {}
     heads = raw.get("num_attention_heads")
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": raw.get("hidden_size"),
         "intermediate_size": raw.get("intermediate_size"),
         "num_hidden_layers": raw.get("num_hidden_layers"),
@@ -126,7 +126,7 @@ def read_config(folder: Path) -> Qwen2Config:
         "vocab_size": raw.get("vocab_size"),
     }
     # The defaults are those of transformers' Qwen2Config.
-    floats = {
+    floats: dict[str, Any] = {
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 1e4)),
         "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
     }

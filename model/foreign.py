@@ -67,12 +67,12 @@ NAMES = {
     ID + r"@([\w.-]+)": ("a Hub id and a revision", "give {1} --revision {2}"),
     r"[\w./-]+:[\w.-]+": ("a name in Ollama's form", "give the Hub id of the original checkpoint"),
 }  # fmt: skip
-NAMES = {re.compile(pattern, re.ASCII): known for pattern, known in NAMES.items()}
+PATTERNS = {re.compile(pattern, re.ASCII): known for pattern, known in NAMES.items()}
 
 
 def refuse_name(name: str) -> None:
     """Raise BadCheckpoint if `name`, which is no folder, has the form of something recognized."""
-    for pattern, (what, remedy) in NAMES.items():
+    for pattern, (what, remedy) in PATTERNS.items():
         if len(name) <= LONGEST_NAME and (found := pattern.fullmatch(name)):
             raise BadCheckpoint(
                 f"{name} is {what}, {NEITHER}", remedy.format(name, *found.groups())

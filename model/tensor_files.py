@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from errors import BadCheckpoint, listed
 from model.foreign import COPY_AGAIN, read_object, refuse_content, tensor_remedy
+from model.qwen2 import Qwen2
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 INDEX = "model.safetensors.index.json"
@@ -20,7 +20,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = "download or copy the whole checkpoint again"
 
 
-def find_tensors(folder: Path, model: nn.Module) -> dict[Path, list[str]]:
+def find_tensors(folder: Path, model: Qwen2) -> dict[Path, list[str]]:
     """The names of the tensors to load from each file, checked against `model`'s parameters.
 
     Reads only the files' headers. Raises BadCheckpoint that lists every missing, unexpected or

@@ -282,7 +282,7 @@ def what_next(run: RunRecord) -> Iterator[Block]:
             commands["measure base and tuned"] = f"python evaluate.py --adapter {adapter}"
         commands["ask the tuned model"] = f'python evaluate.py --adapter {adapter} --ask "..."'
         merge = f"python -m run.export --adapter {adapter} --out merged"
-        commands["merge the adapter into a checkpoint; docs/exports.md has other formats"] = merge
+        commands["merge the adapter into a checkpoint; docs/next.md has other formats"] = merge
     yield page.code("\n\n".join(f"# {what}\n{typed}" for what, typed in commands.items()))
 
 

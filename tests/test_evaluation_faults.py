@@ -1,6 +1,7 @@
 """Tests of an evaluation that is killed, and of models and texts at their worst."""
 
 import json
+import re
 import time
 from dataclasses import asdict
 
@@ -64,6 +65,13 @@ def test_control_characters_in_answers_are_not_printed(tuned, tmp_path):
         example["base"] = "18\x1b]0;title\x07\x9b2J\u202e\r\n done"
     said = result_text(result)
     assert "]0;title" in said and said.replace("\n", "").isprintable()
+
+
+def test_a_kind_of_mistake_has_a_row_if_a_model_made_it(tuned, tmp_path):
+    result = evaluated(tuned, tmp_path, "--limit", "1")
+    models, said = result["models"].values(), result_text(result)
+    made = {kind for m in models for kind, count in m["mistakes"].items() if count}
+    assert made and made == set(re.findall(r"^classified as (.*?)  ", said, re.M))
 
 
 # Models that never end, or end at once

@@ -6,6 +6,8 @@ evaluation), upper hall (report), roof (scripts). Imports run downward only.
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -135,6 +137,14 @@ def test_no_function_has_more_than_seven_parameters():
 def test_arbitrary_keywords_are_passed_on_to_tqdm_to_log_lines_and_by_jinja2_only():
     tunnels = {where for where, function in functions() if function.args.kwarg}
     assert tunnels == {"progress_bar.progress_bar", "files.write", "data.sandbox.call"}
+
+
+def test_types_on_the_ground_floor_are_consistent():
+    """As checked by mypy, with the settings in pyproject.toml."""
+    pytest.importorskip("mypy", reason="mypy is installed with the extra `test`")
+    check = [sys.executable, "-m", "mypy"]
+    found = subprocess.run(check, cwd=HOUSE, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_the_map_in_the_readme_names_every_file_of_the_product_and_no_other():

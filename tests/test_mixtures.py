@@ -88,7 +88,7 @@ SOURCES = st.lists(
 def schedules(draw) -> Schedule:
     sources = draw(SOURCES)
     return Schedule(
-        some_examples(sum(s.count for s in sources)), batch_size=draw(st.integers(1, 5)),
+        some_examples(sum(s.available for s in sources)), batch_size=draw(st.integers(1, 5)),
         grad_accum=draw(st.integers(1, 3)), epochs=draw(st.integers(1, 6)),
         seed=draw(st.integers(0, 9)), sources=tuple(sources),
     )  # fmt: skip

@@ -81,3 +81,12 @@ def test_a_dry_run_prints_steps_tokens_time_and_memory_and_writes_nothing(
     said = capsys.readouterr().out
     assert "6 steps, about" in said and "peak memory" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_run_that_exists_measures_it_and_changes_no_file(tmp_path, capsys):
+    flags = f"--demo --limit 40 --max-steps 1 --precision fp32 --device cpu --out {tmp_path}"
+    train.main(flags.split())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert train.main([*flags.split(), "--dry-run"]) == 0
+    assert "peak memory" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
