@@ -13,6 +13,9 @@ when the command is repeated.
 `main` is the table of contents. What a task is, and how it is judged: evaluation/tasks.py.
 """
 
+from errors import run_script  # first: from here on, Ctrl-C ends without a traceback
+
+# isort: split
 import contextlib
 import hashlib
 import json
@@ -25,7 +28,7 @@ from typing import Any
 
 from data.gsm8k import EXAMPLES
 from data.rows import fingerprint
-from errors import BadOption, printable, run_script
+from errors import BadOption
 from evaluation.answers import GenerationSettings, answer_all, stream_answer
 from evaluation.choices import choice_metrics, score_all
 from evaluation.rejection import check_new_file, check_tasks, keep
@@ -445,7 +448,7 @@ def ask(config: EvalConfig, base: Base) -> None:
             pieces = stream_answer(models.network, base.chat, config.ask, decoding(config, base))
             try:
                 for piece in pieces:
-                    print(printable(piece, "\n\t"), end="", flush=True)
+                    print(piece, end="", flush=True)
             finally:  # an error begins on a line of its own
                 print()
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from data.rows import Problem
-from errors import BadData, printable
+from errors import BadData
 from evaluation.generative import (
     Completion,
     Completions,
@@ -272,7 +272,7 @@ def result_text(result: dict[str, Any]) -> str:
     for example in result["examples"]:
         lines.append(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
         for name in result["models"]:
-            lines.append(f"  {name}: {printable(' '.join(example[name].split())[:300])}")
+            lines.append(f"  {name}: {' '.join(example[name].split())[:300]}")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import BadCheckpoint, listed, printable
+from errors import BadCheckpoint, listed
 from hub import fetch
 from model.foreign import (
     COPY_AGAIN,
@@ -242,6 +242,5 @@ def remarks(folder: Path, config: Qwen2Config) -> list[str]:
     used = {path.name for path in tensor_files(folder).values()}
     others = {path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern)} - used
     if others:
-        names = printable(listed(sorted(others), 3))
-        lines.append(f"other weights in its folder are not read: {names}")
+        lines.append(f"other weights in its folder are not read: {listed(sorted(others), 3)}")
     return lines

@@ -3,11 +3,14 @@
 python -m report out/qwen2-0.5b-instruct-gsm8k --price-per-hour 2.5
 """
 
+from errors import run_script  # first: from here on, Ctrl-C ends without a traceback
+
+# isort: split
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import BadRun, run_script
+from errors import BadRun
 from report.sections import write_report
 from run.options import option, parse
 

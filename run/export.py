@@ -8,6 +8,9 @@ Every export is read again from the disk, and its logits are compared with the a
 gets its final name.
 """
 
+from errors import run_script  # first: from here on, Ctrl-C ends without a traceback
+
+# isort: split
 import json
 import os
 import shutil
@@ -22,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.chat import ChatFormat
-from errors import BadCheckpoint, BadOption, UserError, listed, run_script
+from errors import BadCheckpoint, BadOption, UserError, listed
 from files import sync_files, sync_folder
 from lora.config import LoRAConfig
 from lora.inject import bake_scale, merge, unwrapped_state

@@ -24,7 +24,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Progress:
     validated: int = -1  # the cursor at the last validation; -1: none
     validations: int = 0  # after at least one step, with finite figures
     halved: int = 0  # how often micro-batches were halved because memory ran out
+    # What an interrupted validation has measured so far, by `part_of_validation`.
+    validating: dict[str, list[list[Any]]] = field(default_factory=dict)
     stopped: str | None = None  # why the run is finished
 
     def record_step(self, finite: bool) -> None:
@@ -76,6 +78,13 @@ class Progress:
         self.step += finite
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+    def part_of_validation(self, part: str, batch_size: int, ranks: int) -> list[list[Any]]:
+        """The figures of a part of the validation in progress, to which new ones are appended.
+
+        Batches of another size, and those of other ranks, have other rows: they start anew.
+        """
+        return self.validating.setdefault(f"{part}, {ranks} x {batch_size}", [])
 
     def record_validation(self, val_loss: float, val_exact_match: float | None = None) -> bool:
         """Record a validation at the current cursor; True if it is the best so far.
@@ -87,7 +96,7 @@ class Progress:
         """
         new = [-val_loss] if val_exact_match is None else [val_exact_match, -val_loss]
         best = [None if self.best_loss is None else -self.best_loss]
-        previous, self.validated = self.validated, self.cursor
+        previous, self.validated, self.validating = self.validated, self.cursor, {}
         finite = all(map(math.isfinite, new))
         self.validations += finite and self.cursor > 0
         if val_exact_match is not None:

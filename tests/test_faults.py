@@ -608,7 +608,7 @@ def test_an_example_too_long_for_memory_ends_the_run_with_its_length_and_remedie
     ended = run(short, tmp_path / "run", fault=memory_for(60))
     error = ended.two_line_error()
     assert ended.code == 1 and "98765 bytes" in error
-    assert any(f"1 sequences of {n} tokens" in error for n in range(61, 65))
+    assert any(f"1 sequence of {n} tokens" in error for n in range(61, 65))
     for remedy in ("--max-length 6", "--precision", "--targets"):
         assert remedy in error
 
