@@ -82,7 +82,7 @@ SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the run fails
 class TrainConfig:
     """The options: each field is a flag of the command line and a key of `config.json`."""
 
-    model: str = option("Qwen/Qwen2-0.5B-Instruct", "base model: folder or Hub id")
+    model: str = option("Qwen/Qwen2-0.5B-Instruct", "base model: folder or Hub id", path="any")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
     data: tuple[str, ...] = option(
         ("gsm8k",),
@@ -91,7 +91,7 @@ class TrainConfig:
     )
     columns: tuple[str, ...] = option((), "rename columns: question=problem,answer=text")
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
-    out: str | None = option(None, "run folder (default: out/<model>-<data>)")
+    out: str | None = option(None, "run folder (default: out/<model>-<data>)", path="new")
 
     rank: str = option(
         "8",
@@ -107,7 +107,7 @@ class TrainConfig:
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead; for ranks above 32")
     dora: bool = option(False, "DoRA: train direction and magnitude separately; slower")
     from_adapter: str | None = option(
-        None, "continue training this adapter (keeps its rank, alpha, targets)"
+        None, "continue training this adapter (keeps its rank, alpha, targets)", path="any"
     )
 
     epochs: int = option(3, "passes over the training data", least=1)
@@ -126,7 +126,9 @@ class TrainConfig:
     system: str | None = option(
         None, "system prompt of rows without one, '' for an empty one (default: the template's)"
     )
-    chat_template: str | None = option(None, "file of a chat template to use instead of the base's")
+    chat_template: str | None = option(
+        None, "file of a chat template to use instead of the base's", path="file"
+    )
     max_length: int = option(2048, "longest example in tokens; longer rows are left out", least=2)
     limit: int | None = option(None, "use only the first N rows of each source", least=2)
     max_steps: int | None = option(None, "stop after this many steps", least=1)

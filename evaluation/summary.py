@@ -297,6 +297,12 @@ def pass_cell(model: dict[str, Any], name: str) -> str:
     return f"{100 * share:.1f} %{between}"
 
 
+def _rows(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What `models_table` has rows for."""
+    tables = {name: set(metrics.get(name, ())) for name in ("correct", "votes", "pass")}
+    return {"names": metrics.keys() - tables.keys() - {"mistakes"}} | tables
+
+
 def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
     """Two results compared, each by its tuned model or, if it has one model only, by that.
 
@@ -314,6 +320,11 @@ def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
         if value != settings[1].get(key)
     ]
     models = {name: list(r["models"].values())[-1] for name, r in (("A", a), ("B", b))}
+    if _rows(models["A"]) != _rows(models["B"]):
+        raise BadData(
+            "the two results were measured differently: one has figures that the other lacks",
+            "compare evaluations with the same --samples and --teacher-forced",
+        )
     lines.append(models_table({"problems": a["problems"], "models": models}))
     found = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
     return "\n".join([*lines, f"B against A: {found['in_words']}"])

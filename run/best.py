@@ -9,12 +9,12 @@ from torch import nn
 
 from data.template import ChatTemplate
 from errors import BadCheckpoint
-from files import json_bytes, read_json, sync_files, sync_folder
+from files import json_bytes, publish, read_json, sync_files, sync_folder
 from lora.config import LoRAConfig
 from lora.peft_format import WEIGHTS, save_adapter
 from run.base import ORIGIN, Base
 from run.card import adapter_card
-from run.folder import Progress, Run
+from run.folder import Progress, Run, adapter_sha256
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -39,16 +39,15 @@ def publish_best(
     card = adapter_card(name or base.folder.name, lora, run, reached, new)
     (new / "README.md").write_text(card, "utf-8")
     origin = {name: run.identity[name] for name in ORIGINS if name in run.identity}
-    (new / ORIGIN).write_bytes(json_bytes(origin))
+    hashes = filter(None, (adapter_sha256(new), adapter_sha256(best)))
+    (new / ORIGIN).write_bytes(json_bytes(origin | {"adapter_sha256": list(hashes)}))
+    if not best.exists():
+        return publish(new, best)
     sync_files(new)
-    if best.exists():
-        for name in (WEIGHTS, "README.md", ORIGIN):
-            os.replace(new / name, best / name)
-        sync_folder(best)
-        shutil.rmtree(new)
-    else:
-        os.rename(new, best)
-    sync_folder(run.folder)
+    for name in (ORIGIN, WEIGHTS, "README.md"):  # ORIGIN has the hashes of both adapters
+        os.replace(new / name, best / name)
+    sync_folder(best)
+    shutil.rmtree(new)
 
 
 def copy_tokenizer(base: Path, template: ChatTemplate, folder: Path) -> None:

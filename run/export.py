@@ -12,7 +12,6 @@ from errors import run_script  # first: from here on, Ctrl-C ends without a trac
 
 # isort: split
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from data.chat import ChatFormat
 from errors import BadCheckpoint, BadOption, UserError, listed
-from files import sync_files, sync_folder
+from files import make_folder, publish
 from lora.config import LoRAConfig
 from lora.inject import bake_scale, merge, unwrapped_state
 from lora.peft_format import read_adapter, save_adapter
@@ -66,9 +65,9 @@ class ExportFailed(UserError):
 class ExportConfig:
     """The options of the command line."""
 
-    adapter: str = option("", "adapter folder, such as out/.../best")
-    out: str = option("merged", "folder or .gguf file to write; it must not exist yet")
-    model: str | None = option(None, "base model (default: the one the adapter names)")
+    adapter: str = option("", "adapter folder, such as out/.../best", path="any")
+    out: str = option("merged", "folder or .gguf file to write; it must not exist yet", path="new")
+    model: str | None = option(None, "base model (default: the one the adapter names)", path="any")
     portable: bool = option(
         False, "an adapter with alpha = r and one rank, which all programs scale alike"
     )
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. The export, under another name; compared; renamed.
     new = out.with_name(out.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    make_folder(new)
     try:
         if config.portable:
             said = write_portable(source, model, new)
@@ -129,9 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             write_gguf(new, new / out.name)
             written = new / out.name
         print(compared(expected, probe(reload(source, written, expected.dtype)), config))
-        sync_files(new)
-        os.rename(written, out)
-        sync_folder(out.parent)
+        publish(written, out)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     print(f"{'portable adapter' if config.portable else 'merged'} in {out}: {said}")

@@ -32,7 +32,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from errors import BadRun, UserError, listed
-from files import JsonLines, clean_up, damage, hash_files, read_json, write_file, write_json
+from files import (
+    JsonLines,
+    clean_up,
+    damage,
+    hash_files,
+    make_folder,
+    read_json,
+    write_file,
+    write_json,
+)
 from run.identity import (
     check_result,
     differences,
@@ -41,6 +50,7 @@ from run.identity import (
     program,
     program_text,
 )
+from typed import record
 
 FORMAT = 2  # of config.json: 1 had --r, and mixed sources by exact fractions
 KEEP = 2  # checkpoints: the newest, and one to fall back on
@@ -115,6 +125,17 @@ class Progress:
         if self.validations_since_best >= patience:
             return f"no better {metric} in {patience} validations"
         return None
+
+
+def progress_of(values: Any, checkpoint: Path) -> Progress:
+    """The progress that a checkpoint holds; BadRun if it is not one of this version."""
+    try:
+        return record(Progress, values)
+    except ValueError as error:
+        raise BadRun(
+            f"{checkpoint / 'progress.json'}: {error}",
+            "resume with the version that wrote it, or give another --out",
+        ) from None
 
 
 def adapter_sha256(adapter: Path) -> str | None:
@@ -211,10 +232,15 @@ class Run:
     def commits_of_data(
         self, data: Sequence[str], revision: str | None
     ) -> dict[str, str | None] | str | None:
-        """The commits that the run recorded: by source, or of its single one; None if it is new."""
-        commits = self.identity.get("data_commit")
-        if self.options.get("data_revision") != revision:
+        """The commits that the run recorded: by source, or of its single one; None if it is new.
+
+        That of a source which was no repository is "".
+        """
+        if "data_commit" not in self.identity or self.options.get("data_revision") != revision:
             return None
+        commits = self.identity["data_commit"] or ""
+        if isinstance(commits, dict):
+            commits = {name: commit or "" for name, commit in commits.items()}
         same = self.options.get("data") in (list(data), data[0])  # once, it was a text
         return commits if same or isinstance(commits, dict) else None
 
@@ -265,7 +291,7 @@ class Run:
     def read_progress(self) -> Progress | None:
         """The progress to resume from, after `repair`; None if there is no checkpoint."""
         found = self.progress()
-        return Progress(**found) if found else None
+        return progress_of(found, self.checkpoints()[-1]) if found else None
 
     def check(
         self,
@@ -409,7 +435,7 @@ def lock(folder: Path) -> None:
 
     The operating system releases the lock of a process that died.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if folder.resolve() in _locked:
         return
     file_lock = FileLock(folder / LOCK, thread_local=False)
