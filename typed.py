@@ -31,9 +31,9 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())
     if isinstance(value, bool):
         return kind is bool
-    if kind is float:
-        return isinstance(value, int | float) and abs(value) < LARGEST and math.isfinite(value)
-    return isinstance(value, kind) and (kind is not int or abs(value) < LARGEST)
+    if isinstance(value, int):
+        return kind in (int, float) and abs(value) < LARGEST
+    return isinstance(value, kind) and (kind is not float or math.isfinite(value))
 
 
 def fault(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> str | None:
