@@ -43,6 +43,13 @@ class Checkpoint:
     folder: Path
     commit: str | None
 
+    @property
+    def public_name(self) -> str | None:
+        """What others know it by: a Hub id, or the name of a base included in this repository; None
+        for a folder, whose path says something about its owner alone.
+        """
+        return self.name if self.commit or self.name in SHIPPED else None
+
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Locate the base model `name`: a key of `SHIPPED`, a folder, or a Hub id (downloaded).

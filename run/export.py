@@ -157,11 +157,12 @@ def write_portable(source: ExportInput, model: Qwen2, folder: Path) -> str:
             "leave out --portable: the merged model needs no adapter",
         )
     lora, checkpoint = bake_scale(model, source.lora), source.checkpoint
-    save_adapter(model, folder, lora, base=checkpoint.name, revision=checkpoint.commit)
+    save_adapter(model, folder, lora, base=checkpoint.public_name, revision=checkpoint.commit)
     if source.chat:
         copy_tokenizer(checkpoint.folder, source.chat.template, folder)
     run = Run.of_adapter(source.config.adapter)
-    card = adapter_card(checkpoint.name, lora, run, run.progress(), Path(source.config.adapter))
+    name = checkpoint.public_name or checkpoint.folder.name
+    card = adapter_card(name, lora, run, run.progress(), Path(source.config.adapter))
     (folder / "README.md").write_text(card, "utf-8")
     return f"read as it is by {readers(lora)}"
 
@@ -189,7 +190,8 @@ def write_merged(source: ExportInput, model: Qwen2, folder: Path) -> str:
         _update(folder / "generation_config.json", {"eos_token_id": list(eos_ids)})
     save_weights(state, folder)
     adapter, run = Path(config.adapter), Run.of_adapter(config.adapter)
-    card = merged_card(source.checkpoint.name, source.lora, run, run.progress(), adapter)
+    name = source.checkpoint.public_name or base.name
+    card = merged_card(name, source.lora, run, run.progress(), adapter)
     (folder / "README.md").write_text(card, "utf-8")
     hint = "\n  --dtype fp32 loses next to nothing, at twice the size" if lost > 0.01 else ""
     return f"rounding to {config.dtype} lost {lost:.1%} of the adapter's change{hint}"

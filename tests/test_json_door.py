@@ -170,3 +170,16 @@ def test_the_parents_of_a_new_folder_are_synced_from_the_top(tmp_path, calls):
     calls.clear()
     make_folder(tmp_path / "a" / "b" / "c")
     assert calls == []
+
+
+# What others are told
+
+
+def test_no_export_names_the_path_of_a_base_that_is_a_folder(evaluated_run, tmp_path):
+    for number, flags in enumerate((["--portable"], ["--dtype", "fp32"], ["--gguf"])):
+        out = tmp_path / ("x.gguf" if "--gguf" in flags else str(number))
+        where = ["--adapter", evaluated_run / "run/best", "--model", evaluated_run / "base"]
+        export.main([str(flag) for flag in (*where, *flags, "--out", out)])
+        files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+        found = [path for path in files if bytes(evaluated_run / "base") in path.read_bytes()]
+        assert files and not found
