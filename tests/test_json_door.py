@@ -12,6 +12,7 @@ import train
 from errors import BadAdapter, BadRun, run_script
 from files import json_bytes, make_folder, publish, write_file, write_folder
 from lora.peft_format import CONFIG, WEIGHTS
+from run import export
 from run.base import ORIGIN, hash_adapter
 from run.folder import Progress, Run
 from tests import toys
