@@ -78,6 +78,7 @@ def open_screens() -> None:
     Otherwise the next file that is opened would get the number of the closed one, and with it what
     libraries print.
     """
+    os.environ.setdefault("PYTHON_COLORS", "0")  # of argparse and tracebacks: escapes, too
     for number in range(3):
         try:
             os.fstat(number)
