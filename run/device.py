@@ -219,9 +219,7 @@ def why_given_up(error: Exception, lengths: list[int]) -> tuple[bool, bool]:
     Raises another error as it is, and TrainingFailed if not even one sequence fits into memory.
     """
     if isinstance(error, StopRequested):
-        print_above_bars(
-            "the step in progress takes long: it is given up, and repeated on resuming"
-        )
+        print_above_bars("the step takes long: it is given up, and repeated on resuming")
         return False, True
     if not is_out_of_memory(error):
         raise error
