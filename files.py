@@ -33,7 +33,7 @@ LARGEST_JSON = 2**26  # bytes; the largest published files, tokenizers, have a s
 def user_path(flag: str, text: str, kind: str = "any") -> str:
     """A path that a user gave, with `~` expanded; one that does not exist is left to its reader.
 
-    `kind` is what it must be if it exists: "file", "folder", or "any" of the two; "new" is one that
+    `kind` is what it must be if it exists: "file", or "any" for a file or folder; "new" is one that
     will be written.
     Raises BadOption if no file can have this name, if it is of another kind, such as a pipe or a
     device, or if it cannot be read.
@@ -46,6 +46,8 @@ def user_path(flag: str, text: str, kind: str = "any") -> str:
     except (OSError, ValueError) as error:  # too long, a NUL, a file for a parent, a loop of links
         if is_passing(error):
             raise
+        if kind == "new" and isinstance(error, NotADirectoryError):
+            return path
         raise BadOption(f"{flag} {text}: {reason(error)}", "check the path") from None
     is_file, is_folder = stat.S_ISREG(mode), stat.S_ISDIR(mode)
     if kind != "new" and not (is_file or is_folder):
@@ -55,8 +57,6 @@ def user_path(flag: str, text: str, kind: str = "any") -> str:
         raise BadOption(f"{flag} {text} is not readable", "change its permissions")
     if kind == "file" and is_folder:
         raise BadOption(f"{flag} {text} is a folder, not a file", "give the file itself")
-    if kind == "folder" and is_file:
-        raise BadOption(f"{flag} {text} is a file, not a folder", "give the folder that it is in")
     return path
 
 

@@ -65,7 +65,10 @@ class Screen:
             yield
         except (OSError, ValueError) as error:  # ValueError: it was closed
             self.error = self.error or error
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            with (
+                contextlib.suppress(OSError, ValueError),
+                open(os.devnull, "w", encoding="utf-8") as nowhere,
+            ):
                 os.dup2(nowhere.fileno(), self.stream.fileno())  # or the next flush fails again
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +88,7 @@ def open_screens() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if not isinstance(stream, Screen):
             with contextlib.suppress(AttributeError, ValueError, OSError):
                 stream.reconfigure(errors="backslashreplace")  # a terminal need not know them all

@@ -18,7 +18,7 @@ from run.options import option, parse
 @dataclass(frozen=True)
 class ReportConfig:
     run: str = option(
-        "", "run folder, such as out/qwen2-0.5b-instruct-gsm8k; --run may be omitted", path="folder"
+        "", "run folder, such as out/qwen2-0.5b-instruct-gsm8k; --run may be omitted", path="any"
     )
     price_per_hour: float | None = option(None, "price of the machine in dollars", least=0)
 
