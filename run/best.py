@@ -18,6 +18,7 @@ from run.folder import Progress, Run, adapter_sha256
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+BOTH = "both.json"  # an ORIGIN with the hashes of the new adapter and of the one it replaces
 ORIGINS = ("base_sha256", "data_content", "from_adapter_sha256")  # keys of ORIGIN
 
 
@@ -39,13 +40,14 @@ def publish_best(
     card = adapter_card(name or base.folder.name, lora, run, reached, new)
     (new / "README.md").write_text(card, "utf-8")
     origin = {name: run.identity[name] for name in ORIGINS if name in run.identity}
-    hashes = filter(None, (adapter_sha256(new), adapter_sha256(best)))
-    (new / ORIGIN).write_bytes(json_bytes(origin | {"adapter_sha256": list(hashes)}))
+    hashes = [adapter_sha256(new), adapter_sha256(best)]
+    (new / ORIGIN).write_bytes(json_bytes(origin | {"adapter_sha256": hashes[:1]}))
     if not best.exists():
         return publish(new, best)
+    (new / BOTH).write_bytes(json_bytes(origin | {"adapter_sha256": hashes}))
     sync_files(new)
-    for name in (ORIGIN, WEIGHTS, "README.md"):  # ORIGIN has the hashes of both adapters
-        os.replace(new / name, best / name)
+    for name in (BOTH, WEIGHTS, "README.md", ORIGIN):  # in between, either adapter is as written
+        os.replace(new / name, best / name.replace(BOTH, ORIGIN))
     sync_folder(best)
     shutil.rmtree(new)
 
