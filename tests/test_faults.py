@@ -665,7 +665,6 @@ def test_a_failure_on_one_rank_is_reported_once_and_all_ranks_stop(two_ranks, tm
          "error: the disk is full: Disk quota exceeded\n"
          "  free some space, then rerun the command to resume\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
     ],
 )  # fmt: skip
 def test_an_error_that_is_not_a_defect_has_an_exit_code_and_no_traceback(
