@@ -3,13 +3,14 @@
 Any other exception is a bug in this project and keeps its traceback.
 """
 
-import contextlib
 import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+
+from terminal import lost_output, open_screens, printable
 
 LONGEST = 1500  # characters of a printed cause
 CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+@|\bhf_[A-Za-z0-9]{16,}")  # in a URL; a Hub token
@@ -59,18 +60,13 @@ class TrainingFailed(UserError):
 
 
 def plain(text: str) -> str:
-    """`text` on one line, without control characters or credentials: parts of it are untrusted."""
+    """`text` on one line, without credentials, and printable: parts of it are untrusted."""
     text = CREDENTIALS.sub("[hidden]", text)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if token := os.environ.get(name, "").strip():
             text = text.replace(token, "[hidden]")
     text = printable(text[: LONGEST + 1])
     return text if len(text) <= LONGEST else text[:LONGEST] + "..."
-
-
-def printable(text: str, keep: str = "") -> str:
-    """`text` with control characters replaced, except for those in `keep`."""
-    return "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
 
 
 def listed(problems: Iterable[str], most: int = 6) -> str:
@@ -83,25 +79,21 @@ def listed(problems: Iterable[str], most: int = 6) -> str:
 def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and return its exit code; a user's error is printed in two lines.
 
-    A full disk is reported in the same way, and a closed pipe (`| head -1`) ends quietly.
+    A full disk is reported in the same way. What is printed goes through a `Screen`; if some of it
+    could not be written, the code of a finished script is 141 for a closed pipe, as of a process
+    that SIGPIPE ended, and else 1.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal need not know every character
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="replace")
+    open_screens()
     try:
-        code = main() or 0
-        sys.stdout.flush()
-        return code
+        return main() or _code_of_lost_output()
     except UserError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        _say(f"error: {error.cause}\n  {error.remedy}")
+        _say(error.cause, error.remedy)
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted")
+        print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 128 + 13  # SIGPIPE, which Windows does not define
     except OSError as error:
         if not is_full(error) and not is_passing(error) and error.errno not in DENIED:
             raise
@@ -112,10 +104,26 @@ def run_script(main: Callable[[], int | None]) -> int:
             cause, remedy = f"the disk is full: {place}", "free some space"
         else:
             cause, remedy = f"a file cannot be used: {place}", "make it accessible again"
-        _say(f"error: {cause}\n  {remedy}, then rerun the command to resume")
+        _say(cause, f"{remedy}, then rerun the command to resume")
         return 1
     finally:
-        _flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _code_of_lost_output() -> int:
+    """The exit code of a script that did its work, by whether all it printed could be written."""
+    error = lost_output()
+    if error is None:
+        return 0
+    if isinstance(error, BrokenPipeError):  # as with `| head -1`
+        return 128 + 13  # SIGPIPE, which Windows does not define
+    _say(f"what was printed is incomplete: {plain(str(error))}", "everything else was done")
+    return 1
+
+
+def _say(cause: str, remedy: str) -> None:
+    print(f"error: {cause}\n  {remedy}", file=sys.stderr)
 
 
 def is_passing(error: Exception) -> bool:
@@ -128,17 +136,3 @@ def is_passing(error: Exception) -> bool:
 def is_full(error: OSError) -> bool:
     """Whether the disk, the user's quota or a file size limit is exhausted."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a closed stderr: the exit code still reports it
-        print(text, file=sys.stderr, flush=True)
-
-
-def _flush() -> None:
-    """Flush both streams; what cannot be written is dropped, or Python would print an error."""
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -13,6 +13,9 @@ when the command is repeated.
 `main` is the table of contents. What a task is, and how it is judged: evaluation/tasks.py.
 """
 
+from errors import run_script  # first: from here on, Ctrl-C ends without a traceback
+
+# isort: split
 import contextlib
 import hashlib
 import json
@@ -25,7 +28,7 @@ from typing import Any
 
 from data.gsm8k import EXAMPLES
 from data.rows import fingerprint
-from errors import BadOption, printable, run_script
+from errors import BadOption, BadRun
 from evaluation.answers import GenerationSettings, answer_all, stream_answer
 from evaluation.choices import choice_metrics, score_all
 from evaluation.rejection import check_new_file, check_tasks, keep
@@ -41,7 +44,7 @@ from evaluation.summary import (
 )
 from evaluation.tasks import Selection, Task, find_tasks
 from evaluation.teacher_forced import teacher_forced_metrics
-from files import HashedFiles, write_json
+from files import HashedFiles, read_json, write_json
 from lora import disabled, read_adapter
 from model.checkpoint import read_sampling
 from model.generate import Decoding
@@ -55,7 +58,7 @@ from run.base import (
     hash_adapter,
 )
 from run.card import refresh_card
-from run.device import DTYPES
+from run.device import DTYPES, changed_conditions, conditions, out_of_memory_reported
 from run.folder import Run, check_place, lock
 from run.identity import folder_of_program, program
 from run.options import changed_options, in_two_columns, option, parse
@@ -67,8 +70,8 @@ FORWARD_BATCH = 16  # texts per forward pass without generation; more are not fa
 class EvalConfig:
     """The options: each field is a flag of the command line."""
 
-    adapter: str | None = option(None, "adapter folder, such as out/.../best")
-    model: str | None = option(None, "base model (default: the one the adapter names)")
+    adapter: str | None = option(None, "adapter folder, such as out/.../best", path="any")
+    model: str | None = option(None, "base model (default: the one the adapter names)", path="any")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
 
     data: tuple[str, ...] = option((), "as for train.py (default: what the adapter was trained on)")
@@ -100,18 +103,24 @@ class EvalConfig:
         None, "system prompt of problems without one, '' for an empty one (default: as in training)"
     )
     chat_template: str | None = option(
-        None, "file of a chat template to use instead of the adapter's or the base's"
+        None, "file of a chat template to use instead of the adapter's or the base's", path="file"
     )
 
     fresh: bool = option(
         False, "measure anew in another folder if there is a result, or answers by other code"
     )
-    out: str | None = option(None, "folder for the results (default: the adapter's run folder)")
+    out: str | None = option(
+        None, "folder for the results (default: the adapter's run folder)", path="new"
+    )
     keep_correct: str | None = option(
-        None, "with --split train: write correct answers to this .jsonl file, to train on them"
+        None,
+        "with --split train: write correct answers to this .jsonl file, to train on them",
+        path="new",
     )
     ask: str | None = option(None, "answer this question instead of evaluating")
-    compare: tuple[str, ...] = option((), "compare two result.json files instead of evaluating")
+    compare: tuple[str, ...] = option(
+        (), "compare two result.json files instead of evaluating", path="file"
+    )
 
     batch_size: int = option(128, "sequences decoded in parallel; same answers in fp32", least=1)
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
@@ -185,10 +194,11 @@ def main(argv: list[str] | None = None) -> None:
         if len(evaluations) > 1:
             print(f"\n{task.description}")
         lock(folder)
-        write_json(folder / "settings.json", evaluation.settings)
+        record_session(evaluation, base)
         measure = measure_answers if task.judge.generated else measure_choices
         result = {"settings": evaluation.settings, "problems": len(task.problems)}
-        result |= measure(config, base, models, task, folder)
+        with out_of_memory_reported("rerun the command with a smaller --batch-size to resume"):
+            result |= measure(config, base, models, task, folder)
         base.check_unchanged()
         write_json(folder / "result.json", result)
         print(f"{result_text(result)}\n\nresults in {folder}")
@@ -298,6 +308,19 @@ def find_evaluations(config: EvalConfig, base: Base, files: HashedFiles | None) 
         evaluations.append(Evaluation(task, settings, folder))
         check_place(evaluations[-1].folder)
     return evaluations
+
+
+def record_session(evaluation: Evaluation, base: Base) -> None:
+    """Write the settings, and print what has changed since an earlier session."""
+    path, now = evaluation.folder / "settings.json", conditions(base.device)
+    earlier = read_json(path, BadRun, f"delete {evaluation.folder}") if path.exists() else {}
+    changes = changed_conditions(earlier.get("conditions"), now)
+    for change in changes:
+        print(f"resuming, {change}")
+    known = earlier.get("changes", [])
+    evaluation.settings["conditions"] = now
+    evaluation.settings["changes"] = [*(known if isinstance(known, list) else []), *changes]
+    write_json(path, evaluation.settings)
 
 
 def evaluation_settings(
@@ -445,7 +468,7 @@ def ask(config: EvalConfig, base: Base) -> None:
             pieces = stream_answer(models.network, base.chat, config.ask, decoding(config, base))
             try:
                 for piece in pieces:
-                    print(printable(piece, "\n\t"), end="", flush=True)
+                    print(piece, end="", flush=True)
             finally:  # an error begins on a line of its own
                 print()
 

@@ -19,13 +19,50 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import UserError, is_passing
+from errors import BadOption, UserError, is_passing
 
 MANIFEST = "manifest.json"
 # Answers of file systems and systems on which a folder cannot be synced: CIFS, FUSE, Windows.
 FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
                       errno.EACCES, errno.EPERM)  # fmt: skip
+ODD_KINDS = ((stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"),
+             (lambda mode: True, "device"))  # fmt: skip
 LARGEST_JSON = 2**26  # bytes; the largest published files, tokenizers, have a sixth of that
+
+
+def user_path(flag: str, text: str, kind: str = "any") -> str:
+    """A path that a user gave, with `~` expanded; one that does not exist is left to its reader.
+
+    `kind` is what it must be if it exists: "file", or "any" for a file or folder; "new" is one that
+    will be written.
+    Raises BadOption if no file can have this name, if it is of another kind, such as a pipe or a
+    device, or if it cannot be read.
+    """
+    path = os.path.expanduser(text)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:  # too long, a NUL, a file for a parent, a loop of links
+        if is_passing(error):
+            raise
+        if kind == "new" and isinstance(error, NotADirectoryError):
+            return path
+        raise BadOption(f"{flag} {text}: {reason(error)}", "check the path") from None
+    is_file, is_folder = stat.S_ISREG(mode), stat.S_ISDIR(mode)
+    if kind != "new" and not (is_file or is_folder):
+        what = next(name for is_it, name in ODD_KINDS if is_it(mode))
+        raise BadOption(f"{flag} {text} is a {what}", "give a regular file or a folder")
+    if kind != "new" and not os.access(path, os.R_OK | (os.X_OK if is_folder else 0)):
+        raise BadOption(f"{flag} {text} is not readable", "change its permissions")
+    if kind == "file" and is_folder:
+        raise BadOption(f"{flag} {text} is a folder, not a file", "give the file itself")
+    return path
+
+
+def reason(error: Exception) -> str:
+    """What the system says about a path or file, without the path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def read_json(
@@ -150,16 +187,34 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
     """
     new, old = final.with_name(final.name + ".new"), final.with_name(final.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    make_folder(new)
     manifest = {name: {"bytes": len(data), "sha256": _hash(data)} for name, data in files.items()}
     for name, data in (files | {MANIFEST: json_bytes(manifest)}).items():
-        _write(new / name, data)
-    sync_folder(new)
+        (new / name).write_bytes(data)
+    sync_files(new)
     if final.exists():
         os.rename(final, old)
+    _rename(new, final)
+    remove_folder(old)
+
+
+def publish(new: Path, final: Path) -> None:
+    """Give a finished file or folder its final name, once all of it is on the disk."""
+    sync_files(new)
+    _rename(new, final)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and the parents that it lacks; a power cut does not undo it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(made):
+        sync_folder(path.parent)
+
+
+def _rename(new: Path, final: Path) -> None:
     os.rename(new, final)
     sync_folder(final.parent)
-    remove_folder(old)
 
 
 def remove_folder(folder: Path) -> None:
@@ -201,7 +256,7 @@ def damage(folder: Path, required: Iterable[str] = ()) -> str | None:
                 return f"{name} is not what was written: its hash differs"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST} is not readable"
     return None
 
@@ -226,14 +281,13 @@ def _say_folders_are_not_synced(reason: str) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Force a folder's files and its directory entries to the disk."""
-    for path in folder.rglob("*"):
+    """Force a file, or a folder's files and its directory entries, to the disk."""
+    for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             sync_folder(path)
             continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    sync_folder(folder)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -10,6 +10,9 @@ however they are spread over micro-batches and ranks. `main` is the table of con
 loop, `forward_backward` one micro-batch.
 """
 
+from errors import run_script  # first: from here on, Ctrl-C ends without a traceback
+
+# isort: split
 import gc
 import math
 import sys
@@ -32,7 +35,6 @@ from data.mixture import (
     source_names,
 )
 from data.rows import Problem
-from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of, judged_problems
 from evaluation.teacher_forced import teacher_forced
@@ -54,14 +56,17 @@ from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import (
     DTYPES,
-    check_halving,
+    changed_conditions,
     check_trained,
+    conditions,
     describe,
     no_finite_gradient,
+    out_of_memory_reported,
     peak_memory_gb,
     pick_device,
     total_memory_gb,
     versions,
+    why_given_up,
 )
 from run.distributed import World
 from run.earlier import upgrade_options
@@ -77,7 +82,7 @@ SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the run fails
 class TrainConfig:
     """The options: each field is a flag of the command line and a key of `config.json`."""
 
-    model: str = option("Qwen/Qwen2-0.5B-Instruct", "base model: folder or Hub id")
+    model: str = option("Qwen/Qwen2-0.5B-Instruct", "base model: folder or Hub id", path="any")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
     data: tuple[str, ...] = option(
         ("gsm8k",),
@@ -86,7 +91,7 @@ class TrainConfig:
     )
     columns: tuple[str, ...] = option((), "rename columns: question=problem,answer=text")
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
-    out: str | None = option(None, "run folder (default: out/<model>-<data>)")
+    out: str | None = option(None, "run folder (default: out/<model>-<data>)", path="new")
 
     rank: str = option(
         "8",
@@ -102,7 +107,7 @@ class TrainConfig:
     rslora: bool = option(False, "scale by alpha / sqrt(rank) instead; for ranks above 32")
     dora: bool = option(False, "DoRA: train direction and magnitude separately; slower")
     from_adapter: str | None = option(
-        None, "continue training this adapter (keeps its rank, alpha, targets)"
+        None, "continue training this adapter (keeps its rank, alpha, targets)", path="any"
     )
 
     epochs: int = option(3, "passes over the training data", least=1)
@@ -121,7 +126,9 @@ class TrainConfig:
     system: str | None = option(
         None, "system prompt of rows without one, '' for an empty one (default: the template's)"
     )
-    chat_template: str | None = option(None, "file of a chat template to use instead of the base's")
+    chat_template: str | None = option(
+        None, "file of a chat template to use instead of the base's", path="file"
+    )
     max_length: int = option(2048, "longest example in tokens; longer rows are left out", least=2)
     limit: int | None = option(None, "use only the first N rows of each source", least=2)
     max_steps: int | None = option(None, "stop after this many steps", least=1)
@@ -299,13 +306,16 @@ def main(argv: list[str] | None = None) -> int:
         lock(run.folder)  # makes a new folder, now that everything has been read
         facts = {"base": base.name, "base_folder": base.place, "device": describe(device)}
         facts |= {"versions": versions(), "changed_options": [*changed_options(config)]}
+        facts["conditions"] = conditions(device)
+        if changes is not None:
+            changes += changed_conditions(run.config.get("conditions"), facts["conditions"])
         rows = [problem.row() for problem in held_out]
         run.write_start(saved | facts, changes or [], asdict(audit), rows)
-        for change in changes or []:
-            print(f"resuming, although {change}")
+        console.print_changes(changes or [])
 
     # 6. Training, and the report.
-    with Stop(config.max_minutes) as stop:
+    smaller = "rerun the command with half the --batch-size and twice the --grad-accum to resume"
+    with Stop(config.max_minutes) as stop, out_of_memory_reported(smaller):
         progress = train(config, data, base, model, run, world, stop)
     base.check_unchanged()
     if world.is_main and progress.stopped:
@@ -375,14 +385,16 @@ def train(
         step_started = time.perf_counter()
         step = data.schedule.step(progress.cursor, halved=progress.halved)
         sums = torch.zeros(2, device=base.device)  # nats, correct tokens
+        given_up = False, False  # for lack of memory; because a stop was requested
         try:
             for examples in step.micro_batches:
+                stop.poll_in_step()
                 sums += forward_backward(model, examples, step, seed=config.seed, scaler=scaler)
-        except (RuntimeError, MemoryError) as error:
-            # Ranks cannot agree in the middle of a step, so that only a single one continues.
-            check_halving(error, [len(e.tokens) for e in examples], alone=world.size == 1)
-            progress.halved += 1  # the same step again, with micro-batches half as large
-            bar.write("out of memory: micro-batches are half as large from now on")
+        except (RuntimeError, MemoryError, StopRequested) as error:
+            given_up = why_given_up(error, [len(e.tokens) for e in examples])
+        too_large, stopping = world.any(*given_up)  # on one rank: all take the same step again
+        if too_large or stopping:
+            progress.halved += too_large
             optimizer.zero_grad()
             continue
 
@@ -470,7 +482,8 @@ def validate(
 
     With --stop-on exact-match, also the share of a sample of these rows that is answered correctly.
     Ranks exchange sums, not means. A single rank polls for a stop request, and returns None if one
-    comes during the validation; several ranks always complete it.
+    comes during the validation, which continues on resuming; several ranks always complete it.
+    If a batch of a single rank does not fit into memory, all are halved from then on.
     """
     poll = stop.poll if world.size == 1 else bool
     batch_size = max(1, config.batch_size >> progress.halved)
@@ -478,7 +491,10 @@ def validate(
     try:
         for source, examples in data.validation.items():
             mine = examples[world.rank :: world.size]
-            own = teacher_forced(model, mine, batch_size, quiet=not world.is_main, poll=poll)
+            done = progress.part_of_validation(source, batch_size, world.size)
+            own = teacher_forced(
+                model, mine, batch_size, quiet=not world.is_main, poll=poll, done=done
+            )
             sums[source] = [*world.sum(*own), sum(e.supervised_count for e in examples)]
         nats, correct, supervised = map(sum, zip(*sums.values()))
         found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
@@ -491,14 +507,22 @@ def validate(
             )
             settings = GenerationSettings(decoding)
             mine = sample[world.rank :: world.size]
+            done = progress.part_of_validation("answers", batch_size, world.size)
             (correct,) = world.sum(
-                exact_matches(model, base.chat, mine, settings, data.judge, poll)
+                exact_matches(model, base.chat, mine, settings, data.judge, poll, done)
             )
             found["val_exact_match"] = correct / len(sample)
         return found
     except StopRequested:
         model.train()
         return None
+    except (RuntimeError, MemoryError) as error:
+        if world.size > 1:  # the other ranks wait for this one's sums
+            raise
+        lengths = sorted(len(e.tokens) for part in data.validation.values() for e in part)
+        why_given_up(error, lengths[-batch_size:])
+    progress.halved += 1  # after the handler, which holds the memory of the batch that failed
+    return validate(config, progress, data, base, model, world, stop)
 
 
 def learning_rate(config: TrainConfig, step: int, last: int) -> float:

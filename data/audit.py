@@ -10,7 +10,6 @@ from data.encode import Example
 from data.mixture import EncodedSource
 from data.rows import Problem
 from data.split import count_repeated, count_shared, mask_numbers, normalize
-from errors import printable
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def audit_lines(a: Audit) -> list[str]:
     ]
     for name, own in a.sources.items():
         taken = f"{own['rows_per_epoch']:,} rows per epoch (x {own['weight']:g})"
-        lines.append(f"source      {printable(name)[-30:]}: {taken}")
+        lines.append(f"source      {name[-30:]}: {taken}")
         lines.append(f"            {_splits(own['rows'])}; {own['tokens']['total']:,} tokens")
     for where, counts in a.duplicates.items():
         if any(counts.values()):

@@ -71,7 +71,7 @@ def is_hub_id(name: str) -> bool:
     """Whether `name` can be a dataset on the Hub (owner/name or owner/name/folder), not a path."""
     if HUB_ID.fullmatch(name) is None or name.endswith((*SUFFIXES, *OTHER_KINDS)):
         return False
-    return not os.path.exists(name)
+    return not os.path.exists(name) and not os.path.isfile(name.partition("/")[0])
 
 
 def load_path(path: Path, columns: Columns = NOT_RENAMED) -> Source:

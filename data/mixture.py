@@ -121,7 +121,9 @@ def load_mixture(
     for name, weight in parsed:
         its_revision = revision if len(names) == 1 or name in remote else None
         recorded = commits.get(name) if isinstance(commits, Mapping) else commits
-        source = load_source(name, recorded or its_revision, {} if name in TASKS else renamed)
+        source = load_source(
+            name, its_revision if recorded is None else recorded, {} if name in TASKS else renamed
+        )
         mixture.append(WeightedSource(_prefixed(source) if len(names) > 1 else source, weight))
     return mixture
 

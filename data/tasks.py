@@ -11,6 +11,7 @@ from data.custom import is_hub_id, load_hub, load_path
 from data.row_files import SUFFIXES
 from data.rows import NOT_RENAMED, Columns, Source
 from errors import BadData, BadOption
+from files import user_path
 
 Scorer = Callable[[str, str], bool]  # (completion, gold answer) -> whether it is correct
 
@@ -43,20 +44,23 @@ def load_source(name: str, revision: str | None = None, columns: Columns = NOT_R
 
     `columns` maps a row format's columns to the names they have in custom data. Raises BadData for
     a source that does not exist or cannot be read, BadOption for `columns` of a built-in task.
+    The `revision` "" is that of a run whose source was no repository: the Hub is not asked for it.
     """
     if name in TASKS:
         if columns:
             raise BadOption(f"--columns makes no sense for the task {name}", "leave it out")
-        return TASKS[name].load(revision)
+        return TASKS[name].load(revision or None)
+    if is_hub_id(name) and revision == "":
+        raise BadData(f"the run's data, {name}, which was a folder, is gone", "give it with --data")
     if is_hub_id(name):
         return load_hub(name, revision, columns)
-    path = Path(os.path.expanduser(name))
+    path = Path(user_path("--data", name))
     if not os.path.exists(path):  # False, unlike pathlib's, for names that no file can have
         raise BadData(
             f"--data {name} is neither a task ({', '.join(TASKS)}) nor a file or folder, nor a"
             " dataset on the Hub (owner/name)",
             f"give a {', '.join(SUFFIXES)} file, or a folder with train.jsonl and test.jsonl",
         )
-    if revision is not None:
+    if revision:
         raise BadData(f"--data-revision makes no sense for the path {name}", "leave it out")
     return load_path(path, columns)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.problems import Message
-from errors import listed, printable
+from errors import listed
+from terminal import printable
 
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 ROLES = {  # a turn's role in lower case -> role

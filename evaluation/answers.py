@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.batches import in_batches
 from data.chat import ChatFormat
@@ -271,15 +272,18 @@ def exact_matches(
     settings: GenerationSettings,
     judge: Judge,
     poll: Callable[[], object] = bool,
+    done: list[list[Any]] | None = None,
 ) -> int:
     """How many of `problems` the model answers correctly, without dropout.
 
     `judge` is that of generated answers; `poll` is called after each token, and may raise to stop.
+    `done` holds [id, whether it is correct] of problems answered before, and gets the others.
     """
-    gold = {p.id: p.answer for p in problems}
+    gold, done = {p.id: p.answer for p in problems}, [] if done is None else done
     model.eval()
-    given = progress_bar(answers(model, chat, problems, settings, poll=poll), desc="answer",
-                         leave=False)  # fmt: skip
-    correct = sum(judge.is_correct(c.text, gold[c.id], cut_off=c.cut_off) for c in given)
+    known = {(id, 0) for id, _ in done}
+    given = answers(model, chat, problems, settings, done=known, poll=poll)
+    for c in progress_bar(given, desc="answer", leave=False):
+        done.append([c.id, judge.is_correct(c.text, gold[c.id], cut_off=c.cut_off)])
     model.train()
-    return correct
+    return sum(correct for _, correct in done)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from files import JsonLines
+from typed import record
 
 T = TypeVar("T")
 
@@ -16,8 +17,8 @@ def read_log(path: Path, kind: type[T]) -> tuple[list[T], int]:
     records, size = [], 0
     for line in JsonLines.read(path):
         try:
-            records.append(kind(**line.value))
-        except TypeError:  # not an object, or without the fields of `kind`
+            records.append(record(kind, line.value))
+        except ValueError:  # not an object, or not with the fields of `kind`
             break
         size = line.end
     return records, size

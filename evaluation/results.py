@@ -5,6 +5,16 @@ from typing import Any
 
 from errors import BadData
 from files import read_json
+from typed import fault
+
+METRICS = {  # of a model
+    "correct": dict[str, int], "outcomes": list[bool], "votes": dict[str, int],
+    "pass": dict[str, float], "pass_intervals": dict[str, list[float]], "by": dict[str, dict],
+    "mistakes": dict[str, int],
+    **dict.fromkeys(("had_format", "cut_off", "empty", "completions", "tokens"), int),
+    **dict.fromkeys(("seconds", "right_choice_nats"), float),
+    **dict.fromkeys(("loss", "token_accuracy"), float | None),
+}  # fmt: skip
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -14,7 +24,24 @@ def read_result(path: Path) -> dict[str, Any]:
     settings, models = result.get("settings"), result.get("models")
     if not isinstance(settings, dict) or "problems_sha256" not in settings or not models:
         raise BadData(f"{path} is not the result of an evaluation", remedy)
+    if wrong := _fault(result):
+        raise BadData(f"{path}: {wrong}", remedy)
     return result
+
+
+def _fault(result: dict[str, Any]) -> str | None:
+    """What is wrong with the first value that is not of the type it must have."""
+    problems = result.get("problems")
+    wrong = fault({"problems": None} | result, {"problems": int, "models": dict[str, dict]})
+    for name, metrics in () if wrong else result["models"].items():
+        if inner := fault({"correct": None, "outcomes": None} | metrics, METRICS):
+            return f"models.{name}.{inner}"
+        counts = [*metrics["correct"].values(), *metrics.get("votes", {}).values()]
+        if len(metrics["outcomes"]) != problems or any(not 0 <= n <= problems for n in counts):
+            return f"models.{name} is not of {problems} problems"
+        if metrics.get("completions", 1) < 1:
+            return f"models.{name}.completions is {metrics['completions']}, not above 0"
+    return wrong
 
 
 def upgrade_result(result: dict[str, Any]) -> dict[str, Any]:

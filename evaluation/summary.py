@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from data.rows import Problem
-from errors import BadData, printable
+from errors import BadData
 from evaluation.generative import (
     Completion,
     Completions,
@@ -273,7 +273,7 @@ def result_text(result: dict[str, Any]) -> str:
     for example in result["examples"]:
         lines.append(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
         for name in result["models"]:
-            lines.append(f"  {name}: {printable(' '.join(example[name].split())[:300])}")
+            lines.append(f"  {name}: {' '.join(example[name].split())[:300]}")
     return "\n".join(lines)
 
 
@@ -298,6 +298,12 @@ def pass_cell(model: dict[str, Any], name: str) -> str:
     return f"{100 * share:.1f} %{between}"
 
 
+def _rows(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What `models_table` has rows for."""
+    tables = {name: set(metrics.get(name, ())) for name in ("correct", "votes", "pass")}
+    return {"names": metrics.keys() - tables.keys() - {"mistakes"}} | tables
+
+
 def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
     """Two results compared, each by its tuned model or, if it has one model only, by that.
 
@@ -315,6 +321,11 @@ def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
         if value != settings[1].get(key)
     ]
     models = {name: list(r["models"].values())[-1] for name, r in (("A", a), ("B", b))}
+    if _rows(models["A"]) != _rows(models["B"]):
+        raise BadData(
+            "the two results were measured differently: one has figures that the other lacks",
+            "compare evaluations with the same --samples and --teacher-forced",
+        )
     lines.append(models_table({"problems": a["problems"], "models": models}))
     found = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
     return "\n".join([*lines, f"B against A: {found['in_words']}"])

@@ -196,6 +196,8 @@ def load_run_source(run: Mapping[str, Any], name: str) -> Source:
     """One source of a run, at the commit and with the columns that its options name."""
     commits = run.get("data_commit")
     commit = commits.get(name) if isinstance(commits, dict) else commits
+    if commit is None and "data_commit" in run:
+        commit = ""
     columns = parse_columns(tuple(run_texts(run, "columns"))) if run.get("columns") else {}
     return load_source(name, commit, {} if name in TASKS else columns)
 

@@ -28,26 +28,32 @@ def teacher_forced(
     *,
     quiet: bool = False,
     poll: Callable[[], object] = bool,
+    done: list[list[float]] | None = None,
 ) -> tuple[float, float]:
     """(nats, correct tokens), summed over the supervised tokens of `examples`, without dropout.
 
     Sums, unlike means, can be added over ranks and do not depend on the batch size. `poll` is
-    called before each batch, and may raise to stop.
+    called before each batch, and may raise to stop. `done` holds the sums of the first batches, if
+    they were measured before; those of the others are appended to it, also if `poll` raises.
     """
     was_training = model.training
     model.eval()
-    sums = [torch.zeros(2, device=model.head_weight.device)]
-    batches = in_batches(examples, batch_size)
-    for some in progress_bar(batches, desc="validate", leave=False, disable=quiet):
-        poll()
-        batch = flat_batch(some, model.head_weight.device)
-        hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
-        nats, correct = linear_cross_entropy(
-            hidden, model.head_weight, batch.targets, batch.supervised_rows
-        )
-        sums.append(torch.stack((nats, correct)))
-    model.train(was_training)
-    nats, correct = torch.stack(sums).cpu().double().sum(0).tolist()  # the only synchronization
+    done = [] if done is None else done
+    sums = [torch.zeros(0, 2, device=model.head_weight.device)]
+    batches = list(in_batches(examples, batch_size))[len(done) :]
+    try:
+        for some in progress_bar(batches, desc="validate", leave=False, disable=quiet):
+            poll()
+            batch = flat_batch(some, model.head_weight.device)
+            hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
+            nats, correct = linear_cross_entropy(
+                hidden, model.head_weight, batch.targets, batch.supervised_rows
+            )
+            sums.append(torch.stack((nats, correct))[None])
+    finally:
+        model.train(was_training)
+        done += torch.cat(sums).cpu().tolist()  # the only synchronization
+    nats, correct = torch.tensor(done or [[0.0, 0.0]], dtype=torch.float64).sum(0).tolist()
     return nats, correct
 
 

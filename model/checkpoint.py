@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import BadCheckpoint, listed, printable
+from errors import BadCheckpoint, listed
 from hub import fetch
 from model.foreign import (
     COPY_AGAIN,
@@ -42,6 +42,13 @@ class Checkpoint:
     name: str
     folder: Path
     commit: str | None
+
+    @property
+    def public_name(self) -> str | None:
+        """What others know it by: a Hub id, or the name of a base included in this repository; None
+        for a folder, whose path says something about its owner alone.
+        """
+        return self.name if self.commit or self.name in SHIPPED else None
 
 
 def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
@@ -242,6 +249,5 @@ def remarks(folder: Path, config: Qwen2Config) -> list[str]:
     used = {path.name for path in tensor_files(folder).values()}
     others = {path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern)} - used
     if others:
-        names = printable(listed(sorted(others), 3))
-        lines.append(f"other weights in its folder are not read: {names}")
+        lines.append(f"other weights in its folder are not read: {listed(sorted(others), 3)}")
     return lines

@@ -3,18 +3,23 @@
 python -m report out/qwen2-0.5b-instruct-gsm8k --price-per-hour 2.5
 """
 
+from errors import run_script  # first: from here on, Ctrl-C ends without a traceback
+
+# isort: split
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import BadRun, run_script
+from errors import BadRun
 from report.sections import write_report
 from run.options import option, parse
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    run: str = option("", "run folder, such as out/qwen2-0.5b-instruct-gsm8k; --run may be omitted")
+    run: str = option(
+        "", "run folder, such as out/qwen2-0.5b-instruct-gsm8k; --run may be omitted", path="any"
+    )
     price_per_hour: float | None = option(None, "price of the machine in dollars", least=0)
 
 

@@ -6,6 +6,7 @@ model = base.load()                              # frozen, on its device, in its
 
 import functools
 import os
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,8 +125,17 @@ class Base:
 
     @functools.cached_property
     def hashing(self) -> Future[HashedFiles]:
-        """The result of `hash_base`, from a thread."""
-        return ThreadPoolExecutor(1).submit(hash_base, self.folder)
+        """The result of `hash_base`, from a thread that a script which is interrupted leaves."""
+        future: Future[HashedFiles] = Future()
+
+        def hash_files() -> None:
+            try:
+                future.set_result(hash_base(self.folder))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=hash_files, daemon=True).start()
+        return future
 
     def start_hashing(self) -> None:
         """Start `hashing` in the background, while other things are done."""
@@ -211,9 +221,21 @@ def _folder_in_run(adapter: str | Path) -> str | None:
 
 
 def hash_adapter(adapter: Path) -> HashedFiles:
-    """The two files of an adapter, and their hash; BadAdapter if it has none."""
+    """The two files of an adapter, and their hash.
+
+    Raises BadAdapter if it has none, or if they are not what its own folder says was written.
+    """
     read_adapter_config(adapter)
-    return HashedFiles([adapter / CONFIG, adapter / WEIGHTS])
+    files = HashedFiles([adapter / CONFIG, adapter / WEIGHTS])
+    path = adapter / ORIGIN
+    origin = read_json(path, BadAdapter, f"delete {path}") if path.exists() else {}
+    written = origin.get("adapter_sha256", [files.sha256])
+    if not isinstance(written, list) or files.sha256 not in written:
+        raise BadAdapter(
+            f"the adapter in {adapter} is not as it was written: its hash is {files.sha256[:12]}",
+            f"copy it again; if you changed it yourself, delete {path}",
+        )
+    return files
 
 
 def check_not_replaced(adapter: Path, files: HashedFiles) -> None:

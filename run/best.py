@@ -9,15 +9,16 @@ from torch import nn
 
 from data.template import ChatTemplate
 from errors import BadCheckpoint
-from files import json_bytes, read_json, sync_files, sync_folder
+from files import json_bytes, publish, read_json, sync_files, sync_folder
 from lora.config import LoRAConfig
 from lora.peft_format import WEIGHTS, save_adapter
 from run.base import ORIGIN, Base
 from run.card import adapter_card
-from run.folder import Progress, Run
+from run.folder import Progress, Run, adapter_sha256
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+BOTH = "both.json"  # an ORIGIN with the hashes of the new adapter and of the one it replaces
 ORIGINS = ("base_sha256", "data_content", "from_adapter_sha256")  # keys of ORIGIN
 
 
@@ -39,16 +40,16 @@ def publish_best(
     card = adapter_card(name or base.folder.name, lora, run, reached, new)
     (new / "README.md").write_text(card, "utf-8")
     origin = {name: run.identity[name] for name in ORIGINS if name in run.identity}
-    (new / ORIGIN).write_bytes(json_bytes(origin))
+    hashes = [adapter_sha256(new), adapter_sha256(best)]
+    (new / ORIGIN).write_bytes(json_bytes(origin | {"adapter_sha256": hashes[:1]}))
+    if not best.exists():
+        return publish(new, best)
+    (new / BOTH).write_bytes(json_bytes(origin | {"adapter_sha256": hashes}))
     sync_files(new)
-    if best.exists():
-        for name in (WEIGHTS, "README.md", ORIGIN):
-            os.replace(new / name, best / name)
-        sync_folder(best)
-        shutil.rmtree(new)
-    else:
-        os.rename(new, best)
-    sync_folder(run.folder)
+    for name in (BOTH, WEIGHTS, "README.md", ORIGIN):  # in between, either adapter is as written
+        os.replace(new / name, best / name.replace(BOTH, ORIGIN))
+    sync_folder(best)
+    shutil.rmtree(new)
 
 
 def copy_tokenizer(base: Path, template: ChatTemplate, folder: Path) -> None:

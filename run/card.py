@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from data.custom import is_hub_id
-from errors import UserError, printable
+from errors import UserError
 from files import read_json
 from lora.config import LoRAConfig
 from lora.peft_format import CONFIG, read_adapter_config
 from run.folder import Run, adapter_sha256
+from terminal import printable
 
 DATASETS = {  # of the built-in tasks
     "gsm8k": "openai/gsm8k", "gsm8k-socratic": "openai/gsm8k", "arc-easy": "allenai/ai2_arc",

@@ -14,7 +14,7 @@ from torch import nn
 
 from errors import TrainingFailed
 from files import damage, json_bytes, remove_folder, write_folder
-from run.folder import CHECKPOINT_FILES, KEEP, Progress, Run
+from run.folder import CHECKPOINT_FILES, KEEP, Progress, Run, progress_of
 from run.identity import program
 
 
@@ -70,4 +70,4 @@ def load_checkpoint(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
-    return Progress(**saved["progress"])
+    return progress_of(saved["progress"], newest)

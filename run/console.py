@@ -1,8 +1,6 @@
 """What a training run prints: lines of 80 columns, readable in a log file and without color."""
 
 import itertools
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ from data.batches import Schedule
 from data.chat import ChatFormat
 from data.mixture import WeightedSource
 from data.problems import Source
-from errors import printable
 from lora.config import LoRAConfig
 from lora.peft_format import read_adapter_config
 from run.base import Base
 from run.card import readers
+from run.device import NOT_BIT_FOR_BIT
 from run.folder import Progress, Run
 from run.options import changed_options, in_two_columns
 
@@ -73,16 +71,13 @@ def print_audit(audit: Audit) -> None:
 
 
 def show_example(source: Source, chat: ChatFormat) -> None:
-    """Print how a source was read, and its first example: supervised text green, or in [[ ]]."""
+    """Print how a source was read, and its first example: supervised text in [[ ]]."""
     print("\n".join(source.lines()))
     encoded = chat.encode(source.train[0].messages, source.train[0].tools)
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    before, after = ("\033[32m", "\033[0m") if color else ("[[", "]]")
     pairs = zip(encoded.supervised_mask, encoded.tokens)
     for supervised, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         text = chat.tokenizer.decode([token for _, token in group], skip_special_tokens=False)
-        text = printable(text, "\n\t")
-        print(before + text + after if supervised else text, end="")
+        print(f"[[{text}]]" if supervised else text, end="")
     print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised_mask)} supervised (marked)")
 
 
@@ -94,8 +89,15 @@ def validation_line(step: int, found: Mapping[str, Any], is_best: bool) -> str:
         line += f"  answers correct {found['val_exact_match']:.1%}"
     line += "  best" if is_best else ""
     for source, loss in found.get("val_loss_by_source", {}).items():
-        line += f"\n{'':12}val loss {loss:.4f}  {printable(source)[-45:]}"
+        line += f"\n{'':12}val loss {loss:.4f}  {source[-45:]}"
     return line
+
+
+def print_changes(changes: Sequence[str]) -> None:
+    """What is different from the session that is resumed."""
+    for change in changes:
+        although = "" if change.startswith(NOT_BIT_FOR_BIT) else "although "
+        print(f"resuming, {although}{change}")
 
 
 def show_validation(bar: tqdm, step: int, found: Mapping[str, Any], is_best: bool) -> None:

@@ -3,21 +3,27 @@
 `auto` is decided by facts that do not change between sessions, so that a run resumes as it began.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import tokenizers
 import torch
 
 from errors import BadOption, TrainingFailed
+from progress_bar import print_above_bars
 from run.folder import Progress
+from run.stopping import StopRequested
 
 NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0")  # with an NVIDIA driver on Linux
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+NOT_BIT_FOR_BIT = "no longer bit for bit"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -172,6 +178,23 @@ def describe(device: torch.device) -> str:
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a computation depend on, apart from the program and its input."""
+    return {
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def changed_conditions(old: Any, new: dict[str, Any]) -> list[str]:
+    """A line if a run continues in other `conditions`; none where the old ones are not known."""
+    known = old if isinstance(old, dict) else {}
+    changed = [f"{k} {known[k]} -> {v}" for k, v in new.items() if known.get(k, v) != v]
+    return [f"{NOT_BIT_FOR_BIT}: {', '.join(changed)}"] if changed else []
+
+
 def versions() -> dict[str, str]:
     """Versions of what a run's results depend on."""
     return {
@@ -189,22 +212,40 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
-def check_halving(error: Exception, lengths: list[int], *, alone: bool) -> None:
-    """Return if memory ran out in a micro-batch of sequences of these lengths, and halves of it may
-    fit; else raise: the error itself if it is another one, TrainingFailed if there is no half.
+def why_given_up(error: Exception, lengths: list[int]) -> tuple[bool, bool]:
+    """(memory ran out, a stop is requested): why a step was given up in a micro-batch of sequences
+    of these lengths. A line says so, and what follows.
+
+    Raises another error as it is, and TrainingFailed if not even one sequence fits into memory.
     """
+    if isinstance(error, StopRequested):
+        print_above_bars("the step takes long: it is given up, and repeated on resuming")
+        return False, True
     if not is_out_of_memory(error):
         raise error
-    if len(lengths) > 1 and alone:
-        return
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
-    fewer = f"leave out long rows with --max-length {max(lengths) - 1}"
-    if len(lengths) > 1:
-        fewer = f"use a --batch-size below {len(lengths)}"
-    raise TrainingFailed(
-        f"{len(lengths)} sequences of {sum(lengths)} tokens do not fit into memory: {reason[:200]}",
-        f"{fewer}, a smaller --precision, or fewer --targets, with another --out",
-    ) from error
+    if len(lengths) == 1:
+        raise TrainingFailed(
+            f"1 sequence of {lengths[0]} tokens does not fit into memory: {_first_line(error)}",
+            f"leave out long rows with --max-length {lengths[0] - 1}, use a smaller --precision, or"
+            " fewer --targets, with another --out",
+        ) from error
+    print_above_bars("out of memory: micro-batches are half as large from now on")
+    return True, False
+
+
+@contextlib.contextmanager
+def out_of_memory_reported(remedy: str) -> Iterator[None]:
+    """Raise TrainingFailed with `remedy` if memory runs out where no smaller batch would help."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingFailed(f"memory ran out: {_first_line(error)}", remedy) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "out of memory").splitlines()[0][:200]
 
 
 def no_finite_gradient(

@@ -50,6 +50,10 @@ class World:
             dist.all_reduce(total)
             return total.tolist()
 
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any rank."""
+        return [count > 0 for count in self.sum(*flags)]
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum every gradient over all ranks, in one message; a rank without rows adds zeros."""
         if self.size == 1:

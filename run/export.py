@@ -8,8 +8,10 @@ Every export is read again from the disk, and its logits are compared with the a
 gets its final name.
 """
 
+from errors import run_script  # first: from here on, Ctrl-C ends without a traceback
+
+# isort: split
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.chat import ChatFormat
-from errors import BadCheckpoint, BadOption, UserError, listed, run_script
-from files import sync_files, sync_folder
+from errors import BadCheckpoint, BadOption, UserError, listed
+from files import make_folder, publish
 from lora.config import LoRAConfig
 from lora.inject import bake_scale, merge, unwrapped_state
 from lora.peft_format import read_adapter, save_adapter
@@ -63,9 +65,9 @@ class ExportFailed(UserError):
 class ExportConfig:
     """The options of the command line."""
 
-    adapter: str = option("", "adapter folder, such as out/.../best")
-    out: str = option("merged", "folder or .gguf file to write; it must not exist yet")
-    model: str | None = option(None, "base model (default: the one the adapter names)")
+    adapter: str = option("", "adapter folder, such as out/.../best", path="any")
+    out: str = option("merged", "folder or .gguf file to write; it must not exist yet", path="new")
+    model: str | None = option(None, "base model (default: the one the adapter names)", path="any")
     portable: bool = option(
         False, "an adapter with alpha = r and one rank, which all programs scale alike"
     )
@@ -114,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. The export, under another name; compared; renamed.
     new = out.with_name(out.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    make_folder(new)
     try:
         if config.portable:
             said = write_portable(source, model, new)
@@ -126,9 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             write_gguf(new, new / out.name)
             written = new / out.name
         print(compared(expected, probe(reload(source, written, expected.dtype)), config))
-        sync_files(new)
-        os.rename(written, out)
-        sync_folder(out.parent)
+        publish(written, out)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     print(f"{'portable adapter' if config.portable else 'merged'} in {out}: {said}")
@@ -157,11 +157,12 @@ def write_portable(source: ExportInput, model: Qwen2, folder: Path) -> str:
             "leave out --portable: the merged model needs no adapter",
         )
     lora, checkpoint = bake_scale(model, source.lora), source.checkpoint
-    save_adapter(model, folder, lora, base=checkpoint.name, revision=checkpoint.commit)
+    save_adapter(model, folder, lora, base=checkpoint.public_name, revision=checkpoint.commit)
     if source.chat:
         copy_tokenizer(checkpoint.folder, source.chat.template, folder)
     run = Run.of_adapter(source.config.adapter)
-    card = adapter_card(checkpoint.name, lora, run, run.progress(), Path(source.config.adapter))
+    name = checkpoint.public_name or checkpoint.folder.name
+    card = adapter_card(name, lora, run, run.progress(), Path(source.config.adapter))
     (folder / "README.md").write_text(card, "utf-8")
     return f"read as it is by {readers(lora)}"
 
@@ -189,7 +190,8 @@ def write_merged(source: ExportInput, model: Qwen2, folder: Path) -> str:
         _update(folder / "generation_config.json", {"eos_token_id": list(eos_ids)})
     save_weights(state, folder)
     adapter, run = Path(config.adapter), Run.of_adapter(config.adapter)
-    card = merged_card(source.checkpoint.name, source.lora, run, run.progress(), adapter)
+    name = source.checkpoint.public_name or base.name
+    card = merged_card(name, source.lora, run, run.progress(), adapter)
     (folder / "README.md").write_text(card, "utf-8")
     hint = "\n  --dtype fp32 loses next to nothing, at twice the size" if lost > 0.01 else ""
     return f"rounding to {config.dtype} lost {lost:.1%} of the adapter's change{hint}"

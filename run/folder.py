@@ -24,7 +24,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from errors import BadRun, UserError, listed
-from files import JsonLines, clean_up, damage, hash_files, read_json, write_file, write_json
+from files import (
+    JsonLines,
+    clean_up,
+    damage,
+    hash_files,
+    make_folder,
+    read_json,
+    write_file,
+    write_json,
+)
 from run.identity import (
     check_result,
     differences,
@@ -41,6 +50,7 @@ from run.identity import (
     program,
     program_text,
 )
+from typed import record
 
 FORMAT = 2  # of config.json: 1 had --r, and mixed sources by exact fractions
 KEEP = 2  # checkpoints: the newest, and one to fall back on
@@ -68,6 +78,8 @@ class Progress:
     validated: int = -1  # the cursor at the last validation; -1: none
     validations: int = 0  # after at least one step, with finite figures
     halved: int = 0  # how often micro-batches were halved because memory ran out
+    # What an interrupted validation has measured so far, by `part_of_validation`.
+    validating: dict[str, list[list[Any]]] = field(default_factory=dict)
     stopped: str | None = None  # why the run is finished
 
     def record_step(self, finite: bool) -> None:
@@ -76,6 +88,13 @@ class Progress:
         self.step += finite
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+    def part_of_validation(self, part: str, batch_size: int, ranks: int) -> list[list[Any]]:
+        """The figures of a part of the validation in progress, to which new ones are appended.
+
+        Batches of another size, and those of other ranks, have other rows: they start anew.
+        """
+        return self.validating.setdefault(f"{part}, {ranks} x {batch_size}", [])
 
     def record_validation(self, val_loss: float, val_exact_match: float | None = None) -> bool:
         """Record a validation at the current cursor; True if it is the best so far.
@@ -87,7 +106,7 @@ class Progress:
         """
         new = [-val_loss] if val_exact_match is None else [val_exact_match, -val_loss]
         best = [None if self.best_loss is None else -self.best_loss]
-        previous, self.validated = self.validated, self.cursor
+        previous, self.validated, self.validating = self.validated, self.cursor, {}
         finite = all(map(math.isfinite, new))
         self.validations += finite and self.cursor > 0
         if val_exact_match is not None:
@@ -106,6 +125,17 @@ class Progress:
         if self.validations_since_best >= patience:
             return f"no better {metric} in {patience} validations"
         return None
+
+
+def progress_of(values: Any, checkpoint: Path) -> Progress:
+    """The progress that a checkpoint holds; BadRun if it is not one of this version."""
+    try:
+        return record(Progress, values)
+    except ValueError as error:
+        raise BadRun(
+            f"{checkpoint / 'progress.json'}: {error}",
+            "resume with the version that wrote it, or give another --out",
+        ) from None
 
 
 def adapter_sha256(adapter: Path) -> str | None:
@@ -202,10 +232,15 @@ class Run:
     def commits_of_data(
         self, data: Sequence[str], revision: str | None
     ) -> dict[str, str | None] | str | None:
-        """The commits that the run recorded: by source, or of its single one; None if it is new."""
-        commits = self.identity.get("data_commit")
-        if self.options.get("data_revision") != revision:
+        """The commits that the run recorded: by source, or of its single one; None if it is new.
+
+        That of a source which was no repository is "".
+        """
+        if "data_commit" not in self.identity or self.options.get("data_revision") != revision:
             return None
+        commits = self.identity["data_commit"] or ""
+        if isinstance(commits, dict):
+            commits = {name: commit or "" for name, commit in commits.items()}
         same = self.options.get("data") in (list(data), data[0])  # once, it was a text
         return commits if same or isinstance(commits, dict) else None
 
@@ -256,7 +291,7 @@ class Run:
     def read_progress(self) -> Progress | None:
         """The progress to resume from, after `repair`; None if there is no checkpoint."""
         found = self.progress()
-        return Progress(**found) if found else None
+        return progress_of(found, self.checkpoints()[-1]) if found else None
 
     def check(
         self,
@@ -400,7 +435,7 @@ def lock(folder: Path) -> None:
 
     The operating system releases the lock of a process that died.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if folder.resolve() in _locked:
         return
     file_lock = FileLock(folder / LOCK, thread_local=False)

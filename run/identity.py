@@ -21,7 +21,7 @@ from files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "evaluation", "lora", "model", "report", "run")
-SCRIPTS = ("train", "evaluate", "errors", "files", "hub", "progress_bar")
+SCRIPTS = ("train", "evaluate", "errors", "files", "hub", "progress_bar", "terminal", "typed")
 
 # Options that may differ when a run resumes: where it is, its length, how often it validates and
 # saves, and --compile, which only rounds differently.

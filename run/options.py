@@ -17,9 +17,10 @@ from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from errors import BadOption, listed
-from files import read_json
+from files import read_json, user_path
 from run import elsewhere
 from run.identity import program
+from typed import fits
 
 T = TypeVar("T")
 FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
@@ -34,9 +35,13 @@ def option(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    path: str | None = None,
 ) -> Any:
-    """A dataclass field with a help text and the values it may take."""
-    limits = {"choices": choices, "least": least, "above": above, "below": below}
+    """A dataclass field with a help text and the values it may take.
+
+    `path` is for the name of a file or folder: what it must be, as for `files.user_path`.
+    """
+    limits = {"choices": choices, "least": least, "above": above, "below": below, "path": path}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -92,10 +97,22 @@ def parse(
         parser.set_defaults(**read_options(cls, path))  # flags override them
     given = vars(parser.parse_args(argv))
     names = {field.name for field in dataclasses.fields(cls)}
-    config = cls(**{name: value for name, value in given.items() if name in names})
+    config = _with_paths(cls(**{name: given[name] for name in given if name in names}))
     if problems := value_problems(config):
         raise BadOption(listed(problems), f"python {parser.prog} --help lists the options")
     return config
+
+
+def _with_paths(config: T) -> T:
+    """`config` with its paths expanded; BadOption for one that is not what it should be."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), field.metadata["path"]
+        if kind and isinstance(value, tuple):
+            found[field.name] = tuple(user_path(_flag(field.name), text, kind) for text in value)
+        elif kind and value:
+            found[field.name] = user_path(_flag(field.name), value, kind)
+    return dataclasses.replace(config, **found)
 
 
 def version() -> str:
@@ -108,7 +125,7 @@ def _config_file(argv: Sequence[str]) -> Path | None:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     path = parser.parse_known_args(argv)[0].config
-    return Path(path) if path else None
+    return Path(user_path("--config", path, "file")) if path else None
 
 
 def read_options(cls: type, path: Path) -> dict[str, Any]:
@@ -125,7 +142,7 @@ def read_options(cls: type, path: Path) -> dict[str, Any]:
         if name not in types:
             advice = _advice(_flag(name), known_flags(cls), {})
             problems.append(f"there is no option {name}" + f" ({advice})" * bool(advice))
-        elif not _has_type(value, types[name]):
+        elif not fits(value, types[name]):
             problems.append(f"{name} is {value!r}")
     for field in dataclasses.fields(cls):
         choices = field.metadata["choices"]
@@ -134,17 +151,6 @@ def read_options(cls: type, path: Path) -> dict[str, Any]:
     if problems:
         raise BadOption(f"--config {path}: {listed(problems)}", "correct the file")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    """Whether a JSON value can be that of an option of the type `kind`."""
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if typing.get_args(kind):  # X | None
-        return any(_has_type(value, one) for one in typing.get_args(kind))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _flag(name: str) -> str:

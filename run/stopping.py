@@ -6,15 +6,15 @@ schedulers expect: 128 plus the signal's number, or 75 ("temporary failure, try 
 time limit.
 """
 
-import os
 import signal
-import stat
 import time
 
 STARTED = time.monotonic()  # of the process, apart from its imports before this one
-SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
-SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
+# SIGHUP: the terminal was closed. SIGUSR1: what Slurm can send some time before it ends a job.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows: two
 TIME_IS_UP = 75  # EX_TEMPFAIL of <sysexits.h>
+GRACE = 10.0  # seconds from a signal within which a step is finished; a longer one is given up
 
 
 class StopRequested(Exception):
@@ -30,6 +30,7 @@ class Stop:
 
     def __init__(self, minutes: float | None = None):
         self.signal: signal.Signals | None = None
+        self.signal_time = 0.0
         self.deadline = None if minutes is None else STARTED + 60 * minutes
         self.longest = 0.0  # seconds of the longest piece of work between two polls
 
@@ -46,11 +47,11 @@ class Stop:
             signal.signal(number, handler)
 
     def _record_signal(self, number: int, frame: object) -> None:
+        if self.signal is None:
+            self.signal_time = time.monotonic()
         self.signal = signal.Signals(number)
         if self.before[signal.SIGINT] != signal.SIG_IGN:  # a second Ctrl-C must not wait
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if number == SIGHUP:
-            _detach_from_terminal()
 
     def requested(self) -> bool:
         """Whether a signal came, or too little time is left for another piece of work."""
@@ -64,6 +65,15 @@ class Stop:
         than that would otherwise repeat it forever.
         """
         if self.signal is not None or self.longest and self.requested():
+            raise StopRequested
+
+    def poll_in_step(self) -> None:
+        """Raise StopRequested if a signal came more than `GRACE` seconds ago.
+
+        Called before each micro-batch, it bounds the time to a stop by `GRACE` and one micro-batch,
+        and what is lost by one step.
+        """
+        if self.signal is not None and time.monotonic() - self.signal_time > GRACE:
             raise StopRequested
 
     def record(self, seconds: float) -> None:
@@ -80,13 +90,3 @@ class Stop:
         if self.signal is not None:
             return self.signal.name
         return "--max-minutes reached" if self.requested() else "stop requested on another rank"
-
-
-def _detach_from_terminal() -> None:
-    """Send output that would go to a terminal to /dev/null: the terminal is gone, and writing to it
-    would fail.
-    """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for output in (1, 2):
-        if stat.S_ISCHR(os.fstat(output).st_mode):
-            os.dup2(nowhere, output)

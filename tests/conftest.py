@@ -8,6 +8,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import evaluate
 from data import multiple_choice
 from data.multiple_choice import CHOICE_TASKS
 from lora.inject import LoRAConfig, inject
@@ -27,6 +28,7 @@ from tests.campaign.harness import (
 from tests.choice_rows import write_task
 from tests.evaluations import write_tuned
 from tests.hub_stub import toy_hub
+from tests.mutations import CPU, SMALL
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
 
@@ -156,6 +158,17 @@ def finished(short, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     finish(short, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(tiny, finished, tmp_path_factory):
+    """A folder with a finished run that was evaluated, its base and its data; read-only."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    for name, source in (("base", tiny[1]), ("data", tiny[3]), ("run", finished)):
+        shutil.copytree(source, folder / name)
+    flags = ["--adapter", folder / "run/best", "--model", folder / "base", *SMALL, *CPU]
+    evaluate.main([str(flag) for flag in flags])
+    return folder
 
 
 @pytest.fixture(scope="session")

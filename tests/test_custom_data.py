@@ -42,7 +42,10 @@ BAD = {
         {"question": "q", "answer": "a", "messages": TURNS},
         "messages and question/a",
     ),
-    "no format": ({"query": "q", "response\x1b": "a"}, r"\(query, response.\) match no row format"),
+    "no format": (
+        {"query": "q", "response\x1b": "a"},
+        r"\(query, response\\x1b\) match no row format",
+    ),
     "half a format": ({"prompt": "q", "response": "a"}, "completion is missing"),
     "half a conversation": (
         {"prompt": TURNS[:1], "completion": "2"},

@@ -1,5 +1,6 @@
 """Tests of an evaluation that is killed, and of models and texts at their worst."""
 
+import io
 import json
 import re
 import time
@@ -16,6 +17,7 @@ from evaluation.log import read_log
 from evaluation.numbers import final_number
 from evaluation.summary import answer_metrics, result_text
 from model.load import load_model
+from terminal import Screen
 from tests import toys
 from tests.evaluations import (
     assert_killed_equals_whole,
@@ -63,7 +65,9 @@ def test_control_characters_in_answers_are_not_printed(tuned, tmp_path):
     result = evaluated(tuned, tmp_path, "--limit", "1")
     for example in result["examples"]:
         example["base"] = "18\x1b]0;title\x07\x9b2J\u202e\r\n done"
-    said = result_text(result)
+    stream = io.StringIO()
+    Screen(stream).write(result_text(result))
+    said = stream.getvalue()
     assert "]0;title" in said and said.replace("\n", "").isprintable()
 
 

@@ -16,7 +16,7 @@ import pytest
 
 HOUSE = Path(__file__).parents[1]
 FLOORS = {
-    "errors": 0, "files": 0, "hub": 0, "progress_bar": 0,
+    "errors": 0, "files": 0, "hub": 0, "progress_bar": 0, "terminal": 0, "typed": 0,
     "model": 1, "lora": 1, "data": 1,
     "run": 2, "evaluation": 2,
     "report": 3,

@@ -282,6 +282,7 @@ def test_training_and_evaluation_give_base_and_adapter_the_same_hash(tuned, tmp_
     assert settings["base_sha256"] == trained["base_sha256"]
     assert settings["adapter_sha256"] == trained["from_adapter_sha256"]
     origin = json.loads((out / "best/origin.json").read_text())
+    assert origin.pop("adapter_sha256") == [hash_adapter(out / "best").sha256]
     assert origin.items() <= trained.items() and origin.keys() > {"base_sha256", "data_content"}
     base = Base.find(str(tuned / "base"), device="cpu")
     assert base.identity()["base_sha256"] == trained["base_sha256"]
