@@ -150,7 +150,8 @@ def write_folder(final: Path, files: Mapping[str, bytes]) -> None:
     """
     new, old = final.with_name(final.name + ".new"), final.with_name(final.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    make_folder(final.parent)
+    new.mkdir()
     manifest = {name: {"bytes": len(data), "sha256": _hash(data)} for name, data in files.items()}
     for name, data in (files | {MANIFEST: json_bytes(manifest)}).items():
         _write(new / name, data)
@@ -204,6 +205,14 @@ def damage(folder: Path, required: Iterable[str] = ()) -> str | None:
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"{MANIFEST} is not readable"
     return None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, if needed, each forced to the disk in the one above."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.chat import ChatFormat
 from errors import BadCheckpoint, BadOption, UserError, listed, run_script
-from files import sync_files, sync_folder
+from files import make_folder, sync_files, sync_folder
 from lora.config import LoRAConfig
 from lora.inject import bake_scale, merge, unwrapped_state
 from lora.peft_format import read_adapter, save_adapter
@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     # 3. The export, under another name; compared; renamed.
     new = out.with_name(out.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    make_folder(out.parent)
+    new.mkdir()
     try:
         if config.portable:
             said = write_portable(source, model, new)

@@ -32,7 +32,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from errors import BadRun, UserError, listed
-from files import JsonLines, clean_up, damage, hash_files, read_json, write_file, write_json
+from files import (
+    JsonLines,
+    clean_up,
+    damage,
+    hash_files,
+    make_folder,
+    read_json,
+    write_file,
+    write_json,
+)
 from run.identity import (
     check_result,
     differences,
@@ -400,7 +409,7 @@ def lock(folder: Path) -> None:
 
     The operating system releases the lock of a process that died.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if folder.resolve() in _locked:
         return
     file_lock = FileLock(folder / LOCK, thread_local=False)
