@@ -79,10 +79,10 @@ def test_every_norm_has_the_epsilon_of_the_checkpoint(base):
     assert torch.allclose(ours, peft_logits(theirs), atol=1e-4)
 
 
-def test_the_residual_stream_is_fp32_in_every_precision(checkpoint):
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        model, seen = load_model(checkpoint, dtype=dtype), []
-        for layer in model.model.layers:
-            layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
-        logits(model)
-        assert seen == [torch.float32] * len(model.model.layers)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_residual_stream_is_fp32_in_every_precision(checkpoint, dtype):
+    model, seen = load_model(checkpoint, dtype=dtype), []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
+    logits(model)
+    assert seen == [torch.float32] * len(model.model.layers)
