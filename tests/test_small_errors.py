@@ -1,16 +1,28 @@
 """Tests of errors too small to be seen in a result: a rounding, a constant, a count that is off."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import autograd
 
+import train
+from data.batches import Schedule, deal
+from data.split import normalize
+from data.tasks import load_source
+from errors import TrainingFailed, run_script
 from lora.config import LoRAConfig, added_parameters
 from lora.dropout import KeyedDropout, token_keys
 from lora.inject import adapters, count, inject, merge
 from lora.peft_format import read_adapter, save_adapter
+from model.generate import Decoding, least_allowed
 from model.load import load_model
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
+from run.base import Base
+from run.device import check_halving
+from run.fp16 import overflows
 from tests import toys
 from tests.adapter_helpers import adapted, logits, peft_logits, transformers_model
 
@@ -86,3 +98,55 @@ def test_the_residual_stream_is_fp32_in_every_precision(checkpoint, dtype):
         layer.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
     logits(model)
     assert seen == [torch.float32] * len(model.model.layers)
+
+
+def test_top_p_allows_the_fewest_tokens_that_sum_to_it_exactly():
+    p = torch.tensor([[0.125, 0.5, 0.125, 0.25]])
+    for top_p, least in ((0.5, 0.5), (0.501, 0.25), (0.75, 0.25), (0.76, 0.125)):
+        decoding = Decoding(1, (), vocab_size=4, temperature=1.0, top_p=top_p)
+        assert least_allowed(p, decoding).item() == least
+
+
+def test_ranks_get_nearly_equal_tokens_and_not_only_equal_rows():
+    lengths = [8, 7, 6, 5, 4, 3, 2, 1]  # dealt in turn, it would be 20 and 16 tokens
+    assert [sum(lengths[i] for i in rows) for rows in deal(lengths, 2)] == [18, 18]
+    assert [len(rows) for rows in deal([9, 1, 1, 1], 2)] == [2, 2]
+
+
+def test_questions_that_differ_in_case_are_equal_in_every_alphabet():
+    assert normalize("STRASSE  Σ") == normalize(" straße\nς")
+
+
+def test_micro_batches_are_halved_again_and_again_down_to_one_row():
+    schedule = Schedule(toys.some_examples(12), batch_size=12, grad_accum=1, epochs=1, seed=0)
+    for halved, size in enumerate((12, 6, 3, 1, 1)):
+        batches = schedule.step(0, halved=halved).micro_batches
+        assert [len(batch) for batch in batches] == [size] * (12 // size)
+
+
+def test_the_length_advised_where_memory_ran_out_leaves_the_longest_row_out():
+    with pytest.raises(TrainingFailed, match="1 sequences of 60 tokens") as failed:
+        check_halving(MemoryError(), [60], alone=True)
+    assert "--max-length 59," in failed.value.remedy
+
+
+def test_fp16_is_tried_with_the_mean_loss_of_the_rows_as_in_training(
+    checkpoint, arithmetic, monkeypatch
+):
+    base, grad, losses = (
+        Base.find(str(checkpoint), precision="fp16", device="cpu"),
+        autograd.grad,
+        [],
+    )
+    monkeypatch.setattr(autograd, "grad", lambda y, x: losses.append(y.item()) or grad(y, x))
+    assert not overflows(base, load_source(str(arithmetic)).train[:4], 2048)
+    assert 0 < losses[0] < 2 * math.log(toys.TABLE)  # a sum over all tokens would be larger
+
+
+def test_a_chat_template_that_was_edited_under_its_name_is_another_run(tiny, tmp_path, capsys):
+    file, flags = tmp_path / "t.jinja", [*tiny, "--max-steps", "1", "--limit", "40"]
+    flags += ["--chat-template", str(tmp_path / "t.jinja"), "--out", str(tmp_path / "run")]
+    for text, code in ((toys.CHAT_TEMPLATE, 0), (toys.CHAT_TEMPLATE.replace("helpful", "odd"), 2)):
+        file.write_text(text)
+        assert run_script(lambda: train.main(flags)) == code
+    assert "chat_template_sha256 was" in capsys.readouterr().err
