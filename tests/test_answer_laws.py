@@ -2,19 +2,27 @@
 
 import itertools
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import evaluate
 from data.chat import ChatFormat
-from data.problems import Choices
+from data.encode import encode_problems
+from data.problems import Choices, Source
 from data.rows import Message, Problem
+from data.split import split_problems
 from evaluation import answers as module
 from evaluation.answers import answers
-from evaluation.choices import acc_norm, score
+from evaluation.choices import Scored, acc_norm, choice_metrics, score
+from evaluation.generative import NUMBERS, Completion
 from evaluation.mistakes import classify
+from evaluation.summary import answer_metrics, breakdown
+from evaluation.tasks import judge_of, select_problems
+from evaluation.teacher_forced import teacher_forced, teacher_forced_metrics
 from evaluation.units import CONVERSIONS
 from model.load import load_model
 from tests.evaluations import settings
@@ -122,3 +130,57 @@ def test_a_conversion_explains_a_factor_to_within_a_hundredth_and_not_one_off_by
                           (0.02, "wrong plan"), (-0.02, "wrong plan")):  # fmt: skip
             answer = f"{exact * (1 + off):.3f}"
             assert classify(question, f"#### {truth}", f"#### {answer}").kind == kind, answer
+
+
+def test_tokens_and_seconds_are_those_of_all_samples_and_outcomes_of_the_first():
+    asked = problems(2)
+    given = {
+        p.id: [Completion(p.id, s, "#### 1", tokens=10 * i + s, cut_off=s > 0, seconds=1.0)
+               for s in range(3)]
+        for i, p in enumerate(asked)
+    }  # fmt: skip
+    found = answer_metrics(NUMBERS, asked, given)
+    assert (found["completions"], found["tokens"], found["seconds"]) == (6, 36, 6.0)
+    assert (found["cut_off"], found["correct"]["numeric-equal"]) == (0, 2)
+
+
+def test_the_nats_of_the_correct_choice_are_the_mean_of_its_own_and_not_of_the_likeliest():
+    asked = choices(2)
+    scored = {p.id: Scored(p.id, [-5.0, -1.0, -2.0], seconds=0.5) for p in asked}
+    found = choice_metrics(judge_of(asked), asked, scored)
+    assert (found["right_choice_nats"], found["seconds"]) == (5.0, 1.0)
+    assert found["correct"] == {"acc_norm": 0, "acc": 0}
+
+
+def test_a_gold_answer_of_any_length_counts_in_the_loss(model, chat):
+    gold = Message("assistant", "x" * 2500)
+    long = Problem("long", (Message("user", "?"), gold))
+    metrics = teacher_forced_metrics(model, chat, [long, *problems(1)], batch_size=1)
+    (example, other), _ = encode_problems([long, *problems(1)], [0, 1], chat, 10**6)
+    nats = [teacher_forced(model, [e], 1)[0] for e in (example, other)]
+    supervised = example.supervised_count + other.supervised_count
+    assert example.supervised_count > 2048
+    assert metrics["loss"] == pytest.approx(sum(nats) / supervised)
+
+
+def test_validation_problems_are_those_that_the_run_held_out_with_its_own_share():
+    rows = problems(30)
+    source = Source("rows", train=rows)
+    for share in (0.1, 0.6):
+        run = {"data": ["rows"], "validation_share": share}
+        found = select_problems({"rows": source}, "validation", run)["rows"]
+        assert found == [rows[i] for i in split_problems(rows, share)[1]]
+
+
+def test_classes_of_a_breakdown_are_in_the_order_of_their_numbers():
+    steps = [Problem(f"p{n}", (Message("user", "?"), Message("assistant", "<<1+1=2>>" * n + "2")))
+             for n in (10, 9, 2)]  # fmt: skip
+    assert list(breakdown(steps, [True] * 3)["reasoning steps"]) == ["2", "9", "10"]
+
+
+def test_answers_are_decoded_with_each_option_of_the_command_line():
+    given = {"max_new_tokens": 3, "batch_size": 5, "temperature": 0.5, "top_k": 7, "top_p": 0.9,
+             "seed": 11}  # fmt: skip
+    config = evaluate.EvalConfig(adapter="x", **given)
+    base = SimpleNamespace(eos_ids=(1,), chat=SimpleNamespace(vocab_size=99))
+    assert asdict(evaluate.decoding(config, base)) == given | {"eos_ids": (1,), "vocab_size": 99}

@@ -1,15 +1,26 @@
 """Tests of what the loop hands on: rates, dropout and its epochs, counts of tokens, patience."""
 
+import itertools
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train
-from data.batches import Schedule
-from run.folder import Run
+from data.batches import Schedule, flat_batch
+from data.chat import ChatFormat
+from data.encode import IGNORE, encode_problems
+from data.split import split_problems
+from data.tasks import load_source
+from lora.peft_format import read_adapter
+from model.load import load_model
+from run import console
+from run.folder import Progress, Run
+from run.stopping import Stop
 from tests.campaign.harness import await_steps, results, slowed, start
-from tests.toys import read_log
+from tests.toys import example, read_log
 
 FORWARD = "--epochs 3 --batch-size 64 --evals-per-epoch 1 --learning-rate 0".split()
 
@@ -102,3 +113,54 @@ def test_a_hangup_under_nohup_stops_nothing(short, expected, tmp_path):
     ended = child.wait()
     assert ended.code == 0, ended
     assert results(tmp_path / "run") == expected
+
+
+def test_the_logged_token_accuracy_is_the_share_of_supervised_tokens(adapted, tmp_path):
+    lines = run(tmp_path / "run", adapted, *FORWARD, "--dropout", 0, "--max-steps", 1)
+    model = load_model(adapted[1], dtype=torch.float32)
+    read_adapter(adapted[5], model)
+    problems = load_source(str(adapted[3])).train
+    rows, _ = split_problems(problems, 0.1)
+    chat = ChatFormat.from_folder(adapted[1])
+    examples, _ = encode_problems([problems[i] for i in rows], rows, chat, 2048)
+    correct = supervised = 0
+    for batch in (flat_batch([e]) for e in examples):
+        best = (model(batch.tokens, batch.positions, batch.lengths) @ model.head_weight.T).argmax(1)
+        correct += (best == batch.targets).sum().item()
+        supervised += (batch.targets != IGNORE).sum().item()
+    assert series(lines, "train_token_accuracy") == [correct / supervised] and correct
+
+
+def test_all_answers_correct_is_an_exact_match_of_one_on_any_number_of_ranks(monkeypatch):
+    monkeypatch.setattr(train, "exact_matches", lambda model, chat, mine, *_: len(mine))
+    monkeypatch.setattr(train, "teacher_forced", lambda *_, **__: (1.0, 1.0))
+    config = train.TrainConfig(stop_on="exact-match", exact_match_problems=7)
+    chat = SimpleNamespace(vocab_size=9)
+    base = SimpleNamespace(eos_ids=(), chat=chat)
+    for problems in (5, 7, 9):  # fewer and more than are asked for
+        data = train.Data(None, {"rows": [example(0, 5, 3)]}, [None] * problems, None)
+        for size in (1, 2, 3):
+            worlds = [SimpleNamespace(rank=r, size=size, is_main=not r, sum=lambda *v: list(v))
+                      for r in range(size)]  # fmt: skip
+            found = [
+                train.validate(config, Progress(), data, base, None, world, Stop())
+                for world in worlds
+            ]
+            assert sum(f["val_exact_match"] for f in found) == pytest.approx(1)
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_sessions(tiny, tmp_path, monkeypatch):
+    flags = "--epochs 4 --batch-size 100 --evals-per-epoch 1 --max-minutes 1e-4".split()
+    reached, ticks = [], itertools.count()
+    for tick in (1000.0, 1.0):  # what each look at the clock adds, in the first session and later
+        monkeypatch.setattr(time, "perf_counter", lambda tick=tick: tick * next(ticks))
+        train.main([*tiny, *flags, "--out", str(tmp_path / "run")])
+        reached.append(Run(tmp_path / "run").read_progress().seconds)
+    assert reached[0] > 1000 and reached[0] < reached[1] < reached[0] + 1000
+
+
+def test_a_dry_run_multiplies_the_time_of_a_token_by_all_tokens(capsys):
+    schedule = Schedule([example(i, 50, 5) for i in range(20)], batch_size=4, grad_accum=1,
+                        epochs=3, seed=0)  # fmt: skip
+    console.print_plan(schedule, tokens=200, seconds=24.0, memory=(1.0, 2.0))
+    assert "15 steps, about 3,000 tokens and 6.0 minutes" in capsys.readouterr().out

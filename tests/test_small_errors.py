@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import autograd
 
 import train
-from data.batches import Schedule, deal
+from data.batches import Schedule
 from data.split import normalize
 from data.tasks import load_source
 from errors import TrainingFailed, run_script
@@ -105,12 +105,6 @@ def test_top_p_allows_the_fewest_tokens_that_sum_to_it_exactly():
     for top_p, least in ((0.5, 0.5), (0.501, 0.25), (0.75, 0.25), (0.76, 0.125)):
         decoding = Decoding(1, (), vocab_size=4, temperature=1.0, top_p=top_p)
         assert least_allowed(p, decoding).item() == least
-
-
-def test_ranks_get_nearly_equal_tokens_and_not_only_equal_rows():
-    lengths = [8, 7, 6, 5, 4, 3, 2, 1]  # dealt in turn, it would be 20 and 16 tokens
-    assert [sum(lengths[i] for i in rows) for rows in deal(lengths, 2)] == [18, 18]
-    assert [len(rows) for rows in deal([9, 1, 1, 1], 2)] == [2, 2]
 
 
 def test_questions_that_differ_in_case_are_equal_in_every_alphabet():
