@@ -24,7 +24,7 @@ class Disk:
     def __init__(self, root: Path, monkeypatch):
         """`root` is a folder that exists and survives; files elsewhere are not watched."""
         self.root, self.monkeypatch = root, monkeypatch
-        self.synced: dict[int, object] = {}  # inode -> bytes of a file, names in a folder
+        self.synced: dict[int, object] = {}  # inode -> `content` of a file or folder
         self.faults: list[str] = []
         self.calls: list[tuple[str, ...]] = []  # (call, path relative to root, ...)
 
@@ -92,12 +92,12 @@ class Disk:
         way = [path, *(p for p in path.parents if p.is_relative_to(self.root))]
         return [
             f"{self._name(child)} in its folder" for child, folder in zip(way, way[1:])
-            if child.name not in self.synced.get(folder.stat().st_ino, ())
+            if (child.name, child.stat().st_ino) not in self.synced.get(folder.stat().st_ino, ())
         ]  # fmt: skip
 
 
 def content(path: Path) -> object:
-    """The bytes of a file, or the names in a folder."""
+    """The bytes of a file, or the (name, inode) pairs in a folder."""
     if path.is_dir():
-        return {p.name for p in path.iterdir() if p.name not in PASSING}
+        return {(p.name, p.stat().st_ino) for p in path.iterdir() if p.name not in PASSING}
     return path.read_bytes()
