@@ -1,7 +1,9 @@
 """Tests of errors too small to be seen in a result: a rounding, a constant, a count that is off."""
 
 import math
+import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,17 +14,23 @@ from data.batches import Schedule
 from data.split import normalize
 from data.tasks import load_source
 from errors import TrainingFailed, run_script
+from evaluation.statistics import trend
 from lora.config import LoRAConfig, added_parameters
 from lora.dropout import KeyedDropout, token_keys
 from lora.inject import adapters, count, inject, merge
 from lora.peft_format import read_adapter, save_adapter
+from model.checkpoint import read_eos_ids
 from model.generate import Decoding, least_allowed
 from model.load import load_model
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
+from run import export
 from run.base import Base
 from run.device import check_halving
+from run.folder import Run
 from run.fp16 import overflows
+from run.identity import program
+from run.stopping import Stop, StopRequested
 from tests import toys
 from tests.adapter_helpers import adapted, logits, peft_logits, transformers_model
 
@@ -144,3 +152,46 @@ def test_a_chat_template_that_was_edited_under_its_name_is_another_run(tiny, tmp
         file.write_text(text)
         assert run_script(lambda: train.main(flags)) == code
     assert "chat_template_sha256 was" in capsys.readouterr().err
+
+
+def test_fresh_leaves_an_unfinished_run_of_other_code_alone(tmp_path):
+    for name, code in (("run", "other"), ("run-2", program()["program_sha256"])):
+        (tmp_path / name).mkdir()
+        config = {"options": {}, "identity": {}, "program_sha256": code}
+        toys.write_json(tmp_path / name / "config.json", config)
+    assert Run.choose(tmp_path / "run", fresh=True).folder == tmp_path / "run-2"  # to be resumed
+    assert Run.choose(tmp_path / "run", fresh=False).folder == tmp_path / "run"
+
+
+def test_an_exported_model_ends_its_answers_where_training_did(base, tmp_path):
+    toys.change_json(base / "generation_config.json", eos_token_id=toys.ENDOFTEXT)
+    model = adapted(base)
+    save_adapter(model, tmp_path / "adapter", LoRAConfig(4, 8), base=str(base), revision=None)
+    export.main(["--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
+    assert read_eos_ids(base) == (toys.ENDOFTEXT,)
+    assert set(read_eos_ids(tmp_path / "merged")) == {toys.ENDOFTEXT, toys.IM_END}
+
+
+def test_a_time_limit_never_interrupts_the_first_piece_of_work_but_a_signal_does():
+    stop = Stop(minutes=-1e6)  # long over
+    stop.poll()
+    assert stop.requested()
+    stop.record(0.1)
+    with pytest.raises(StopRequested):
+        stop.poll()
+    stop = Stop()
+    stop.record(0.1)
+    stop.poll()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(StopRequested):
+        stop.poll()
+
+
+def test_the_scatter_of_a_trend_is_the_standard_error_of_its_residuals():
+    losses = [9, 8, 7, 6, 5.0, 4.1, 4.0, 3.5, 3.6, 3.0, 3.1, 2.2, 2.9, 2.0, 2.4]
+    last = np.array(losses[-5:])
+    slope, start = np.polyfit(range(5), last, 1)
+    residuals = last - start - slope * np.arange(5)
+    found = trend(losses)
+    assert found.threshold == pytest.approx(2 * math.sqrt((residuals**2).sum() / (5 - 2)))
+    assert found.decrease == pytest.approx(-4 * slope)
