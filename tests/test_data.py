@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from data import tasks
+from data import row_files, tasks
 from data.audit import audit, audit_lines
 from data.batches import Schedule, flat_batch, shuffle
 from data.chat import ChatFormat
@@ -321,7 +321,11 @@ BOMBS = {  # columns of 4 million rows that take a few bytes
 
 
 @pytest.mark.parametrize("column", BOMBS.values(), ids=BOMBS)
-def test_a_decompression_bomb_in_parquet_is_refused_before_it_fills_the_memory(tmp_path, column):
+def test_a_decompression_bomb_in_parquet_is_refused_before_it_fills_the_memory(
+    tmp_path, column, monkeypatch
+):
+    assert row_files.MIN_LIMIT == 2**28  # 16 times as long to reach as the one of this test
+    monkeypatch.setattr(row_files, "MIN_LIMIT", 2**24)
     columns = {"question": column, "answer": column}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
     assert (tmp_path / "t.parquet").stat().st_size < 2_000_000
