@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -184,3 +185,31 @@ def test_answers_are_decoded_with_each_option_of_the_command_line():
     config = evaluate.EvalConfig(adapter="x", **given)
     base = SimpleNamespace(eos_ids=(1,), chat=SimpleNamespace(vocab_size=99))
     assert asdict(evaluate.decoding(config, base)) == given | {"eos_ids": (1,), "vocab_size": 99}
+
+
+def test_a_conversation_is_cut_off_if_any_of_its_answers_is(monkeypatch):
+    def one_turn(model, chat, problems, settings, *, done, poll):
+        for p in problems:
+            if p.id not in {id for id, _ in done}:
+                first = len(p.messages) == 2
+                yield Completion(p.id, 0, "#### 1", tokens=3, cut_off=first, seconds=1.0)
+
+    monkeypatch.setattr(module, "_single_turn_answers", one_turn)
+    messages = [Message(role, "text") for role in ("user", "assistant") * 2]
+    (found,) = answers(None, None, [Problem("p", tuple(messages))], settings(3))
+    assert (found.cut_off, found.tokens, found.seconds) == (True, 6, 2.0)
+    assert found.turns == ["#### 1", "#### 1"]
+
+
+def test_a_choice_that_tuning_made_right_is_fixed_and_not_broken(monkeypatch, tmp_path):
+    found = iter([[False, False, True], [True, True, False]])  # of the base, of the tuned model
+    monkeypatch.setattr(evaluate, "score_all", lambda *_: None)
+    monkeypatch.setattr(evaluate, "choice_metrics", lambda *_: {"outcomes": next(found)})
+    contexts = {"base": nullcontext, "tuned": nullcontext}
+    task = SimpleNamespace(problems=[], judge=None)
+    result = evaluate.measure_choices(
+        evaluate.EvalConfig(adapter="x"), SimpleNamespace(chat=None),
+        evaluate.Models(None, contexts), task, tmp_path,
+    )  # fmt: skip
+    difference = result["difference"]
+    assert (difference["fixed"], difference["broke"]) == (2, 1)

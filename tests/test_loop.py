@@ -3,10 +3,12 @@
 import itertools
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from data.batches import Schedule, flat_batch
@@ -14,7 +16,9 @@ from data.chat import ChatFormat
 from data.encode import IGNORE, encode_problems
 from data.split import split_problems
 from data.tasks import load_source
-from lora.peft_format import read_adapter
+from lora.config import LoRAConfig
+from lora.inject import inject, trained_parameters
+from lora.peft_format import WEIGHTS, peft_key, read_adapter
 from model.load import load_model
 from run import console
 from run.folder import Progress, Run
@@ -164,3 +168,12 @@ def test_a_dry_run_multiplies_the_time_of_a_token_by_all_tokens(capsys):
                         epochs=3, seed=0)  # fmt: skip
     console.print_plan(schedule, tokens=200, seconds=24.0, memory=(1.0, 2.0))
     assert "15 steps, about 3,000 tokens and 6.0 minutes" in capsys.readouterr().out
+
+
+def test_the_initial_adapters_are_those_of_the_seed(tiny, tmp_path):
+    run(tmp_path / "run", tiny, "--seed", 5, "--learning-rate", 0, "--max-steps", 1)
+    model = load_model(Path(tiny[1]), dtype=torch.float32)
+    inject(model, LoRAConfig(), seed=5)
+    tensors = load_file(tmp_path / "run" / "best" / WEIGHTS)
+    for name, parameter in trained_parameters(model).items():
+        assert torch.equal(tensors[peft_key(name)], parameter)
