@@ -1,6 +1,7 @@
 """Tests of errors too small to be seen in a result: a rounding, a constant, a count that is off."""
 
 import math
+import re
 import signal
 
 import numpy as np
@@ -13,7 +14,7 @@ import train
 from data.batches import Schedule
 from data.split import normalize
 from data.tasks import load_source
-from errors import TrainingFailed, run_script
+from errors import run_script
 from evaluation.statistics import trend
 from lora.config import LoRAConfig, added_parameters
 from lora.dropout import KeyedDropout, token_keys
@@ -26,7 +27,6 @@ from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from run import export
 from run.base import Base
-from run.device import check_halving
 from run.folder import Run
 from run.fp16 import overflows
 from run.identity import program
@@ -126,10 +126,20 @@ def test_micro_batches_are_halved_again_and_again_down_to_one_row():
         assert [len(batch) for batch in batches] == [size] * (12 // size)
 
 
-def test_the_length_advised_where_memory_ran_out_leaves_the_longest_row_out():
-    with pytest.raises(TrainingFailed, match="1 sequences of 60 tokens") as failed:
-        check_halving(MemoryError(), [60], alone=True)
-    assert "--max-length 59," in failed.value.remedy
+def test_the_length_advised_where_memory_ran_out_leaves_that_row_out(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    seen = []
+
+    def too_large(hidden, *_):
+        seen.append(len(hidden))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GB")
+
+    monkeypatch.setattr(train, "linear_cross_entropy", too_large)
+    flags = [*tiny, "--batch-size", "1", "--limit", "40", "--out", str(tmp_path / "run")]
+    assert run_script(lambda: train.main(flags)) == 1
+    (advised,) = re.findall(r"--max-length (\d+)", capsys.readouterr().err)
+    assert int(advised) == seen[-1] - 1
 
 
 def test_fp16_is_tried_with_the_mean_loss_of_the_rows_as_in_training(
