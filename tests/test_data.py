@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from data import tasks
+from data import row_files, tasks
 from data.audit import audit, audit_lines
 from data.batches import Schedule, flat_batch, shuffle
 from data.chat import ChatFormat
@@ -26,13 +26,11 @@ from data.rows import Message, Problem, parse_row, read_problems
 from data.split import split_problems
 from errors import BadCheckpoint, BadData
 from tests import toys
+from tests.published import COMPLETE, GSM8K, REAL_TOKENIZER
 from tests.toys import some_examples, write_lines
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no deadline")
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 
 TURN = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -85,9 +83,9 @@ def problem(question: str, answer: str = "7", id: str = "x:1") -> Problem:
     return parse_row({"question": question, "answer": answer}, id)
 
 
-@pytest.fixture(params=["toy", pytest.param("real", marks=needs_shared)])
+@pytest.fixture(params=["toy", "real"])
 def tokenizer_folder(request, checkpoint):
-    return checkpoint if request.param == "toy" else SHARED / "qwen2-tokenizer"
+    return checkpoint if request.param == "toy" else REAL_TOKENIZER
 
 
 @pytest.fixture(scope="module")
@@ -315,18 +313,22 @@ def test_a_broken_parquet_file_is_refused_in_two_lines(tmp_path, how):
     assert len(str(refusal.value).splitlines()) == 2
 
 
-FIRST = pyarrow.array([0] * 4_000_000, pyarrow.int32())
-BOMBS = {  # columns of 4 million rows that take a few bytes
+FIRST = pyarrow.array([0] * 1_000_000, pyarrow.int32())
+BOMBS = {  # columns of a million rows that take a few bytes
     "text": pyarrow.DictionaryArray.from_arrays(FIRST, pyarrow.array(["x" * 1000])),
-    "null": pyarrow.nulls(4_000_000, pyarrow.string()),
+    "null": pyarrow.nulls(1_000_000, pyarrow.string()),
 }
 
 
 @pytest.mark.parametrize("column", BOMBS.values(), ids=BOMBS)
-def test_a_decompression_bomb_in_parquet_is_refused_before_it_fills_the_memory(tmp_path, column):
+def test_a_decompression_bomb_in_parquet_is_refused_before_it_fills_the_memory(
+    tmp_path, column, monkeypatch
+):
+    assert row_files.MIN_LIMIT == 2**28  # 16 times as long to reach as the one of this test
+    monkeypatch.setattr(row_files, "MIN_LIMIT", 2**24)
     columns = {"question": column, "answer": column}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
-    assert (tmp_path / "t.parquet").stat().st_size < 2_000_000
+    assert (tmp_path / "t.parquet").stat().st_size < 500_000
     with pytest.raises(BadData, match="its rows are far larger than the file"):
         read_problems(tmp_path / "t.parquet")
 
@@ -349,12 +351,13 @@ def test_a_source_that_does_not_exist_is_refused_by_name(tmp_path):
         tasks.load_source(str(tmp_path / "t.jsonl"), "main")
 
 
-@needs_shared
 def test_all_of_gsm8k_is_read_and_its_splits_share_no_question():
-    source = load_path(SHARED / "gsm8k")
-    assert [len(source.train), len(source.test), source.bad] == [7473, 1319, []]
+    source = load_path(GSM8K)
+    counts = [7473, 1319] if COMPLETE else [40, 24]
+    assert [len(source.train), len(source.test), source.bad] == [*counts, []]
     train, validation = split_problems(source.train, 0.1)
-    assert len(train) + len(validation) == 7473 and 700 < len(validation) < 800
+    assert len(train) + len(validation) == counts[0] and validation
+    assert abs(len(validation) - 0.1 * counts[0]) < 4 * (0.09 * counts[0]) ** 0.5  # 4 sigma
     assert not {p.question for p in source.train} & {p.question for p in source.test}
 
 

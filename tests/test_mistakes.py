@@ -2,7 +2,6 @@
 
 import json
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from evaluation.generative import numeric_equal
 from evaluation.mistakes import KINDS, TOPICS, classify, has_wrong_step, topics
 from evaluation.numerals import numbers_in
 from evaluation.steps import operations, read_steps, reasoning_steps
+from tests.published import COMPLETE, GSM8K, SHARED
 
 CLIPS = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
@@ -39,17 +39,14 @@ THIRDS = ("A third of 3000 seats are taken. How many?", "3000/3=<<3000/3=1000>>1
 GOLDS = [
     json.loads(line)
     for name in ("train.jsonl", "test.jsonl")
-    for path in [Path(__file__).parents[1] / "../shared/gsm8k" / name]
-    if path.exists()
-    for line in path.read_text(encoding="utf-8").splitlines()
+    for line in (GSM8K / name).read_text(encoding="utf-8").splitlines()
 ]
 COMPLETIONS = {
     name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for name in ("zero_shot", "tuned")
-    for path in [Path(__file__).parents[1] / f"../shared/completions/real_{name}.jsonl"]
+    for path in [SHARED / f"completions/real_{name}.jsonl"]
     if path.exists()
 }
-needs_golds = pytest.mark.skipif(not GOLDS, reason="../shared/gsm8k is absent")
 
 PIECES = (
     r"1 23 4.5 1,000 + - * / = ( ) { } x of % $ ^ << >> #### cups hours \frac \times 9e9 ²"
@@ -338,27 +335,26 @@ def test_topics_are_recognized_by_whole_words(question, held):
     assert topics(question) == held
 
 
-@needs_golds
 def test_every_gold_solution_is_classified_as_correct():
-    assert len(GOLDS) == 8792
+    assert len(GOLDS) == (8792 if COMPLETE else 64)
     for row in GOLDS:
         assert classify(row["question"], row["answer"], row["answer"]).kind == "correct"
         assert reasoning_steps(row["answer"]) == row["answer"].count("<<")
 
 
-@needs_golds
 def test_at_most_one_in_a_thousand_gold_steps_is_called_wrong():
-    steps = [step for row in GOLDS[::10] for step in read_steps(row["answer"])]
+    rows = GOLDS[::10] if COMPLETE else GOLDS
+    steps = [step for row in rows for step in read_steps(row["answer"])]
     wrong = [step.text for step in steps if step.verdict == "wrong"]
     readable = [step for step in steps if step.verdict != "unclear"]
     assert len(wrong) * 1000 <= len(steps), wrong
-    assert len(readable) > 0.98 * len(steps) > 5000
+    share, least = (0.98, 5000) if COMPLETE else (0.96, 350)  # few rows vary more
+    assert len(readable) > share * len(steps) and len(steps) > least
 
 
-@needs_golds
 def test_a_slip_inserted_into_a_gold_step_is_found():
     found = tried = 0
-    for row in GOLDS[::40]:
+    for row in GOLDS[::40] if COMPLETE else GOLDS:
         steps = row["answer"].split("<<")
         if len(steps) > 1:
             expression = steps[1].split("=")[0]
@@ -368,4 +364,5 @@ def test_a_slip_inserted_into_a_gold_step_is_found():
                 "slip alone",
                 "slip in a wrong plan",
             )
-    assert tried > 200 and found >= 0.95 * tried
+    share, least = (0.95, 200) if COMPLETE else (0.9, 60)  # few rows vary more
+    assert tried > least and found >= share * tried

@@ -25,9 +25,9 @@ from model.qwen2 import (
     plain_rotate,
 )
 from tests import toys
+from tests.published import REAL_TOKENIZER
 
 LENGTHS = (5, 1, 19, 8)
-REAL_TOKENIZER = Path(__file__).parents[2] / "shared" / "qwen2-tokenizer"
 
 
 def examples(lengths=LENGTHS, seed: int = 0) -> list[torch.Tensor]:
@@ -357,7 +357,6 @@ def test_weights_are_memory_mapped_and_not_copied(tmp_path, shards):
     assert not outside
 
 
-@pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="needs ../shared")
 def test_the_toy_tokenizer_has_the_pipeline_of_the_real_one(checkpoint):
     folders = (checkpoint, REAL_TOKENIZER)
     toy, real = (json.loads((f / "tokenizer.json").read_text()) for f in folders)

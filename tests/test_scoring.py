@@ -7,7 +7,6 @@ import time
 from fractions import Fraction
 from itertools import combinations, pairwise
 from math import comb
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -28,8 +27,7 @@ from evaluation.generative import (
 from evaluation.golds import ends_in_number, gold_number, gold_text, gold_value, in_digits
 from evaluation.numbers import final_number, readings
 from evaluation.numerals import MAX_DIGITS, numbers_in
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+from tests.published import COMPLETE, GSM8K, SHARED
 
 # text → its numbers; bars between cases; \n is a line end, \t a tab, N is MAX_DIGITS ones
 NUMBERS = r"""
@@ -334,16 +332,14 @@ def test_fractions_mixed_numbers_and_decimals_are_exact(top, bottom, whole):
 
 def gold_answers() -> list[str]:
     """The answers of GSM8K's train and test sets."""
-    files = [SHARED / "gsm8k" / f"{split}.jsonl" for split in ("train", "test")]
-    if not all(file.is_file() for file in files):
-        pytest.skip("GSM8K is not next to the repository")
+    files = [GSM8K / f"{split}.jsonl" for split in ("train", "test")]
     lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
     return [json.loads(line)["answer"] for line in lines]
 
 
 def test_every_scorer_accepts_every_gold_answer_and_no_answer_off_by_one():
     answers = gold_answers()
-    assert len(answers) == 8792
+    assert len(answers) == (8792 if COMPLETE else 64)
     for answer in answers:
         number = int(answer.split("\n#### ")[1].replace(",", ""))
         assert gold_number(answer) == final_number(answer) == number

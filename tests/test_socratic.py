@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +18,9 @@ from model.load import load_model
 from tests import toys
 from tests.evaluations import settings
 from tests.hub_stub import python
+from tests.published import GSM8K
 from tests.toys import parquet
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "gsm8k"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 ROBE = {
     "question": "A robe takes 2 bolts. How many?",
     "answer": "How many white? ** 2/2=<<2/2=1>>1\nHow many in all? ** 2+1=3\n#### 3",
@@ -65,11 +63,10 @@ def test_irregular_rows_keep_every_step_and_drop_sub_questions_without_one():
             turns_of(answer)
 
 
-@needs_shared
 def test_every_published_test_row_has_the_plain_rows_question_and_loses_no_step():
-    socratic, bad = read_problems(SHARED / "test_socratic.jsonl", parse_turns)
-    plain, _ = read_problems(SHARED / "test.jsonl")
-    rows = [json.loads(line) for line in (SHARED / "test_socratic.jsonl").open()]
+    socratic, bad = read_problems(GSM8K / "test_socratic.jsonl", parse_turns)
+    plain, _ = read_problems(GSM8K / "test.jsonl")
+    rows = [json.loads(line) for line in (GSM8K / "test_socratic.jsonl").open()]
     assert not bad and [p.question for p in socratic] == [p.question for p in plain]
     assert split_problems(socratic, 0.1) == split_problems(plain, 0.1)
     for p, row in zip(socratic, rows, strict=True):

@@ -22,9 +22,9 @@ from model.load import load_model
 from run import export
 from run.base import Base
 from tests import toys
+from tests.published import REAL_TOKENIZER, SHARED
 from tests.templates import PUBLISHED, QWEN1_5, QWEN2, QWEN2_5, QWEN2_5_SYSTEM, TRL
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 CASES = sorted((SHARED / "cases" / "templates").glob("*.jinja"))
 needs_shared = pytest.mark.skipif(not CASES, reason="needs ../shared")
 CHATS = {
@@ -94,8 +94,7 @@ def test_ids_equal_those_of_transformers_for_published_templates(
         assert chat.prompt(messages(turns[:-1])) == oracle(theirs[:-1], prompt=True), kind
 
 
-@needs_shared
-@pytest.mark.parametrize("path", [*CASES, SHARED / "qwen2-tokenizer"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*CASES, REAL_TOKENIZER], ids=lambda p: p.stem)
 def test_ids_equal_those_of_transformers_for_the_templates_of_the_cases(checkpoint, path):
     source = (
         read_source(path) if path.is_dir() else TemplateSource(path, {"default": path.read_text()})
