@@ -15,6 +15,11 @@ def progress_bar(items: Iterable | None = None, **options: Any) -> tqdm:
     return _LogBar(items, **{**quiet, "file": _WholeLines(sys.stderr), **options})
 
 
+def print_above_bars(text: str) -> None:
+    """Print a line while a bar may be on the screen."""
+    (tqdm if sys.stderr.isatty() else _LogBar).write(text)
+
+
 class _LogBar(tqdm):
     """A bar in a log file, where nothing can be overwritten."""
 

@@ -36,7 +36,6 @@ from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of, judged_problems
 from evaluation.teacher_forced import teacher_forced
-from files import JsonLines
 from lora.config import added_parameters
 from lora.inject import count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options
@@ -69,6 +68,7 @@ from run.folder import Progress, Run, check_place, check_space, default_folder, 
 from run.fp16 import settle_fp16
 from run.options import changed_options, option, parse, to_json
 from run.stopping import Stop, StopRequested
+from run.track import TRACKERS, RunLog, check_tracker
 
 SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the run fails
 
@@ -159,6 +159,7 @@ class TrainConfig:
     fresh: bool = option(
         False, "train anew in OUT-2, -3, ... if OUT holds a finished run, or one of other code"
     )
+    track: str | None = option(None, "show the log there too", choices=TRACKERS)
     show_example: bool = option(False, "print one example with its supervised text, and exit")
 
 
@@ -200,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(config.device, distributed.local_rank())
     if config.compile:
         check_compiler(device)
+    check_tracker(config.track)
     out = Path(config.out or default_folder(config.model, source_names(config.data)))
     run = Run.choose(out, fresh=config.fresh)
     check_place(run.folder)
@@ -334,7 +336,7 @@ def train(
     last = data.schedule.total_steps
     goal = (last, config.patience, config.stop_on)
     progress.stopped = progress.reason_finished(*goal)  # the options may allow more steps now
-    log = JsonLines(run.log_file if world.is_main else None, keep=progress.log_bytes)
+    log = RunLog(run, progress, tracker=config.track, enabled=world.is_main)
     bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)
     seconds_before, started, saved = progress.seconds, time.perf_counter(), time.perf_counter()
@@ -426,6 +428,7 @@ def train(
         ):
             raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
     bar.close()
+    log.close()
     return progress
 
 
