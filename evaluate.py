@@ -25,8 +25,9 @@ from typing import Any
 
 from data.gsm8k import EXAMPLES
 from data.rows import fingerprint
-from errors import BadOption, printable, run_script
-from evaluation.answers import GenerationSettings, answer_all, stream_answer
+from errors import BadOption, run_script
+from evaluation.answers import GenerationSettings, answer_all
+from evaluation.chat import Conversation, converse, show
 from evaluation.choices import choice_metrics, score_all
 from evaluation.rejection import check_new_file, check_tasks, keep
 from evaluation.results import read_result
@@ -111,6 +112,7 @@ class EvalConfig:
         None, "with --split train: write correct answers to this .jsonl file, to train on them"
     )
     ask: str | None = option(None, "answer this question instead of evaluating")
+    chat: bool = option(False, "talk with the tuned model, or with --model alone, in the terminal")
     compare: tuple[str, ...] = option((), "compare two result.json files instead of evaluating")
 
     batch_size: int = option(128, "sequences decoded in parallel; same answers in fp32", least=1)
@@ -166,8 +168,8 @@ def main(argv: list[str] | None = None) -> None:
         return print(comparison_text(a, b, config.seed))
     base = find_base(config)
     files = check_models(config, base)
-    if config.ask:
-        return ask(config, base)
+    if config.ask or config.chat:
+        return talk(config, base)
 
     # 2. What is measured: tasks, each with a judge, its settings and a results folder.
     evaluations = find_evaluations(config, base, files)
@@ -435,19 +437,19 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
 # Instead of an evaluation.
 
 
-def ask(config: EvalConfig, base: Base) -> None:
-    """Print each model's answer to one question while it is generated."""
+def talk(config: EvalConfig, base: Base) -> None:
+    """Print each model's answer to one question, or talk with the last of the models."""
     print("\n".join(base.lines()))
     models = load_models(config, base)
     for name, context in models.contexts.items():
-        print(f"\n{name}: ", end="", flush=True)
+        conversation = Conversation(models.network, base.chat, decoding(config, base))
+        if config.ask:
+            print(f"\n{name}: ", end="", flush=True)
+            with context():
+                show(conversation, config.ask)
+    if config.chat:
         with context():
-            pieces = stream_answer(models.network, base.chat, config.ask, decoding(config, base))
-            try:
-                for piece in pieces:
-                    print(printable(piece, "\n\t"), end="", flush=True)
-            finally:  # an error begins on a line of its own
-                print()
+            converse(conversation, name)
 
 
 if __name__ == "__main__":
