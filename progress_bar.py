@@ -27,6 +27,13 @@ class _LogBar(tqdm):
     def write(cls, s: str, file: TextIO | None = None, end: str = "\n", nolock: bool = False):
         print(s, end=end, file=file, flush=True)  # tqdm's own draws all bars again after it
 
+    def refresh(self, nolock: bool = False, lock_args: tuple | None = None) -> None:
+        """Draw the bar if that is due; tqdm's own also draws it whenever a caller wants it."""
+        if not self.disable:
+            now = self._time()
+            if now >= max(self.start_t + self.delay, self.last_print_t + self.mininterval):
+                super().refresh(nolock, lock_args)
+
 
 class _WholeLines:
     """A stream on which each drawing of a bar is a line of its own."""

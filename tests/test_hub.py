@@ -1,7 +1,9 @@
 """Tests of the Hub's client against a stub that serves a toy checkpoint and a small gsm8k."""
 
 import json
+import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +49,33 @@ def test_a_run_fetches_its_base_and_data_once_and_then_trains_and_evaluates_offl
     assert third.returncode == 0, third.stderr
     assert "base" in third.stdout and "tuned" in third.stdout
     assert hub.requests == []
+
+
+def test_a_download_says_once_what_from_where_and_how_much_and_shows_no_bar_if_it_is_short(
+    hub, tmp_path
+):
+    place, files = {"home": tmp_path, "hub": hub.url}, hub.files["models/toy/qwen2"]
+    wanted = [files[name] for name in files if name.endswith((".json", ".safetensors"))]
+    first = fetch(MODEL, **place)
+    size = f"{sum(map(len, wanted)) / 1000:.0f}kB"
+    (line,) = first.stdout.splitlines()[:-1]
+    assert line == f"downloading model {MODEL}: {len(wanted)} files, {size}, from {hub.url}"
+    assert first.stderr == ""
+    assert len(fetch(MODEL, **place).stdout.splitlines()) == 1  # the folder alone
+    (path,) = tmp_path.glob(f"cache/hub/*/snapshots/{COMMIT}/config.json")
+    path.unlink()
+    assert "1 file, " in fetch(MODEL, **place).stdout
+
+
+def test_on_a_terminal_a_download_has_one_bar(hub, tmp_path):
+    terminal = (
+        "import pty, sys; pty.spawn(['sh', '-c', 'stty cols 79 rows 24; exec \"$@\"', *sys.argv])"
+    )
+    command = [sys.executable, "-c", FETCH, MODEL, "", "model"]
+    shown = python("-c", terminal, *command, home=tmp_path, hub=hub.url).stdout
+    bars = [part for part in re.split(r"[\r\n]", shown) if "/s]" in part]
+    assert bars and all(bar.startswith("download: ") for bar in bars), shown
+    assert "415k/415k" in bars[-1] and "\x1b[A" not in shown  # never a second line
 
 
 @pytest.mark.parametrize("revision", ["", "v1", COMMIT])
