@@ -25,6 +25,7 @@ from typing import Any
 
 from data.gsm8k import EXAMPLES
 from data.rows import fingerprint
+from data.tasks import TASKS
 from errors import BadOption, run_script
 from evaluation.answers import GenerationSettings, answer_all
 from evaluation.chat import Conversation, converse, show
@@ -72,7 +73,11 @@ class EvalConfig:
     model: str | None = option(None, "base model (default: the one the adapter names)")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
 
-    data: tuple[str, ...] = option((), "as for train.py (default: what the adapter was trained on)")
+    data: tuple[str, ...] = option(
+        (),
+        f"tasks ({', '.join(TASKS)}) or custom data, as for train.py (default: what the adapter"
+        " was trained on)",
+    )
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
     columns: tuple[str, ...] = option((), "rename columns: question=problem,answer=text")
     split: str = option(
@@ -124,18 +129,19 @@ class EvalConfig:
         return "few-shot" if self.shots else "chain-of-thought" if self.cot else "chat"
 
 
-GROUPS = {"models": "adapter", "data": "data", "generated answers": "cot", "results": "out",
-          "machine": "batch_size"}  # fmt: skip
+GROUPS = {  # title -> first option, example
+    "models": ("adapter", "--model Qwen/Qwen2-0.5B-Instruct --limit 100"),
+    "data": ("data", "--adapter out/.../best --data gsm8k arc-challenge hellaswag"),
+    "generated answers": ("cot", "--adapter out/.../best --samples 8 --temperature 0.7"),
+    "results": ("out", "--compare A/result.json B/result.json"),
+    "machine": ("batch_size", "--demo --batch-size 32"),
+}
 HELP = """Measure a base model and its adapter on the same problems.
 
 examples:
-  python evaluate.py --demo
-  python evaluate.py --adapter out/.../best
-  python evaluate.py --adapter out/.../best --data gsm8k arc-challenge hellaswag
-  python evaluate.py --adapter out/.../best --samples 8 --temperature 0.7
-  python evaluate.py --adapter out/.../best --ask "What is 3 + 4?"
-  python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --shots 5 --limit 100
-  python evaluate.py --compare A/result.json B/result.json
+  %(prog)s --demo
+  %(prog)s --adapter out/.../best
+  %(prog)s --adapter out/.../best --chat
 """
 # `--demo`: the adapter that `python train.py --demo` wrote.
 DEMO = {"adapter": "out/demo/best", "max_new_tokens": 160}

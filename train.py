@@ -32,6 +32,7 @@ from data.mixture import (
     source_names,
 )
 from data.rows import Problem
+from data.tasks import TASKS
 from errors import run_script
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of, judged_problems
@@ -81,8 +82,8 @@ class TrainConfig:
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
     data: tuple[str, ...] = option(
         ("gsm8k",),
-        "tasks, folders, .jsonl or .parquet files, Hub datasets; NAME:2 takes its rows twice an"
-        " epoch",
+        f"tasks ({', '.join(TASKS)}), folders, .jsonl or .parquet files, Hub datasets; NAME:2 takes"
+        " its rows twice an epoch",
     )
     columns: tuple[str, ...] = option((), "rename columns: question=problem,answer=text")
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
@@ -163,16 +164,19 @@ class TrainConfig:
     show_example: bool = option(False, "print one example with its supervised text, and exit")
 
 
-GROUPS = {"model and data": "model", "adapter": "rank", "training": "epochs",
-          "validation": "validation_share", "machine": "precision"}  # fmt: skip
+GROUPS = {  # title -> first option, example
+    "model and data": ("model", "--data gsm8k arc-challenge:0.5 rows.jsonl"),
+    "adapter": ("rank", "--rank 16,q_proj=32 --targets all-linear"),
+    "training": ("epochs", "--batch-size 4 --grad-accum 4"),
+    "validation": ("validation_share", "--stop-on exact-match"),
+    "machine": ("precision", "--max-minutes 55 --track tensorboard"),
+}
 HELP = """Fine-tune Qwen2 with low-rank adapters.
 
 examples:
-  python train.py --demo
-  python train.py --epochs 3
-  python train.py --data rows.jsonl --show-example
-  python train.py --data gsm8k arc-challenge:0.5 --rank 16,q_proj=32 --targets all-linear
-  python train.py --batch-size 4 --grad-accum 4 --max-minutes 55
+  %(prog)s --demo
+  %(prog)s --epochs 3
+  %(prog)s --data rows.jsonl --show-example
 """
 # `--demo`: the whole path in a minute, offline. So small a base needs a higher learning rate.
 DEMO = {
