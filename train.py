@@ -46,7 +46,6 @@ from model.compile import check_compiler, compile_layers
 from model.generate import Decoding
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
-from progress_bar import progress_bar
 from report import write_report
 from run import console, distributed
 from run.base import Base, check_not_replaced, hash_adapter
@@ -341,8 +340,8 @@ def train(
     goal = (last, config.patience, config.stop_on)
     progress.stopped = progress.reason_finished(*goal)  # the options may allow more steps now
     log = RunLog(run, progress, tracker=config.track, enabled=world.is_main)
-    bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)
+    screen = console.Screen(run, progress, validate_at, enabled=world.is_main)
     seconds_before, started, saved = progress.seconds, time.perf_counter(), time.perf_counter()
     stopping = saving = False
     model.train()
@@ -361,7 +360,7 @@ def train(
                     publish_best(model, lora, base, run, progress)
                 epoch = data.schedule.epochs_in(progress.cursor)
                 log.write(step=progress.step, epoch=epoch, **found)
-                console.show_validation(bar, progress.step, found, is_best)
+                screen.show_validation(found, is_best)
 
         # Save what resuming needs, and leave the loop if the run is finished or must stop.
         stopping = stopping or progress.stopped is not None
@@ -388,7 +387,7 @@ def train(
             # Ranks cannot agree in the middle of a step, so that only a single one continues.
             check_halving(error, [len(e.tokens) for e in examples], alone=world.size == 1)
             progress.halved += 1  # the same step again, with micro-batches half as large
-            bar.write("out of memory: micro-batches are half as large from now on")
+            screen.write("out of memory: micro-batches are half as large from now on")
             optimizer.zero_grad()
             continue
 
@@ -417,8 +416,7 @@ def train(
         seconds = time.perf_counter() - step_started
         stop.record(seconds)
         train_loss, speed = nats / step.supervised_count, step.token_count / seconds
-        bar.update()
-        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        screen.show_step(train_loss, speed)
         log.write(
             step=progress.step, epoch=data.schedule.epochs_in(progress.cursor),
             train_loss=train_loss, train_token_accuracy=correct / step.supervised_count,
@@ -431,7 +429,7 @@ def train(
             not math.isfinite(nats) or scaler.get_scale() <= 1
         ):
             raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
-    bar.close()
+    screen.close()
     log.close()
     return progress
 
@@ -442,8 +440,11 @@ def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -
     model.train()
     for _ in range(2):  # the first one includes warm-up
         started, step = time.perf_counter(), schedule.step(0)
-        for examples in step.micro_batches:
-            forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+        try:
+            for examples in step.micro_batches:
+                forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+        except (RuntimeError, MemoryError) as error:
+            check_halving(error, [len(e.tokens) for e in examples], alone=False)
         seconds = time.perf_counter() - started
     memory = peak_memory_gb(base.device), total_memory_gb(base.device)
     console.print_plan(schedule, step.token_count, seconds, memory)

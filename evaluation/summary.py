@@ -243,7 +243,7 @@ def task_summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tasks_table(summaries: list[dict[str, Any]]) -> str:
-    """One row per task, followed by the conclusion about each task's difference.
+    """The conclusion about each task's difference, and a table with one row per task.
 
     Several comparisons make it likelier that one of them differs by chance, so their p-values are
     corrected (Holm).
@@ -258,7 +258,7 @@ def tasks_table(summaries: list[dict[str, Any]]) -> str:
         f"{line['task']}, {line['judged_by']}: {in_words(result, len(found))}"
         for line, result in zip(compared, found)
     ]
-    return "\n".join([in_columns(rows), *conclusions])
+    return "\n".join([*conclusions, in_columns(rows)])
 
 
 def result_text(result: dict[str, Any]) -> str:
@@ -314,6 +314,6 @@ def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
         if value != settings[1].get(key)
     ]
     models = {name: list(r["models"].values())[-1] for name, r in (("A", a), ("B", b))}
-    lines.append(models_table({"problems": a["problems"], "models": models}))
+    table = models_table({"problems": a["problems"], "models": models})
     found = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
-    return "\n".join([*lines, f"B against A: {found['in_words']}"])
+    return "\n".join([*lines, f"B against A: {found['in_words']}", table])
