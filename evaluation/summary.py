@@ -4,6 +4,7 @@ Pure functions of what was generated. Counts are numbers of problems. If there a
 per problem, scorers judge the first one; votes and pass@k use all of them.
 """
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -255,7 +256,7 @@ def tasks_table(summaries: list[dict[str, Any]]) -> str:
     compared = [line for line in summaries if line["difference"]]
     found = corrected([Paired(**line["difference"]) for line in compared])
     conclusions = [
-        f"{line['task']}, {line['judged_by']}: {in_words(result, len(found))}"
+        wrapped(f"{line['task']}, {line['judged_by']}: {in_words(result, len(found))}")
         for line, result in zip(compared, found)
     ]
     return "\n".join([*conclusions, in_columns(rows)])
@@ -266,14 +267,21 @@ def result_text(result: dict[str, Any]) -> str:
     lines = []
     if "in_words" in result:
         d = result["difference"]
-        lines.append(f"tuned against base: {result['in_words']}")
+        lines.append(wrapped(f"tuned against base: {result['in_words']}"))
         lines.append(f"  {d['fixed']} fixed, {d['broke']} broken, exact p {d['p_value']:.2g}")
     lines.append(models_table(result))
     for example in result["examples"]:
-        lines.append(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
+        question = f"{example['question']} ({example['gold'].removeprefix('#### ')})"
+        lines.append("\n" + wrapped(question))
         for name in result["models"]:
-            lines.append(f"  {name}: {printable(' '.join(example[name].split())[:300])}")
+            answer = printable(" ".join(example[name].split())[:300])
+            lines.append(wrapped(f"  {name}: {answer}", indent="    "))
     return "\n".join(lines)
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """`text` in lines of at most 80 columns, all but the first with `indent`."""
+    return textwrap.fill(text, 80, subsequent_indent=indent)
 
 
 def in_columns(rows: list[tuple[str, ...]]) -> str:
@@ -316,4 +324,4 @@ def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
     models = {name: list(r["models"].values())[-1] for name, r in (("A", a), ("B", b))}
     table = models_table({"problems": a["problems"], "models": models})
     found = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
-    return "\n".join([*lines, f"B against A: {found['in_words']}", table])
+    return "\n".join([*lines, wrapped(f"B against A: {found['in_words']}"), table])

@@ -40,7 +40,7 @@ def print_start(
     if folder := options.from_adapter:
         _, its_base, _ = read_adapter_config(Path(folder))
         print(f"continuing the adapter in {folder}, trained on {its_base}: {lora}")
-    print(f"adapters: {lora}; learning rate {options.learning_rate:g}, {options.schedule}")
+    print(f"adapters: {lora}\nlearning rate {options.learning_rate:g}, {options.schedule}")
     print(device_line)
 
 
@@ -175,12 +175,13 @@ def print_end(progress: Progress, run: Run) -> None:
     if progress.best_loss is None:
         print("no validation loss was finite, so there is no best adapter")
         return
-    reached = f"validation loss {progress.best_loss:.4f} nats per token"
+    print(f"best of {run.validation_count()} validations: at step {progress.best_step}, validation"
+          f" loss {progress.best_loss:.4f} nats per token")  # fmt: skip
     if progress.best_exact_match is not None:
-        reached += f", {progress.best_exact_match:.1%} of the held-out sample answered correctly"
-    print(f"best of {run.validation_count()} validations: {reached}, at step {progress.best_step}")
+        print(f"  {progress.best_exact_match:.1%} of the held-out sample answered correctly")
     if progress.best_step == 0:
-        print("no validation was better than the one before the first step: training did not help")
+        print("no validation was better than the one before the first step:\n"
+              "  training did not help")  # fmt: skip
     lora, _, _ = read_adapter_config(run.best)
     print(f"the adapter is in {run.best}")
     print(f"  read as it is by {readers(lora)}".replace("; ", ";\n  "))
