@@ -3,6 +3,7 @@
     python evaluate.py --demo                                            # after train.py --demo
     python evaluate.py --adapter out/qwen2-0.5b-instruct-gsm8k/best      # base against tuned
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --limit 100      # one model alone
+    python evaluate.py --adapter out/.../best --chat                     # a conversation
 
 The base is the tuned model with its adapters disabled, which equals the base bit for bit, so both
 run through the same code. Answers are generated and scored. The loss and token accuracy of the gold
