@@ -86,6 +86,8 @@ def questions() -> Iterator[str]:
             text = input("> ").strip()
         except EOFError:
             return print()
+        except KeyboardInterrupt:  # came too late for the answer
+            continue
         if not sys.stdin.isatty():
             print(printable(text))  # a terminal shows what is typed, a pipe does not
         if not text:

@@ -13,7 +13,7 @@ from data.rows import Message, Problem
 from errors import printable
 from evaluation import chat as chat_module
 from evaluation.answers import SEED_STRIDE, GenerationSettings, answers
-from evaluation.chat import Conversation, show
+from evaluation.chat import Conversation, questions, show
 from model.cache import KVCache
 from model.generate import Decoding, generate
 from model.load import load_model
@@ -137,6 +137,18 @@ def test_ctrl_c_stops_an_answer_which_stays_in_the_history(model, chat, monkeypa
     monkeypatch.undo()
     expected = generated(model, chat, [question, answer, Message("user", "Why?")], GREEDY, 1)
     assert "".join(conversation.answer("Why?")) == chat.decode(expected)
+
+
+def test_ctrl_c_at_the_prompt_asks_again(monkeypatch):
+    typed = iter([KeyboardInterrupt, "Why?", EOFError])
+
+    def type_next(prompt):
+        if isinstance(what := next(typed), str):
+            return what
+        raise what
+
+    monkeypatch.setattr("builtins.input", type_next)
+    assert list(questions()) == ["Why?"]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\nnot asked\n"], ids=["pipe", "empty", "more"])
