@@ -29,10 +29,12 @@ class _LogBar(tqdm):
 
     def refresh(self, nolock: bool = False, lock_args: tuple | None = None) -> None:
         """Draw the bar if that is due; tqdm's own also draws it whenever a caller wants it."""
-        if not self.disable:
-            now = self._time()
-            if now >= max(self.start_t + self.delay, self.last_print_t + self.mininterval):
-                super().refresh(nolock, lock_args)
+        if self.disable:
+            return
+        begun = getattr(self, "start_t", None)  # None: the first drawing, of a bar without delay
+        due = begun and max(begun + self.delay, self.last_print_t + self.mininterval)
+        if begun is None or self._time() >= due:
+            super().refresh(nolock, lock_args)
 
 
 class _WholeLines:
