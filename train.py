@@ -159,7 +159,9 @@ class TrainConfig:
     fresh: bool = option(
         False, "train anew in OUT-2, -3, ... if OUT holds a finished run, or one of other code"
     )
-    track: str | None = option(None, "show the log there too", choices=TRACKERS)
+    track: str | None = option(
+        None, "show the log in this tracker too; its package must be installed", choices=TRACKERS
+    )
     show_example: bool = option(False, "print one example with its supervised text, and exit")
 
 

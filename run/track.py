@@ -51,9 +51,9 @@ class RunLog(JsonLines):
         try:
             return call(*args) if self.tracker else None
         except Exception as error:  # of any type that the package raises
-            print_above_bars(f"--track {self.tracker} failed and is not used any more; the log"
-                             f" stays complete: {self.path}")  # fmt: skip
-            print_above_bars("  " + plain(f"{type(error).__name__}: {error}")[:200])
+            reason = plain(f"{type(error).__name__}: {error}")[:200]
+            print_above_bars(f"--track {self.tracker} failed and is not used any more; the run's"
+                             f" log is complete\n  {reason}")  # fmt: skip
             self.tracker = None
 
 

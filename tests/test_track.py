@@ -95,7 +95,7 @@ def test_a_tracker_that_fails_is_reported_once_and_changes_nothing(workspace, fa
     assert train.main([*TRAIN.split(), "--track", fake.__name__]) == 0
     said = capsys.readouterr().out
     assert said.count(f"--track {fake.__name__} failed") == 1
-    assert "  RuntimeError: no network" in said and str(Run("out").log_file) in said
+    assert "  RuntimeError: no network" in said
     assert fake.calls == calls
     assert results(workspace / "out") == results(workspace / "plain")
 
