@@ -281,7 +281,8 @@ def result_text(result: dict[str, Any]) -> str:
 
 def wrapped(text: str, indent: str = "  ") -> str:
     """`text` in lines of at most 80 columns, all but the first with `indent`."""
-    return textwrap.fill(text, 80, subsequent_indent=indent)
+    return textwrap.fill(text, 80, subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)  # fmt: skip
 
 
 def in_columns(rows: list[tuple[str, ...]]) -> str:

@@ -147,9 +147,9 @@ def read_options(cls: type, path: Path) -> dict[str, Any]:
         elif not _has_type(value, types[name]):
             problems.append(f"{name} is {value!r}")
     for field in dataclasses.fields(cls):
-        choices = field.metadata["choices"]
-        if choices and options.get(field.name, field.default) not in choices:
-            problems.append(f"{field.name} is {options[field.name]!r}, not {' or '.join(choices)}")
+        choices, value = field.metadata["choices"], options.get(field.name, field.default)
+        if choices and value not in (*choices, field.default):
+            problems.append(f"{field.name} is {value!r}, not {' or '.join(choices)}")
     if problems:
         raise BadOption(f"--config {path}: {listed(problems)}", "correct the file")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}

@@ -87,12 +87,12 @@ def test_after_five_steps_the_time_left_is_that_of_the_median_step_and_of_the_va
     screen = Screen(run, progress, {0, 20, 40, 60}, enabled=True)
     clock.now += 30
     screen.show_validation({"val_loss": 1.0, "val_token_accuracy": 0.5}, is_best=False)
-    for seconds in (500, 2, 3, 3, 90):  # the first step includes warm-up, the last one a save
+    for seconds in (500, 2, 3, 4, 90):  # the first step includes warm-up, the last one a save
         assert "left" not in capsys.readouterr().out
         clock.now += seconds
         progress.cursor += 1
         screen.show_step(1.0, 100.0)
-    expected = 35 * 3 + 2 * 30
+    expected = 35 * 3.5 + 2 * 30
     assert f"about {duration(expected)} left for 35 steps\n" in capsys.readouterr().out
     screen.close()
 
