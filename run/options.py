@@ -11,6 +11,7 @@ import math
 import re
 import shlex
 import sys
+import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -106,7 +107,8 @@ def parse(
         parser.add_argument(_flag(name), action="store_true", help=f"short for {flags}")
         if _flag(name) in argv:
             parser.set_defaults(**values)
-            print(f"--{name} is short for {flags}")
+            said = f"--{name} is short for {flags}"
+            print(textwrap.fill(said, 80, subsequent_indent="  ", break_on_hyphens=False))
     if path := _config_file(argv):
         parser.set_defaults(**read_options(cls, path))  # flags override them
     given = vars(parser.parse_args(argv))
