@@ -92,7 +92,7 @@ def test_if_the_hub_fails_the_cached_copy_is_used_and_a_line_says_so(hub, tmp_pa
 
 def test_a_cached_copy_that_lacks_files_is_not_used(hub, tmp_path):
     place = {"home": tmp_path, "hub": hub.url}
-    folder = Path(fetch(MODEL, **place).stdout.strip())
+    folder = Path(fetch(MODEL, **place).stdout.splitlines()[-1])
     (folder / "tokenizer.json").unlink()
     result = fetch(MODEL, **place, HF_HUB_OFFLINE="1")
     assert result.returncode == 2 and "is not in the cache" in result.stderr
@@ -224,7 +224,7 @@ def test_a_new_commit_on_the_hub_does_not_lock_a_run_out(hub, tmp_path, monkeypa
 
 def test_a_base_that_was_a_folder_is_never_asked_of_the_hub(hub, tmp_path):
     place = {"home": tmp_path, "hub": hub.url}
-    folder = fetch(MODEL, **place).stdout.strip()
+    folder = fetch(MODEL, **place).stdout.splitlines()[-1]
     shutil.copytree(folder, tmp_path / "toy/qwen2")  # the Hub has a repository of that name
     code = "import os, sys; from errors import run_script; from {0} import main; os.chdir({1!r});"
     code += "sys.exit(run_script(main))"
