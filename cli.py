@@ -7,6 +7,8 @@ Only a process that this file starts finds the modules under the names that they
 """
 
 import runpy
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,10 +17,13 @@ SCRIPTS = {"train": "train", "evaluate": "evaluate", "export": "run.export", "re
 
 def main() -> None:
     """Run the script that the first argument names, with the other arguments."""
+    name = "plain-lora" if shutil.which("plain-lora") == sys.argv[0] else shlex.quote(sys.argv[0])
     if sys.argv[1:2] and sys.argv[1] in SCRIPTS:
+        script = sys.argv.pop(1)
         sys.path.insert(0, str(Path(__file__).parent))
-        runpy.run_module(SCRIPTS[sys.argv.pop(1)], run_name="__main__", alter_sys=True)
+        sys.argv[0] = f"{name} {script}"  # what messages call this program
+        runpy.run_module(SCRIPTS[script], run_name="__main__")
     else:
         print(f"error: give one of {', '.join(SCRIPTS)}", file=sys.stderr)
-        print("  such as plain-lora train --demo", file=sys.stderr)
+        print(f"  such as {name} train --demo", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
     python evaluate.py --demo                                            # after train.py --demo
     python evaluate.py --adapter out/qwen2-0.5b-instruct-gsm8k/best      # base against tuned
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --limit 100      # one model alone
+    python evaluate.py --adapter out/.../best --chat                     # a conversation
 
 The base is the tuned model with its adapters disabled, which equals the base bit for bit, so both
 run through the same code. Answers are generated and scored. The loss and token accuracy of the gold
@@ -28,8 +29,10 @@ from typing import Any
 
 from data.gsm8k import EXAMPLES
 from data.rows import fingerprint
+from data.tasks import TASKS
 from errors import BadOption, BadRun
-from evaluation.answers import GenerationSettings, answer_all, stream_answer
+from evaluation.answers import GenerationSettings, answer_all
+from evaluation.chat import Conversation, converse, show
 from evaluation.choices import choice_metrics, score_all
 from evaluation.rejection import check_new_file, check_tasks, keep
 from evaluation.results import read_result
@@ -74,7 +77,11 @@ class EvalConfig:
     model: str | None = option(None, "base model (default: the one the adapter names)", path="any")
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
 
-    data: tuple[str, ...] = option((), "as for train.py (default: what the adapter was trained on)")
+    data: tuple[str, ...] = option(
+        (),
+        f"tasks ({', '.join(TASKS)}) or custom data, as for train.py (default: what the adapter"
+        " was trained on)",
+    )
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
     columns: tuple[str, ...] = option((), "rename columns: question=problem,answer=text")
     split: str = option(
@@ -118,6 +125,7 @@ class EvalConfig:
         path="new",
     )
     ask: str | None = option(None, "answer this question instead of evaluating")
+    chat: bool = option(False, "talk with the tuned model, or with --model alone, in the terminal")
     compare: tuple[str, ...] = option(
         (), "compare two result.json files instead of evaluating", path="file"
     )
@@ -131,18 +139,19 @@ class EvalConfig:
         return "few-shot" if self.shots else "chain-of-thought" if self.cot else "chat"
 
 
-GROUPS = {"models": "adapter", "data": "data", "generated answers": "cot", "results": "out",
-          "machine": "batch_size"}  # fmt: skip
+GROUPS = {  # title -> first option, example
+    "models": ("adapter", "--model Qwen/Qwen2-0.5B-Instruct --limit 100"),
+    "data": ("data", "--adapter out/.../best --data gsm8k arc-challenge hellaswag"),
+    "generated answers": ("cot", "--adapter out/.../best --samples 8 --temperature 0.7"),
+    "results": ("out", "--compare A/result.json B/result.json"),
+    "machine": ("batch_size", "--demo --batch-size 32"),
+}
 HELP = """Measure a base model and its adapter on the same problems.
 
 examples:
-  python evaluate.py --demo
-  python evaluate.py --adapter out/.../best
-  python evaluate.py --adapter out/.../best --data gsm8k arc-challenge hellaswag
-  python evaluate.py --adapter out/.../best --samples 8 --temperature 0.7
-  python evaluate.py --adapter out/.../best --ask "What is 3 + 4?"
-  python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --shots 5 --limit 100
-  python evaluate.py --compare A/result.json B/result.json
+  %(prog)s --demo
+  %(prog)s --adapter out/.../best
+  %(prog)s --adapter out/.../best --chat
 """
 # `--demo`: the adapter that `python train.py --demo` wrote.
 DEMO = {"adapter": "out/demo/best", "max_new_tokens": 160}
@@ -175,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         return print(comparison_text(a, b, config.seed))
     base = find_base(config)
     files = check_models(config, base)
-    if config.ask:
-        return ask(config, base)
+    if config.ask or config.chat:
+        return talk(config, base)
 
     # 2. What is measured: tasks, each with a judge, its settings and a results folder.
     evaluations = find_evaluations(config, base, files)
@@ -458,19 +467,19 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
 # Instead of an evaluation.
 
 
-def ask(config: EvalConfig, base: Base) -> None:
-    """Print each model's answer to one question while it is generated."""
+def talk(config: EvalConfig, base: Base) -> None:
+    """Print each model's answer to one question, or talk with the last of the models."""
     print("\n".join(base.lines()))
     models = load_models(config, base)
     for name, context in models.contexts.items():
-        print(f"\n{name}: ", end="", flush=True)
+        conversation = Conversation(models.network, base.chat, decoding(config, base))
+        if config.ask:
+            print(f"\n{name}: ", end="", flush=True)
+            with context():
+                show(conversation, config.ask)
+    if config.chat:
         with context():
-            pieces = stream_answer(models.network, base.chat, config.ask, decoding(config, base))
-            try:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-            finally:  # an error begins on a line of its own
-                print()
+            converse(conversation, name)
 
 
 if __name__ == "__main__":

@@ -261,14 +261,6 @@ def damage(folder: Path, required: Iterable[str] = ()) -> str | None:
     return None
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, if needed, each forced to the disk in the one above."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-
-
 def sync_folder(folder: Path) -> None:
     """Force a folder's directory entries to the disk."""
     try:

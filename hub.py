@@ -12,9 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from errors import HubError, UserError, plain
 from files import mapped
+from progress_bar import progress_bar
 
 BLOB = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a file's content in the cache
 TRIES, TIMEOUT = 3, 7  # consecutive requests for one URL; seconds without a byte
@@ -30,8 +34,8 @@ def fetch(
 ) -> Path:
     """The folder with the files of `repo` that match `patterns`; its name is the resolved commit.
 
-    Downloads what the cache lacks, with progress bars. If the Hub cannot be reached, a complete
-    cached copy is used, and a line says so.
+    Downloads what the cache lacks, with a line that says what and how much, and a progress bar. If
+    the Hub cannot be reached, a complete cached copy is used, and a line says so.
 
     Args:
         choose: makes the patterns from the names of all files in the repository (offline: in the
@@ -49,10 +53,13 @@ def fetch(
     with _bounded_waiting():
         for wait in (1, 2, 0):
             try:
-                info = HfApi().repo_info(repo, revision=revision, repo_type=repo_type)
+                info = HfApi().repo_info(
+                    repo, revision=revision, repo_type=repo_type, files_metadata=True
+                )
                 if choose:
                     wanted["allow_patterns"] = choose([f.rfilename for f in info.siblings or ()])
-                folder = Path(snapshot_download(repo, **wanted))
+                announce(what, repo, info, wanted)
+                folder = Path(snapshot_download(repo, tqdm_class=download_bar, **wanted))
                 return _checked(folder, wanted)
             except UserError:
                 raise
@@ -78,6 +85,35 @@ def fetch(
         raise _unreachable(what, failure, patterns) from failure
     print(plain(f"the Hub did not answer ({_reason(failure)}): using the cached copy of {what}"))
     return _checked(folder, wanted)
+
+
+def announce(what: str, repo: str, info: Any, wanted: dict[str, Any]) -> None:
+    """Print how many files and bytes the cache lacks, and where they come from; nothing if none.
+
+    `info` is the Hub's about the repository, with the sizes of its files.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects
+
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    kind = wanted["repo_type"]
+    lacking = [
+        name for name in filter_repo_objects(sizes, allow_patterns=wanted["allow_patterns"])
+        if not isinstance(try_to_load_from_cache(repo, name, None, info.sha, kind), str)
+    ]  # fmt: skip
+    if lacking:
+        size = tqdm.format_sizeof(sum(sizes[name] for name in lacking), "B")
+        files = "1 file" if len(lacking) == 1 else f"{len(lacking)} files"
+        print(plain(f"downloading {what}: {files}, {size}, from {constants.ENDPOINT}"), flush=True)
+
+
+def download_bar(*args: Any, **options: Any) -> tqdm:
+    """One of the bars that the client makes: only the one that counts written bytes is shown."""
+    shown = options.get("unit") == "B" and options.get("desc") != "Downloading bytes"
+    bar = progress_bar(*args, **options | {"desc": "download", "bar_format": None},
+                       disable=not shown)  # fmt: skip
+    bar.set_description = lambda *_, **__: None  # the client's words are longer than the bar
+    return bar
 
 
 def _checked(folder: Path, wanted: dict) -> Path:

@@ -16,7 +16,7 @@ def progress_bar(items: Iterable | None = None, **options: Any) -> tqdm:
 
 
 def print_above_bars(text: str) -> None:
-    """Print a line without disturbing the bars on the terminal."""
+    """Print a line while a bar may be on the screen."""
     (tqdm if sys.stderr.isatty() else _LogBar).write(text)
 
 
@@ -26,6 +26,15 @@ class _LogBar(tqdm):
     @classmethod
     def write(cls, s: str, file: TextIO | None = None, end: str = "\n", nolock: bool = False):
         print(s, end=end, file=file, flush=True)  # tqdm's own draws all bars again after it
+
+    def refresh(self, nolock: bool = False, lock_args: tuple | None = None) -> None:
+        """Draw the bar if that is due; tqdm's own also draws it whenever a caller wants it."""
+        if self.disable:
+            return
+        begun = getattr(self, "start_t", None)  # None: the first drawing, of a bar without delay
+        due = begun and max(begun + self.delay, self.last_print_t + self.mininterval)
+        if begun is None or self._time() >= due:
+            super().refresh(nolock, lock_args)
 
 
 class _WholeLines:

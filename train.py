@@ -35,10 +35,10 @@ from data.mixture import (
     source_names,
 )
 from data.rows import Problem
+from data.tasks import TASKS
 from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of, judged_problems
 from evaluation.teacher_forced import teacher_forced
-from files import JsonLines
 from lora.config import added_parameters
 from lora.inject import count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options
@@ -48,7 +48,6 @@ from model.compile import check_compiler, compile_layers
 from model.generate import Decoding
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
-from progress_bar import progress_bar
 from report import write_report
 from run import console, distributed
 from run.base import Base, check_not_replaced, hash_adapter
@@ -74,6 +73,7 @@ from run.folder import Progress, Run, check_place, check_space, default_folder, 
 from run.fp16 import settle_fp16
 from run.options import changed_options, option, parse, to_json
 from run.stopping import Stop, StopRequested
+from run.track import TRACKERS, RunLog, check_tracker
 
 SKIPS_IN_A_ROW = 5  # steps without a finite gradient after which the run fails
 
@@ -86,8 +86,8 @@ class TrainConfig:
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
     data: tuple[str, ...] = option(
         ("gsm8k",),
-        "tasks, folders, .jsonl or .parquet files, Hub datasets; NAME:2 takes its rows twice an"
-        " epoch",
+        f"tasks ({', '.join(TASKS)}), folders, .jsonl or .parquet files, Hub datasets; NAME:2 takes"
+        " its rows twice an epoch",
     )
     columns: tuple[str, ...] = option((), "rename columns: question=problem,answer=text")
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
@@ -166,19 +166,25 @@ class TrainConfig:
     fresh: bool = option(
         False, "train anew in OUT-2, -3, ... if OUT holds a finished run, or one of other code"
     )
+    track: str | None = option(
+        None, "show the log in this tracker too; its package must be installed", choices=TRACKERS
+    )
     show_example: bool = option(False, "print one example with its supervised text, and exit")
 
 
-GROUPS = {"model and data": "model", "adapter": "rank", "training": "epochs",
-          "validation": "validation_share", "machine": "precision"}  # fmt: skip
+GROUPS = {  # title -> first option, example
+    "model and data": ("model", "--data gsm8k arc-challenge:0.5 rows.jsonl"),
+    "adapter": ("rank", "--rank 16,q_proj=32 --targets all-linear"),
+    "training": ("epochs", "--batch-size 4 --grad-accum 4"),
+    "validation": ("validation_share", "--stop-on exact-match"),
+    "machine": ("precision", "--max-minutes 55 --track tensorboard"),
+}
 HELP = """Fine-tune Qwen2 with low-rank adapters.
 
 examples:
-  python train.py --demo
-  python train.py --epochs 3
-  python train.py --data rows.jsonl --show-example
-  python train.py --data gsm8k arc-challenge:0.5 --rank 16,q_proj=32 --targets all-linear
-  python train.py --batch-size 4 --grad-accum 4 --max-minutes 55
+  %(prog)s --demo
+  %(prog)s --epochs 3
+  %(prog)s --data rows.jsonl --show-example
 """
 # `--demo`: the whole path in a minute, offline. So small a base needs a higher learning rate.
 DEMO = {
@@ -207,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(config.device, distributed.local_rank())
     if config.compile:
         check_compiler(device)
+    check_tracker(config.track)
     out = Path(config.out or default_folder(config.model, source_names(config.data)))
     run = Run.choose(out, fresh=config.fresh)
     check_place(run.folder)
@@ -344,9 +351,9 @@ def train(
     last = data.schedule.total_steps
     goal = (last, config.patience, config.stop_on)
     progress.stopped = progress.reason_finished(*goal)  # the options may allow more steps now
-    log = JsonLines(run.log_file if world.is_main else None, keep=progress.log_bytes)
-    bar = progress_bar(total=last, initial=progress.cursor, unit="step", disable=not world.is_main)
+    log = RunLog(run, progress, tracker=config.track, enabled=world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)
+    screen = console.Screen(run, progress, validate_at, enabled=world.is_main)
     seconds_before, started, saved = progress.seconds, time.perf_counter(), time.perf_counter()
     stopping = saving = False
     model.train()
@@ -365,7 +372,7 @@ def train(
                     publish_best(model, lora, base, run, progress)
                 epoch = data.schedule.epochs_in(progress.cursor)
                 log.write(step=progress.step, epoch=epoch, **found)
-                console.show_validation(bar, progress.step, found, is_best)
+                screen.show_validation(found, is_best)
 
         # Save what resuming needs, and leave the loop if the run is finished or must stop.
         stopping = stopping or progress.stopped is not None
@@ -423,8 +430,7 @@ def train(
         seconds = time.perf_counter() - step_started
         stop.record(seconds)
         train_loss, speed = nats / step.supervised_count, step.token_count / seconds
-        bar.update()
-        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        screen.show_step(train_loss, speed)
         log.write(
             step=progress.step, epoch=data.schedule.epochs_in(progress.cursor),
             train_loss=train_loss, train_token_accuracy=correct / step.supervised_count,
@@ -437,7 +443,8 @@ def train(
             not math.isfinite(nats) or scaler.get_scale() <= 1
         ):
             raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
-    bar.close()
+    screen.close()
+    log.close()
     return progress
 
 
@@ -447,8 +454,11 @@ def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -
     model.train()
     for _ in range(2):  # the first one includes warm-up
         started, step = time.perf_counter(), schedule.step(0)
-        for examples in step.micro_batches:
-            forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+        try:
+            for examples in step.micro_batches:
+                forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+        except (RuntimeError, MemoryError) as error:
+            check_halving(error, [len(e.tokens) for e in examples], alone=False)
         seconds = time.perf_counter() - started
     memory = peak_memory_gb(base.device), total_memory_gb(base.device)
     console.print_plan(schedule, step.token_count, seconds, memory)

@@ -219,20 +219,6 @@ def _single_turn_answers(
         started = now if finished else started
 
 
-def stream_answer(
-    model: Qwen2, chat: ChatFormat, question: str, decoding: Decoding
-) -> Iterator[str]:
-    """Yields the answer to `question` in pieces, each as soon as its characters are complete."""
-    tokens, shown = [], ""
-    prompt = chat.prompt((Message("user", question),))
-    for ((_, token, ended),) in decode(model, [prompt], decoding):
-        tokens += [] if token in decoding.eos_ids else [token]
-        text = chat.decode(tokens)
-        if not text.endswith("\ufffd") or ended:  # a character may consist of several tokens
-            yield text[len(shown) :]
-            shown = text
-
-
 # What evaluate.py and train.py measure.
 
 

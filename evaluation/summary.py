@@ -4,6 +4,7 @@ Pure functions of what was generated. Counts are numbers of problems. If there a
 per problem, scorers judge the first one; votes and pass@k use all of them.
 """
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -244,7 +245,7 @@ def task_summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def tasks_table(summaries: list[dict[str, Any]]) -> str:
-    """One row per task, followed by the conclusion about each task's difference.
+    """The conclusion about each task's difference, and a table with one row per task.
 
     Several comparisons make it likelier that one of them differs by chance, so their p-values are
     corrected (Holm).
@@ -256,10 +257,10 @@ def tasks_table(summaries: list[dict[str, Any]]) -> str:
     compared = [line for line in summaries if line["difference"]]
     found = corrected([Paired(**line["difference"]) for line in compared])
     conclusions = [
-        f"{line['task']}, {line['judged_by']}: {in_words(result, len(found))}"
+        wrapped(f"{line['task']}, {line['judged_by']}: {in_words(result, len(found))}")
         for line, result in zip(compared, found)
     ]
-    return "\n".join([in_columns(rows), *conclusions])
+    return "\n".join([*conclusions, in_columns(rows)])
 
 
 def result_text(result: dict[str, Any]) -> str:
@@ -267,14 +268,22 @@ def result_text(result: dict[str, Any]) -> str:
     lines = []
     if "in_words" in result:
         d = result["difference"]
-        lines.append(f"tuned against base: {result['in_words']}")
+        lines.append(wrapped(f"tuned against base: {result['in_words']}"))
         lines.append(f"  {d['fixed']} fixed, {d['broke']} broken, exact p {d['p_value']:.2g}")
     lines.append(models_table(result))
     for example in result["examples"]:
-        lines.append(f"\n{example['question']} ({example['gold'].removeprefix('#### ')})")
+        question = f"{example['question']} ({example['gold'].removeprefix('#### ')})"
+        lines.append("\n" + wrapped(question))
         for name in result["models"]:
-            lines.append(f"  {name}: {' '.join(example[name].split())[:300]}")
+            answer = " ".join(example[name].split())[:300]
+            lines.append(wrapped(f"  {name}: {answer}", indent="    "))
     return "\n".join(lines)
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """`text` in lines of at most 80 columns, all but the first with `indent`."""
+    return textwrap.fill(text, 80, subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)  # fmt: skip
 
 
 def in_columns(rows: list[tuple[str, ...]]) -> str:
@@ -326,6 +335,6 @@ def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
             "the two results were measured differently: one has figures that the other lacks",
             "compare evaluations with the same --samples and --teacher-forced",
         )
-    lines.append(models_table({"problems": a["problems"], "models": models}))
+    table = models_table({"problems": a["problems"], "models": models})
     found = difference(models["A"]["outcomes"], models["B"]["outcomes"], seed)
-    return "\n".join([*lines, f"B against A: {found['in_words']}"])
+    return "\n".join([*lines, wrapped(f"B against A: {found['in_words']}"), table])

@@ -96,11 +96,14 @@ def decode(
     limits: list[int] | None = None,
     sequence_ids: list[int] | None = None,
     stopped: Stopped | None = None,
+    prefix: KVCache | None = None,
 ) -> Iterator[list[tuple[int, int, bool]]]:
     """`generate`, step by step: yields (prompt's index, token, ended) of each sequence decoded.
 
     `ended` is True with an end token, or where `stopped` returns True. A sequence that reaches its
     limit has not ended, but gets no further tokens. Raises UserError if logits are not finite.
+    `prefix` is a cache of the tokens that all prompts begin with, but for at least one of each; by
+    default they are found and processed here.
     """
     limits = limits or [decoding.max_new_tokens] * len(prompts)
     if not prompts or max(limits) < 1:
@@ -110,8 +113,9 @@ def decode(
     device = model.head_weight.device
     head = model.head_weight[: decoding.vocab_size]  # (V, C)
     weights = PackedWeights(model, head)
-    with weights.active():
-        prefix = shared_prefix(model, prompts)
+    if prefix is None:
+        with weights.active():
+            prefix = shared_prefix(model, prompts)
     size = max(1, decoding.batch_size // GROUPS)
     waiting = [range(i, min(i + size, len(prompts))) for i in range(0, len(prompts), size)]
     waiting.reverse()  # so that pop() gives the next group

@@ -37,7 +37,7 @@ def publish_best(
     copy_tokenizer(base.folder, base.chat.template, new)
     count = run.validation_count() + 1  # this one is logged after the adapter is written
     reached = asdict(progress) | {"validation_count": count}
-    card = adapter_card(name or base.folder.name, lora, run, reached, new)
+    card = adapter_card(name or base.place, lora, run, reached, new)
     (new / "README.md").write_text(card, "utf-8")
     origin = {name: run.identity[name] for name in ORIGINS if name in run.identity}
     hashes = [adapter_sha256(new), adapter_sha256(best)]

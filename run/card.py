@@ -1,7 +1,8 @@
 """The model card of an adapter or a merged model: `README.md`, with the Hub's YAML front matter.
 
 Format: huggingface.co/docs/hub/model-cards. The Hub refuses a `base_model` that is not one of its
-ids, so the field is left out for a base from a local folder.
+ids, so the field is left out for a base from a local folder, whose path is not written either: it
+tells others nothing, except about its owner.
 """
 
 from collections.abc import Mapping
@@ -55,6 +56,7 @@ def adapter_card(
 
     `progress` holds `best_step`, `best_loss`, `validation_count`; {} for an adapter without a run.
     """
+    name, there = _names(base)
     max_rank = next((r for r in VLLM_RANKS if r >= lora.r), lora.r)
     vllm = (
         ""
@@ -62,19 +64,19 @@ def adapter_card(
         else f"""
 With vLLM:
 
-    vllm serve {base} --enable-lora --max-lora-rank {max_rank} --lora-modules tuned=FOLDER
+    vllm serve {there} --enable-lora --max-lora-rank {max_rank} --lora-modules tuned=FOLDER
 """
     )
     return f"""{_front_matter(base, run, "peft")}
-# LoRA adapter for {base}
+# LoRA adapter for {name}
 
 {_training(lora, run, progress)}
 {_results(run, adapter)}
-With PEFT and transformers:
+With PEFT and transformers{_local_note(base)}:
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained("{base}")
+    model = AutoModelForCausalLM.from_pretrained("{there}")
     model = PeftModel.from_pretrained(model, "FOLDER")
 {vllm}
 Which programs compute with it exactly as it was trained: {readers(lora)}.
@@ -88,7 +90,7 @@ def merged_card(
 ) -> str:
     """The card of the checkpoint that the adapter was merged into."""
     return f"""{_front_matter(base, run, "transformers")}
-# {base}, fine-tuned
+# {_names(base)[0]}, fine-tuned
 
 {_training(lora, run, progress)} The adapter is merged into the weights.
 {_results(run, adapter)}
@@ -103,14 +105,32 @@ def refresh_card(run: Run) -> None:
     if not (run.best / CONFIG).exists():  # another adapter of the run was evaluated
         return
     lora, base, _ = read_adapter_config(run.best)
-    if base:
+    if base := base or run.config.get("base_folder"):
         progress = run.progress() | {"validation_count": run.validation_count()}
         card = adapter_card(base, lora, run, progress, run.best)
         (run.best / "README.md").write_text(card, "utf-8")
 
 
+def _on_hub(base: str) -> bool:
+    return is_hub_id(base) and not Path(base).exists()
+
+
+def _names(base: str) -> tuple[str, str]:
+    """What to call the base in a sentence, and in code."""
+    return (base, base) if _on_hub(base) else (Path(base).name, "BASE")
+
+
+def _local_note(base: str) -> str:
+    return "" if _on_hub(base) else ", where BASE is the folder of the base model"
+
+
+def _without_folder(data: str) -> str:
+    """A source, or the description of a task, without the folder of a local file."""
+    return data if is_hub_id(data.partition(" ")[0]) else data.rpartition("/")[2]
+
+
 def _front_matter(base: str, run: Run, library: str) -> str:
-    on_hub = is_hub_id(base) and not Path(base).exists()
+    on_hub = _on_hub(base)
     # A source may have a weight: gsm8k:2.
     sources = [source.partition(":")[0] for source in run.options.get("data", [])]
     names = [DATASETS.get(name, name) for name in sources]
@@ -130,7 +150,8 @@ def _front_matter(base: str, run: Run, library: str) -> str:
 
 
 def _training(lora: LoRAConfig, run: Run, progress: Mapping[str, Any]) -> str:
-    data = printable(", ".join(run.options.get("data", []))) or "data that is not recorded here"
+    names = [_without_folder(name) for name in run.options.get("data", [])]
+    data = printable(", ".join(names)) or "data that is not recorded here"
     text = f"Trained on {data}: {lora}."
     if progress.get("best_loss") is not None:
         text += f" Best at step {progress['best_step']}, with a validation loss of"
@@ -151,7 +172,7 @@ def _results(run: Run, adapter: Path) -> str:
                 continue
             base, tuned = (sum(models[name]["outcomes"]) / n for name in ("base", "tuned"))
             lines.append(
-                f"- {printable(settings['data'])}: {base:.1%} of {n:,}"
+                f"- {printable(_without_folder(settings['data']))}: {base:.1%} of {n:,}"
                 f" problems before, {tuned:.1%} after ({result['in_words']})"
             )
         except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):

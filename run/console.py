@@ -1,11 +1,12 @@
 """What a training run prints: lines of 80 columns, readable in a log file and without color."""
 
 import itertools
+import shlex
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
-
-from tqdm import tqdm
 
 from data.audit import Audit, audit_lines
 from data.batches import Schedule
@@ -14,11 +15,14 @@ from data.mixture import WeightedSource
 from data.problems import Source
 from lora.config import LoRAConfig
 from lora.peft_format import read_adapter_config
+from progress_bar import progress_bar
 from run.base import Base
 from run.card import readers
 from run.device import NOT_BIT_FOR_BIT
 from run.folder import Progress, Run
-from run.options import changed_options, in_two_columns
+from run.options import changed_options, command, in_two_columns
+
+MEASURED = 5  # steps after which the time left is stated
 
 
 def print_start(
@@ -34,7 +38,7 @@ def print_start(
     if folder := options.from_adapter:
         _, its_base, _ = read_adapter_config(Path(folder))
         print(f"continuing the adapter in {folder}, trained on {its_base}: {lora}")
-    print(f"adapters: {lora}; learning rate {options.learning_rate:g}, {options.schedule}")
+    print(f"adapters: {lora}\nlearning rate {options.learning_rate:g}, {options.schedule}")
     print(device_line)
 
 
@@ -55,15 +59,24 @@ def print_plan(
 
     `memory` holds the peak of that step and the total, in GB.
     """
-    all_tokens = schedule.epochs * sum(len(example.tokens) for example in schedule.examples)
-    all_tokens = min(all_tokens, schedule.total_steps * tokens)
-    minutes = seconds * all_tokens / tokens / 60
+    steps = schedule.total_steps
+    all_tokens = sum(schedule.step(index).token_count for index in range(steps))
     print(
-        f"dry run: {schedule.total_steps:,} steps, about {all_tokens:,} tokens and"
-        f" {minutes:.1f} minutes, without validation\n"
+        f"dry run: {steps:,} steps, {all_tokens:,} tokens, about"
+        f" {duration(seconds * all_tokens / tokens)} without validation\n"
         f"  one step: {tokens:,} tokens in {seconds:.2f} s; peak memory {memory[0]:.1f} of"
-        f" {memory[1]:.1f} GB\nnothing was written"
+        f" {memory[1]:.1f} GB\nnothing was written; the same command without --dry-run trains"
     )
+
+
+def duration(seconds: float) -> str:
+    """Whole numbers of the two largest units: `40 s`, `3 min 20 s`, `3 h 20 min`, `2 d 4 h`."""
+    seconds = round(seconds)
+    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"),
+                                      (60, "min", 1, "s")):  # fmt: skip
+        if seconds >= size:
+            return f"{seconds // size} {unit} {seconds % size // part} {smaller}"
+    return f"{seconds} s"
 
 
 def print_audit(audit: Audit) -> None:
@@ -81,13 +94,69 @@ def show_example(source: Source, chat: ChatFormat) -> None:
     print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised_mask)} supervised (marked)")
 
 
+class Screen:
+    """What the loop shows: a bar, and above it validations and how long the run will take."""
+
+    def __init__(self, run: Run, progress: Progress, validate_at: set[int], *, enabled: bool):
+        """`validate_at` holds the step counts at which to validate, the last one included."""
+        self.run, self.progress, self.validate_at = run, progress, validate_at
+        self.bar = progress_bar(
+            total=max(validate_at), initial=progress.cursor, unit="step", disable=not enabled
+        )
+        self.write, self.close = self.bar.write, self.bar.close
+        self.seconds = {"step": [], "validation": []}  # of each one in this session
+        self.before, self.started = progress.seconds, time.perf_counter()
+        self.lap = self.started
+
+    def show_step(self, loss: float, tokens_per_second: float) -> None:
+        """Advance the bar; after the first MEASURED steps, say how long the others will take."""
+        self.bar.update()
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False
+        )
+        self._record("step")
+        if len(self.seconds["step"]) == MEASURED and not self.bar.disable and self.steps_left:
+            self.write(self.time_left())
+
+    def show_validation(self, found: Mapping[str, Any], is_best: bool) -> None:
+        """Print a validation that has just been logged, unless this rank prints nothing."""
+        self._record("validation")
+        if self.bar.disable:
+            return
+        self.write(validation_line(self.progress.step, found, is_best))
+        if since := self.run.steps_before_validation():
+            losses = [line["train_loss"] for line in since if line["train_loss"] is not None]
+            loss = f"train loss {fmean(losses):.4f}  " if losses else ""
+            elapsed = duration(self.before + self.lap - self.started)
+            rate = f"learning rate {since[-1]['learning_rate']:.3g}"
+            self.write(f"{'':12}{loss}{rate}  after {elapsed}")
+
+    @property
+    def steps_left(self) -> int:
+        return max(self.validate_at) - self.progress.cursor
+
+    def time_left(self) -> str:
+        """From the median step, without the first one, which includes warm-up."""
+        seconds = median(self.seconds["step"][1:]) * self.steps_left
+        validations = sum(at >= self.progress.cursor for at in self.validate_at)
+        measured = self.seconds["validation"]
+        seconds += validations * fmean(measured or [0])
+        note = "" if measured else ", without validation"
+        return f"about {duration(seconds)} left for {self.steps_left:,} steps{note}"
+
+    def _record(self, kind: str) -> None:
+        """Record the time since the last step or validation."""
+        before, self.lap = self.lap, time.perf_counter()
+        self.seconds[kind].append(self.lap - before)
+
+
 def validation_line(step: int, found: Mapping[str, Any], is_best: bool) -> str:
-    """One validation; with several sources, the loss of each on a line below."""
+    """One validation; further figures, such as the loss of each source, on lines below."""
     line = f"step {step:>5}  val loss {found['val_loss']:.4f}"
     line += f"  token accuracy (teacher-forced) {found['val_token_accuracy']:.1%}"
-    if "val_exact_match" in found:
-        line += f"  answers correct {found['val_exact_match']:.1%}"
     line += "  best" if is_best else ""
+    if "val_exact_match" in found:
+        line += f"\n{'':12}answers correct {found['val_exact_match']:.1%}"
     for source, loss in found.get("val_loss_by_source", {}).items():
         line += f"\n{'':12}val loss {loss:.4f}  {source[-45:]}"
     return line
@@ -100,32 +169,24 @@ def print_changes(changes: Sequence[str]) -> None:
         print(f"resuming, {although}{change}")
 
 
-def show_validation(bar: tqdm, step: int, found: Mapping[str, Any], is_best: bool) -> None:
-    """Print a validation above the progress bar, unless the bar is disabled, as on other ranks."""
-    if not bar.disable:
-        bar.write(validation_line(step, found, is_best))
-
-
 def print_end(progress: Progress, run: Run) -> None:
     """What the run reached, where the adapter is, and what to type next."""
-    print(f"done: {progress.stopped}, in {progress.seconds / 60:.1f} minutes")
+    print(f"done: {progress.stopped}, in {duration(progress.seconds)}")
     if progress.skipped:
         print(f"{progress.skipped} steps were skipped: see skipped_rows in {run.log_file}")
     if progress.best_loss is None:
         print("no validation loss was finite, so there is no best adapter")
         return
-    reached = f"validation loss {progress.best_loss:.4f} nats per token"
+    print(f"best of {run.validation_count()} validations: at step {progress.best_step}, validation"
+          f" loss {progress.best_loss:.4f} nats per token")  # fmt: skip
     if progress.best_exact_match is not None:
-        reached += f", {progress.best_exact_match:.1%} of the held-out sample answered correctly"
-    print(f"best of {run.validation_count()} validations: {reached}, at step {progress.best_step}")
+        print(f"  {progress.best_exact_match:.1%} of the held-out sample answered correctly")
     if progress.best_step == 0:
-        print("no validation was better than the one before the first step: training did not help")
+        print("no validation was better than the one before the first step:\n"
+              "  training did not help")  # fmt: skip
     lora, _, _ = read_adapter_config(run.best)
-    print(f"the adapter is in {run.best}, read as it is by {readers(lora)}")
-    print("to measure what it is worth:")
-    print(f"  python evaluate.py --adapter {shell_word(run.best)}")
-
-
-def shell_word(path: Path) -> str:
-    """A path as it is typed in a shell."""
-    return str(path) if " " not in str(path) else f"'{path}'"
+    print(f"the adapter is in {run.best}")
+    print(f"  read as it is by {readers(lora)}".replace("; ", ";\n  "))
+    print("to measure what it is worth, or to talk with it:")
+    evaluate = f"  {command('evaluate')} --adapter {shlex.quote(str(run.best))}"
+    print(f"{evaluate}\n{evaluate} --chat")

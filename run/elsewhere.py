@@ -58,6 +58,7 @@ NAMES = {  # option here -> names elsewhere
     "dtype": DTYPES,
     "device": ("device_map", "accelerator"),
     "compile": ("torch_compile", "use_compile"),
+    "track": ("report_to", "wandb", "tensorboard", "trackio", "with_tracking"),
     "shots": ("num_fewshot", "n_shot", "few_shot", "num_shots"),
     "ask": ("prompt", "question", "query"),
     "system": ("default_system", "system_prompt", "system_message"),
@@ -81,8 +82,8 @@ ADVICE = {  # what to do -> names elsewhere: no option here is the same
     "leave it out: micro-batches are flat, without padding":
         ("packing", "sample_packing", "neat_packing", "group_by_length", "pad_to_max_length"),
     "leave it out: every step is logged to metrics.jsonl in the run's folder":
-        ("report_to", "logging_steps", "logging_strategy", "log_interval", "wandb",
-         "wandb_project", "steps_per_report", "plot_loss"),
+        ("logging_steps", "logging_strategy", "log_interval", "wandb_project",
+         "steps_per_report", "plot_loss"),
     "leave it out; a smaller --batch-size with more --grad-accum saves memory":
         ("gradient_checkpointing", "use_gradient_checkpointing", "grad_checkpoint"),
     "leave it out: only LoRA adapters are trained, on the assistant's answers":

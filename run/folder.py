@@ -279,6 +279,12 @@ class Run:
         """How many validations have been logged: what the best adapter is the best of."""
         return sum("val_loss" in line for line in self.log()[0])
 
+    def steps_before_validation(self) -> list[dict[str, Any]]:
+        """The log's lines of steps between its last validation and the one before that."""
+        lines = self.log()[0]
+        at = [index for index, line in enumerate(lines) if "val_loss" in line]
+        return lines[at[-2] + 1 : at[-1]] if len(at) > 1 else []
+
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first, by the step in their names: clocks do not matter."""
         found = (p for p in (self.folder / "checkpoints").glob("step-*") if p.name[5:].isdecimal())

@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import math
 import re
+import shlex
 import sys
+import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,9 +47,25 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
+def command(script: str = "") -> str:
+    """How to start this program again, or another `script`, as this one was started.
+
+    `python train.py`, `.venv/bin/python train.py`, `python -m report`, or for an installed package
+    `plain-lora train`, which cli.py has set.
+    """
+    own, python = sys.argv[0], shlex.quote(sys.orig_argv[0])
+    if " " in own and not own.endswith(".py"):
+        return f"{own.rpartition(' ')[0]} {script}" if script else own
+    spec = sys.modules["__main__"].__spec__
+    if spec and not script:
+        return f"{python} -m {spec.name.removesuffix('.__main__')}"
+    path = Path(own).with_name(f"{script}.py") if script else Path(own)
+    return f"{python} {shlex.quote(str(path))}"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise BadOption(message, f"python {self.prog} --help lists the options")
+        raise BadOption(message, f"{self.prog} --help lists the options")
 
 
 def parse(
@@ -56,7 +74,7 @@ def parse(
     description: str,
     *,
     presets: Mapping[str, dict[str, Any]] = NOTHING,
-    groups: Mapping[str, str] = NOTHING,
+    groups: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     renamed: Mapping[str, str] = NOTHING,
 ) -> T:
     """`cls` from the command line; BadOption lists every invalid value.
@@ -64,20 +82,22 @@ def parse(
     Args:
         description: of the script; what follows its first line stands after the options in --help.
         presets: flag -> values of other options, which those given explicitly override.
-        groups: title -> name of the first field of that group in --help, in the fields' order.
+        groups: title -> (name of the first field of that group in --help, options as an example),
+            in the fields' order.
         renamed: former name of an option -> its name now.
     """
     argv = [str(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     first_line, _, rest = description.partition("\n")
     parser = _Parser(
-        description=first_line, epilog=rest, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=command(), usage="%(prog)s [options]", description=first_line, epilog=rest,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    types, starts = typing.get_type_hints(cls), {name: title for title, name in groups.items()}
+    types = typing.get_type_hints(cls)
+    starts = {first: (title, f"%(prog)s {example}") for title, (first, example) in groups.items()}
     group = parser
     for field in dataclasses.fields(cls):
         if field.name in starts:
-            group = parser.add_argument_group(starts[field.name])
+            group = parser.add_argument_group(*starts[field.name])
         group.add_argument(_flag(field.name), **_argument(field, types[field.name]))
     parser.add_argument(
         "--debug", action="store_true", help="show where in the code an error came from"
@@ -92,14 +112,15 @@ def parse(
         parser.add_argument(_flag(name), action="store_true", help=f"short for {flags}")
         if _flag(name) in argv:
             parser.set_defaults(**values)
-            print(f"--{name} is short for {flags}")
+            said = f"--{name} is short for {flags}"
+            print(textwrap.fill(said, 80, subsequent_indent="  ", break_on_hyphens=False))
     if path := _config_file(argv):
         parser.set_defaults(**read_options(cls, path))  # flags override them
     given = vars(parser.parse_args(argv))
     names = {field.name for field in dataclasses.fields(cls)}
     config = _with_paths(cls(**{name: given[name] for name in given if name in names}))
     if problems := value_problems(config):
-        raise BadOption(listed(problems), f"python {parser.prog} --help lists the options")
+        raise BadOption(listed(problems), f"{parser.prog} --help lists the options")
     return config
 
 
@@ -145,9 +166,9 @@ def read_options(cls: type, path: Path) -> dict[str, Any]:
         elif not fits(value, types[name]):
             problems.append(f"{name} is {value!r}")
     for field in dataclasses.fields(cls):
-        choices = field.metadata["choices"]
-        if choices and options.get(field.name, field.default) not in choices:
-            problems.append(f"{field.name} is {options[field.name]!r}, not {' or '.join(choices)}")
+        choices, value = field.metadata["choices"], options.get(field.name, field.default)
+        if choices and value not in (*choices, field.default):
+            problems.append(f"{field.name} is {value!r}, not {' or '.join(choices)}")
     if problems:
         raise BadOption(f"--config {path}: {listed(problems)}", "correct the file")
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
@@ -188,7 +209,7 @@ def with_known_flags(
         several, to_help = len(unknown) > 1, not all(unknown.values())
         advice = [f"{flag}: {text}" if several else text for flag, text in unknown.items() if text]
         if to_help or any(text.startswith("did you") for text in unknown.values()):
-            advice.append(f"python {prog} --help lists the options")
+            advice.append(f"{prog} --help lists the options")
         raise BadOption(f"there is no option {', '.join(unknown)}", "; ".join(advice))
     return result
 

@@ -83,7 +83,7 @@ class StubHandler(BaseHTTPRequestHandler):
             ]
             return self.answer(json.dumps(tree).encode())
         if address["kind"] != "resolve":
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
             info = {"id": address["name"], "sha": commit, "siblings": siblings}
             return self.answer(json.dumps(info).encode())
         if address["file"] not in files:

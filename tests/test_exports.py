@@ -104,10 +104,32 @@ def test_an_export_that_computes_something_else_fails_and_leaves_everything_as_i
         return model
 
     monkeypatch.setattr(export, "reload", damaged)
-    with pytest.raises(export.ExportFailed, match="differ from the adapter's") as caught:
+    with pytest.raises(export.ExportFailed, match="model.norm.weight is not what was wr") as caught:
         exported(model, base, *flags)
     assert caught.value.exit_code == 1
     assert sorted(p.name for p in base.parent.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_a_merge_that_computes_something_else_fails(base, monkeypatch, dtype):
+    model, merge = adapted(base), export.merge
+
+    def wrong(model, dtype):
+        first = next(iter(adapters(model)))
+        first.scaling *= 0.75  # one of eight projections
+        return merge(model, dtype)
+
+    monkeypatch.setattr(export, "merge", wrong)
+    with pytest.raises(export.ExportFailed, match="differ from the adapter's by at most"):
+        exported(model, base, "--dtype", dtype)
+    assert sorted(p.name for p in base.parent.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--portable",), ("--gguf",), ("--dtype", "fp16")])
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_rounding_alone_is_within_the_tolerance_also_for_a_bf16_base(tmp_path, flags, std):
+    base = toys.write_checkpoint(tmp_path / "base", std=std, dtype=torch.bfloat16)
+    exported(adapted(base, ranks={"q_proj": 3}), base, *flags, ranks={"q_proj": 3})  # scaling 8/3
 
 
 def test_a_large_checkpoint_is_split_with_an_index_that_transformers_reads(base, monkeypatch):
@@ -183,20 +205,54 @@ def test_a_card_names_base_and_data_by_their_hub_ids_and_leaves_out_what_is_loca
         assert not fields.keys() & {"base_model", "base_model_relation", "license"}
 
 
-def test_a_card_reports_only_evaluations_of_exactly_this_adapter(base):
-    model = adapted(base)
+@pytest.mark.parametrize("make", [card.adapter_card, card.merged_card])
+def test_a_card_of_a_local_base_names_its_folder_but_no_path_and_says_what_to_fill_in(
+    tmp_path, make
+):
+    local = tmp_path / "my-qwen"
+    run = a_run(tmp_path / "run", [f"{tmp_path}/rows.jsonl", "gsm8k:2"])
+    text = make(str(local), LoRAConfig(), run, {}, tmp_path)
+    (title,) = [line for line in text.splitlines() if line.startswith("# ")]
+    assert str(tmp_path) not in text and "my-qwen" in title
+    assert "Trained on rows.jsonl, gsm8k:2: " in text
+    if make is card.adapter_card:
+        assert 'from_pretrained("BASE")' in text and "vllm serve BASE " in text
+        assert "BASE is the folder of the base model" in text
+    hub = make("Qwen/Qwen2-0.5B", LoRAConfig(), Run(tmp_path / "run"), {}, tmp_path)
+    assert "BASE" not in hub
+
+
+def test_the_card_of_a_local_base_gets_the_results_of_evaluations_too(base):
     run = a_run(base.parent / "run", ["gsm8k"])
-    save_adapter(model, run.best, LoRAConfig(r=4, alpha=8), base=str(base), revision=None)
-    files = [run.best / name for name in (CONFIG, WEIGHTS)]
-    digest = adapter_sha256(files[0].parent)
-    result = {"settings": {"adapter_sha256": digest, "data": "GSM8K, test"},
+    toys.change_json(run.folder / "config.json", base_folder=str(base))
+    save_adapter(adapted(base), run.best, LoRAConfig(r=4, alpha=8), base=None, revision=None)
+    a_result(run, data=f"{base.parent}/sums, test")
+    card.refresh_card(run)
+    text = (run.best / "README.md").read_text()
+    assert (
+        "- sums, test: 25.0% of 4 problems before, 75.0% after" in text
+        and str(base.parent) not in text
+    )
+
+
+def a_result(run: Run, data: str = "GSM8K, test") -> None:
+    """Write the result of an evaluation of the run's best adapter."""
+    result = {"settings": {"adapter_sha256": adapter_sha256(run.best), "data": data},
               "problems": 4, "in_words": "+50.0 points, 95 % between +10 and +90: better",
               "models": {"base": {"outcomes": [True, False, False, False]},
                          "tuned": {"outcomes": [True, True, True, False]}}}  # fmt: skip
     (run.folder / "evaluation" / "test-1").mkdir(parents=True)
     toys.write_json(run.folder / "evaluation" / "test-1" / "result.json", result)
+
+
+def test_a_card_reports_only_evaluations_of_exactly_this_adapter(base):
+    model = adapted(base)
+    run = a_run(base.parent / "run", ["gsm8k"])
+    save_adapter(model, run.best, LoRAConfig(r=4, alpha=8), base=str(base), revision=None)
+    a_result(run)
     card.refresh_card(run)
     line = "- GSM8K, test: 25.0% of 4 problems before, 75.0% after (+50.0 points, 95 % between"
     assert line in (run.best / "README.md").read_text()
-    files[1].write_bytes(files[1].read_bytes() + b"x")
+    weights = run.best / WEIGHTS
+    weights.write_bytes(weights.read_bytes() + b"x")
     assert line not in card.adapter_card("demo", LoRAConfig(), run, {}, run.best)

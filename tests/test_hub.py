@@ -1,7 +1,9 @@
 """Tests of the Hub's client against a stub that serves a toy checkpoint and a small gsm8k."""
 
 import json
+import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +51,33 @@ def test_a_run_fetches_its_base_and_data_once_and_then_trains_and_evaluates_offl
     assert hub.requests == []
 
 
+def test_a_download_says_once_what_from_where_and_how_much_and_shows_no_bar_if_it_is_short(
+    hub, tmp_path
+):
+    place, files = {"home": tmp_path, "hub": hub.url}, hub.files["models/toy/qwen2"]
+    wanted = [files[name] for name in files if name.endswith((".json", ".safetensors"))]
+    first = fetch(MODEL, **place)
+    size = f"{sum(map(len, wanted)) / 1000:.0f}kB"
+    (line,) = first.stdout.splitlines()[:-1]
+    assert line == f"downloading model {MODEL}: {len(wanted)} files, {size}, from {hub.url}"
+    assert first.stderr == ""
+    assert len(fetch(MODEL, **place).stdout.splitlines()) == 1  # the folder alone
+    (path,) = tmp_path.glob(f"cache/hub/*/snapshots/{COMMIT}/config.json")
+    path.unlink()
+    assert "1 file, " in fetch(MODEL, **place).stdout
+
+
+def test_on_a_terminal_a_download_has_one_bar(hub, tmp_path):
+    terminal = (
+        "import pty, sys; pty.spawn(['sh', '-c', 'stty cols 79 rows 24; exec \"$@\"', *sys.argv])"
+    )
+    command = [sys.executable, "-c", FETCH, MODEL, "", "model"]
+    shown = python("-c", terminal, *command, home=tmp_path, hub=hub.url).stdout
+    bars = [part for part in re.split(r"[\r\n]", shown) if "/s]" in part]
+    assert bars and all(bar.startswith("download: ") for bar in bars), shown
+    assert "415k/415k" in bars[-1] and "\x1b[A" not in shown  # never a second line
+
+
 @pytest.mark.parametrize("revision", ["", "v1", COMMIT])
 def test_if_the_hub_fails_the_cached_copy_is_used_and_a_line_says_so(hub, tmp_path, revision):
     place = {"home": tmp_path, "hub": hub.url}
@@ -63,7 +92,7 @@ def test_if_the_hub_fails_the_cached_copy_is_used_and_a_line_says_so(hub, tmp_pa
 
 def test_a_cached_copy_that_lacks_files_is_not_used(hub, tmp_path):
     place = {"home": tmp_path, "hub": hub.url}
-    folder = Path(fetch(MODEL, **place).stdout.strip())
+    folder = Path(fetch(MODEL, **place).stdout.splitlines()[-1])
     (folder / "tokenizer.json").unlink()
     result = fetch(MODEL, **place, HF_HUB_OFFLINE="1")
     assert result.returncode == 2 and "is not in the cache" in result.stderr
@@ -195,7 +224,7 @@ def test_a_new_commit_on_the_hub_does_not_lock_a_run_out(hub, tmp_path, monkeypa
 
 def test_a_base_that_was_a_folder_is_never_asked_of_the_hub(hub, tmp_path):
     place = {"home": tmp_path, "hub": hub.url}
-    folder = fetch(MODEL, **place).stdout.strip()
+    folder = fetch(MODEL, **place).stdout.splitlines()[-1]
     shutil.copytree(folder, tmp_path / "toy/qwen2")  # the Hub has a repository of that name
     code = "import os, sys; from errors import run_script; from {0} import main; os.chdir({1!r});"
     code += "sys.exit(run_script(main))"

@@ -79,7 +79,7 @@ def test_a_dry_run_prints_steps_tokens_time_and_memory_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert train.main(["--demo", "--limit", "40", "--dry-run", "--precision", "fp32"]) == 0
     said = capsys.readouterr().out
-    assert "6 steps, about" in said and "peak memory" in said
+    assert "6 steps, " in said and " tokens, about " in said and "peak memory" in said
     assert list(tmp_path.iterdir()) == []
 
 

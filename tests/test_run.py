@@ -7,7 +7,10 @@ import math
 import os
 import re
 import string
+import subprocess
+import sys
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cli
+import evaluate
 from data.batches import Schedule, SourceRows
+from data.tasks import TASKS
 from errors import BadOption, BadRun
 from files import JsonLines, write_json
 from run import device as run_device
@@ -23,7 +29,7 @@ from run.checkpoint import load_checkpoint, save_checkpoint
 from run.device import pick_device, pick_precision
 from run.folder import Progress, Run
 from run.identity import program
-from run.options import in_two_columns, option, parse, to_json
+from run.options import command, in_two_columns, option, parse, to_json
 from tests.refusals import snapshot
 from tests.toys import new_training, read_log, train_steps
 from train import DEMO, GROUPS, HELP, TrainConfig, learning_rate
@@ -167,14 +173,60 @@ def test_help_has_its_options_in_groups_and_ends_with_examples(capsys):
     titles = [line[:-1] for line in text.splitlines() if re.fullmatch(r"[a-z].*:", line)]
     assert titles == ["options", *GROUPS, "examples"]
     for title, flag in (("adapter", "--rank"), ("training", "--seed"), ("machine", "--device")):
-        section = text.partition(f"\n{title}:\n")[2].partition("\n\n")[0]
+        section = text.partition(f"\n{title}:\n")[2].partition("\n\n")[2].partition("\n\n")[0]
         assert f"\n  {flag} " in "\n" + section
-    examples = text.partition("\nexamples:\n")[2].splitlines()
-    assert len(examples) > 3
-    for example in examples:  # each can be parsed
-        python, script, *flags = example.split()
-        assert (python, script) == ("python", "train.py")
-        parse(TrainConfig, flags, HELP, presets={"demo": DEMO}, groups=GROUPS)
+    found = [line for line in text.splitlines() if line.startswith(f"  {command()} ")]
+    assert len(found) == len(GROUPS) + 3
+    for example in found:  # each can be parsed, and fits a terminal
+        flags = example.removeprefix(f"  {command()} ")
+        assert len(f"  .venv/bin/python train.py {flags}") <= 80
+        parse(TrainConfig, flags.split(), HELP, presets={"demo": DEMO}, groups=GROUPS)
+
+
+@pytest.mark.parametrize("config, help, groups", [
+    (TrainConfig, HELP, GROUPS), (evaluate.EvalConfig, evaluate.HELP, evaluate.GROUPS),
+])  # fmt: skip
+def test_help_names_every_built_in_task_and_fits_80_columns(
+    capsys, monkeypatch, config, help, groups
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"], help, groups=groups)
+    text = capsys.readouterr().out
+    assert f"tasks ({', '.join(TASKS)})" in " ".join(text.split())
+    options = [line for line in text.splitlines() if command() not in line]
+    assert max(map(len, options)) <= 80
+
+
+@pytest.mark.parametrize(
+    "argv, original, script, expected",
+    [
+        (["train.py"], ["python", "train.py"], "", "python train.py"),
+        (["a b/train.py"], [".venv/bin/python", "a b/train.py"], "evaluate",
+         ".venv/bin/python 'a b/evaluate.py'"),
+        (["plain-lora train"], ["/usr/bin/python3", "/x/plain-lora"], "", "plain-lora train"),
+        (["'/a b/plain-lora' train"], ["python"], "evaluate", "'/a b/plain-lora' evaluate"),
+    ],
+)  # fmt: skip
+def test_commands_are_printed_as_the_program_was_started(
+    monkeypatch, argv, original, script, expected
+):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", original)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert command(script) == expected
+
+
+@pytest.mark.parametrize("name", cli.SCRIPTS)
+def test_the_installed_program_names_itself_in_its_help(name):
+    code = "import cli, sys; sys.argv = ['plain-lora', *sys.argv[1:]]; cli.main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, name, "--help"], cwd=Path(cli.__file__).parent,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(f"usage: plain-lora {name} [options]\n")
+    assert "python" not in ended.stdout.replace("as for train.py", "")
 
 
 def test_the_printed_options_show_every_value_in_80_columns():

@@ -323,7 +323,7 @@ def test_a_run_prints_derived_numbers_at_its_start_and_the_next_command_at_its_e
     assert f"trainable {trained:,} of {base:,}" in text
     assert "16 sequences x 1 micro-batches x 1 ranks = 16 a step" in text
     assert "learning rate 0.0002" in text and "duplicates  train and test: 0 exact" in text
-    assert f"python evaluate.py --adapter {tmp_path / 'run' / 'best'}" in text
+    assert f"evaluate.py --adapter {tmp_path / 'run' / 'best'}" in text
 
 
 def test_show_example_marks_the_supervised_text_and_writes_nothing(tmp_path, toy, capsys):
