@@ -452,14 +452,13 @@ def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -
     """Print what the run would take, from the second of two steps; nothing is updated."""
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     model.train()
-    for _ in range(2):  # the first one includes warm-up
-        started, step = time.perf_counter(), schedule.step(0)
-        try:
+    smaller = f"use a --batch-size below {config.batch_size} with a larger --grad-accum"
+    with out_of_memory_reported(smaller):
+        for _ in range(2):  # the first one includes warm-up
+            started, step = time.perf_counter(), schedule.step(0)
             for examples in step.micro_batches:
                 forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
-        except (RuntimeError, MemoryError) as error:
-            check_halving(error, [len(e.tokens) for e in examples], alone=False)
-        seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
     memory = peak_memory_gb(base.device), total_memory_gb(base.device)
     console.print_plan(schedule, step.token_count, seconds, memory)
 

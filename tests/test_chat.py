@@ -10,7 +10,6 @@ import torch
 import evaluate
 from data.chat import ChatFormat
 from data.rows import Message, Problem
-from errors import printable
 from evaluation import chat as chat_module
 from evaluation.answers import SEED_STRIDE, GenerationSettings, answers
 from evaluation.chat import Conversation, questions, show
@@ -130,7 +129,7 @@ def test_ctrl_c_stops_an_answer_which_stays_in_the_history(model, chat, monkeypa
     monkeypatch.setattr(chat_module, "decode", interrupted)
     show(conversation, QUESTIONS[0])
     question, answer = conversation.messages
-    assert answer.content and capsys.readouterr().out == printable(answer.content) + " [stopped]\n"
+    assert answer.content and capsys.readouterr().out == answer.content + " [stopped]\n"
     after = 0
     show(conversation, QUESTIONS[1])
     assert conversation.messages == [question, answer]
