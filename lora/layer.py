@@ -60,13 +60,15 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=device))
         self.enabled = True
         self.unmerged_weight: Tensor | None = None  # the original base weight while merged
+        self.cast: tuple[Tensor, Tensor] | None = None  # A and B in the base's dtype: see cast.py
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (T, out)
         if not self.enabled or self.merged:
             return y
-        low = self.dropout(x) @ self.lora_A.to(x.dtype).t()  # (T, r)
-        return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # (T, out)
+        A, B = self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        low = self.dropout(x) @ A.t()  # (T, r)
+        return y.addmm_(low, B.t(), alpha=self.scaling)  # (T, out), in place
 
     @property
     def merged(self) -> bool:

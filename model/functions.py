@@ -2,16 +2,21 @@
 
 Autograd would keep every intermediate result of these formulas for the backward pass: most of the
 memory of training, though they are cheap to recompute. The functions here keep few tensors and
-recompute the others. `qwen2.py` has the same formulas in plain PyTorch.
+recompute the others. On CUDA, RMSNorm and rotation are Triton kernels (`fused.py`) if these give
+the same results there. `qwen2.py` has the same formulas in plain PyTorch.
 
 Legend: T tokens, C hidden size, heads query or key heads, D head size, F MLP size.
 """
 
+import functools
+import os
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model import fused
 
 BLOCK_TOKENS = 128  # processed together by SwiGLU on a CPU: 1.2 MB of bf16 in Qwen2-0.5B
 
@@ -44,12 +49,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares would overflow in fp16
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (T, 1)
-        normal = (wide * scale).to(weight.dtype)  # (T, C)
+        forward = fused.normalize if _is_fused(x) else normalize
+        y, normal, scale = forward(x, weight, eps)  # (T, C), (T, C), (T, 1)
         ctx.save_for_backward(normal, weight, scale)
         ctx.dtype = x.dtype
-        return weight * normal  # (T, C)
+        return y  # (T, C)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -59,12 +63,28 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normal.to(scale.dtype)).flatten(0, -2).sum(0)  # (C,)
             grad_weight = grad_weight.to(weight.dtype)
-        # d(normal)/dx removes the component along `normal`, then scales.
-        inner = grad * weight.to(scale.dtype)  # (T, C), at least fp32
-        along = torch.linalg.vecdot(inner, normal.to(inner.dtype))[..., None]  # (T, 1)
-        along = along / normal.shape[-1]
-        inner.addcmul_(normal, along, value=-1).mul_(scale)  # (T, C)
-        return inner.to(ctx.dtype), grad_weight, None
+        backward = fused.normalize_backward if _is_fused(grad) else normalize_backward
+        return backward(grad, weight, normal, scale, ctx.dtype), grad_weight, None
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`rms_norm`, and for its gradient the normalized x (T, C) and its scale (T, 1)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares would overflow in fp16
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (T, 1)
+    normal = (wide * scale).to(weight.dtype)  # (T, C)
+    return weight * normal, normal, scale
+
+
+def normalize_backward(
+    grad: Tensor, weight: Tensor, normal: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of x, (T, C) in `dtype`, from that of the result, (T, C)."""
+    # d(normal)/dx removes the component along `normal`, then scales.
+    inner = grad * weight.to(scale.dtype)  # (T, C), at least fp32
+    along = torch.linalg.vecdot(inner, normal.to(inner.dtype))[..., None]  # (T, 1)
+    along = along / normal.shape[-1]
+    inner.addcmul_(normal, along, value=-1).mul_(scale)  # (T, C)
+    return inner.to(dtype)
 
 
 class _Rotate(torch.autograd.Function):
@@ -72,22 +92,80 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return _rotate_pairs(x, cos, sin, dtype)
+        return fused.rotate(x, cos, sin, 1) if _is_fused(x) else rotate_pairs(x, cos, sin, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate_pairs(grad, cos, -sin, ctx.dtype), None, None, None  # the inverse rotation
+        cos, sin = ctx.saved_tensors  # the inverse rotation has the opposite angles
+        if _is_fused(grad):
+            return fused.rotate(grad, cos, sin, -1), None, None, None
+        return rotate_pairs(grad, cos, -sin, ctx.dtype), None, None, None
 
 
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rotate`, with a result in `dtype`."""
     a, b = x.chunk(2, dim=-1)  # (T, heads, D/2) each; multiplying by fp32 gives fp32
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     half = x.shape[-1] // 2
     out[..., :half] = (a * cos).sub_(b * sin)  # (T, heads, D/2)
     out[..., half:] = (b * cos).add_(a * sin)  # (T, heads, D/2)
     return out
+
+
+def _is_fused(x: Tensor) -> bool:
+    """Whether Triton kernels process `x`: on CUDA, unless a compiler fuses the plain form."""
+    if torch.compiler.is_compiling() or x.device.type != "cuda" or x.dtype == torch.float64:
+        return False
+    return fused_works(x.device)
+
+
+@functools.cache
+def fused_works(device: torch.device) -> bool:
+    """Whether the Triton kernels run on `device` and agree with the plain forms; prints why if not.
+
+    They are tried once.
+    """
+    if fused.triton is None:
+        return False
+    try:
+        with torch.inference_mode(False):
+            dtypes = (torch.float32, torch.bfloat16, torch.float16)
+            differing = [name for dtype in dtypes for name in differing_kernels(device, dtype)]
+        reason = f"{', '.join(differing)} differ from the plain form" if differing else None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton's compiler or the driver: anything may be missing
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if reason and os.environ.get("RANK", "0") == "0":
+        print(f"RMSNorm and rotation without their Triton kernels: {reason}")
+    return reason is None
+
+
+def differing_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The kernels whose results differ from the plain form by more than rounding, in `dtype`."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, grad = torch.randn(2, 5, 3 * 28, generator=generator, device=device)  # fp32 (T, C) each
+    weight, grad = torch.linspace(-1, 2, 3 * 28, device=device).to(dtype), grad.to(dtype)
+    cos, sin = torch.randn(2, 5, 1, 14, generator=generator, device=device)  # (T, 1, D/2) each
+    heads = grad.unflatten(-1, (3, 28))  # (T, heads, D)
+    _, normal, scale = plain = normalize(x, weight, 1e-6)
+    backward = (grad, weight, normal, scale, x.dtype)
+    pairs = {  # name: (results of the kernel, results of the plain form)
+        "normalize": (fused.normalize(x, weight, 1e-6), plain),
+        "normalize_backward": (fused.normalize_backward(*backward), normalize_backward(*backward)),
+        "rotate": (fused.rotate(heads, cos, sin, 1), rotate_pairs(heads, cos, sin, dtype)),
+        "rotate back": (fused.rotate(heads, cos, sin, -1), rotate_pairs(heads, cos, -sin, dtype)),
+    }
+    largest = 1e-5 if dtype == torch.float32 else 1e-2
+    return [
+        name
+        for name, pair in pairs.items()
+        if not all(
+            (ours - theirs).float().norm() <= largest * theirs.float().norm()
+            for ours, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in pair))
+        )
+    ]
 
 
 class _SwiGLU(torch.autograd.Function):
