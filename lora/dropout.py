@@ -15,6 +15,8 @@ Legend:
 
 import functools
 import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,17 @@ class KeyedDropout(nn.Module):
         if self.fused:
             return fused_dropout.apply(x, self.keys, self.channel_keys, self.threshold, self.scale)
         return (x * self.mask(x.shape[-1])).mul_(self.scale)  # (T, C)
+
+    def kernel(self) -> Callable[[Tensor], Tensor] | None:
+        """This forward pass's dropout of x (T, C) by the Triton kernel, for an autograd function to
+        repeat; None where the plain form is used, nothing is dropped, or a compiler traces.
+        """
+        if not (self.fused and self.training and self.threshold) or torch.compiler.is_compiling():
+            return None
+        return partial(
+            fused_dropout.launch, keys=self.keys, channel_keys=self.channel_keys,
+            threshold=self.threshold, scale=self.scale,
+        )  # fmt: skip
 
 
 @functools.cache

@@ -7,6 +7,8 @@ times `scale` overflows fp16, the plain form gives NaN. Triton comes with PyTorc
 `dropout.fused_works` says whether the kernel is used.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,17 +55,48 @@ class FusedDropout(torch.autograd.Function):
     def forward(ctx, x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float):
         ctx.save_for_backward(keys, channel_keys)
         ctx.threshold, ctx.scale = threshold, scale
-        return _launch(x, keys, channel_keys, threshold, scale)
+        return launch(x, keys, channel_keys, threshold, scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _launch(grad, *ctx.saved_tensors, ctx.threshold, ctx.scale), None, None, None, None
+        return launch(grad, *ctx.saved_tensors, ctx.threshold, ctx.scale), None, None, None, None
 
 
-apply = FusedDropout.apply
+class FusedUpdate(torch.autograd.Function):
+    """`y + scaling * drop(x) @ A.T @ B.T`, in place on `y (T, out)`, where `drop(x)` launches.
+
+    Autograd would keep the dropped x (T, in) of each adapter; here the backward pass drops x again.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, drop: Callable, scaling: float):
+        low = drop(x) @ A.t()  # (T, r)
+        ctx.save_for_backward(x, A, B, low)
+        ctx.drop, ctx.scaling = drop, scaling
+        ctx.mark_dirty(y)
+        return y.addmm_(low, B.t(), alpha=scaling)  # (T, out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, A, B, low = ctx.saved_tensors
+        grad_low = _scaled_product(ctx.scaling, grad, B)  # (T, r)
+        grad_B = _scaled_product(ctx.scaling, grad.t(), low)  # (out, r)
+        grad_A = grad_low.t() @ ctx.drop(x)  # (r, in)
+        grad_x = ctx.drop(grad_low @ A) if ctx.needs_input_grad[1] else None  # (T, in)
+        return grad, grad_x, grad_A, grad_B, None, None
 
 
-def _launch(x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float) -> Tensor:
+apply, update = FusedDropout.apply, FusedUpdate.apply
+
+
+def _scaled_product(scaling: float, a: Tensor, b: Tensor) -> Tensor:
+    """scaling * a @ b in one kernel, rounded once."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def launch(x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float) -> Tensor:
+    """`x (T, C)` dropped by keys (T,) and channel keys (C/2,)."""
     x = x.contiguous()
     y, (tokens, channels) = torch.empty_like(x), x.shape
     grid = (tokens, triton.cdiv(channels, BLOCK))

@@ -2,8 +2,8 @@
 
 Autograd would keep every intermediate result of these formulas for the backward pass: most of the
 memory of training, though they are cheap to recompute. The functions here keep few tensors and
-recompute the others. On CUDA, RMSNorm and rotation are Triton kernels (`fused.py`) if these give
-the same results there. `qwen2.py` has the same formulas in plain PyTorch.
+recompute the others. On CUDA they are Triton kernels (`fused.py`), if these give the same
+results there. `qwen2.py` has the same formulas in plain PyTorch.
 
 Legend: T tokens, C hidden size, heads query or key heads, D head size, F MLP size.
 """
@@ -138,7 +138,7 @@ def fused_works(device: torch.device) -> bool:
     except Exception as error:  # of Triton's compiler or the driver: anything may be missing
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason and os.environ.get("RANK", "0") == "0":
-        print(f"RMSNorm and rotation without their Triton kernels: {reason}")
+        print(f"RMSNorm, rotation and SwiGLU without their Triton kernels: {reason}")
     return reason is None
 
 
@@ -148,13 +148,18 @@ def differing_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
     x, grad = torch.randn(2, 5, 3 * 28, generator=generator, device=device)  # fp32 (T, C) each
     weight, grad = torch.linspace(-1, 2, 3 * 28, device=device).to(dtype), grad.to(dtype)
     cos, sin = torch.randn(2, 5, 1, 14, generator=generator, device=device)  # (T, 1, D/2) each
-    heads = grad.unflatten(-1, (3, 28))  # (T, heads, D)
+    heads, half = grad.unflatten(-1, (3, 28)), x.to(dtype)  # (T, heads, D), (T, C)
     _, normal, scale = plain = normalize(x, weight, 1e-6)
     backward = (grad, weight, normal, scale, x.dtype)
     pairs = {  # name: (results of the kernel, results of the plain form)
         "normalize": (fused.normalize(x, weight, 1e-6), plain),
         "normalize_backward": (fused.normalize_backward(*backward), normalize_backward(*backward)),
         "rotate": (fused.rotate(heads, cos, sin, 1), rotate_pairs(heads, cos, sin, dtype)),
+        "swiglu": (fused.swiglu(grad, half), swiglu_in_blocks(grad, half)),
+        "swiglu_backward": (
+            fused.swiglu_backward(half, grad, half),
+            swiglu_backward(half, grad, half),
+        ),
         "rotate back": (fused.rotate(heads, cos, sin, -1), rotate_pairs(heads, cos, -sin, dtype)),
     }
     largest = 1e-5 if dtype == torch.float32 else 1e-2
@@ -172,25 +177,35 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        if torch.compiler.is_compiling():  # PyTorch 2.11 drops gradients of `out=`
-            return F.silu(gate) * up
-        out = torch.empty_like(gate)
-        for g, u, o in _blocks(gate, up, out):
-            torch.ops.aten.silu.out(g, out=o).mul_(u)
-        return out
+        return fused.swiglu(gate, up) if _is_fused(gate) else swiglu_in_blocks(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        for g, u, d, dg, du in _blocks(gate, up, grad, grad_gate, grad_up):
-            torch.ops.aten.silu.out(g, out=du).mul_(d)
-            torch.mul(d, u, out=dg)
-            torch.ops.aten.silu_backward.grad_input(dg, g, grad_input=dg)
-        return grad_gate, grad_up
+        backward = fused.swiglu_backward if _is_fused(grad) else swiglu_backward
+        return backward(grad, *ctx.saved_tensors)
+
+
+def swiglu_in_blocks(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` in few passes over memory."""
+    if torch.compiler.is_compiling():  # PyTorch 2.11 drops gradients of `out=`
+        return F.silu(gate) * up
+    out = torch.empty_like(gate)
+    for g, u, o in _blocks(gate, up, out):
+        torch.ops.aten.silu.out(g, out=o).mul_(u)
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of the result, (T, F) each."""
+    if torch.compiler.is_compiling():
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    for g, u, d, dg, du in _blocks(gate, up, grad, grad_gate, grad_up):
+        torch.ops.aten.silu.out(g, out=du).mul_(d)
+        torch.mul(d, u, out=dg)
+        torch.ops.aten.silu_backward.grad_input(dg, g, grad_input=dg)
+    return grad_gate, grad_up
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

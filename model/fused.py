@@ -1,11 +1,12 @@
-"""RMSNorm and rotation as Triton kernels, for CUDA: one program per token.
+"""RMSNorm, rotation and SwiGLU as Triton kernels, for CUDA.
 
-`functions.py` has the same in plain PyTorch, as 7 to 9 kernels each, and decides which of the two
+`functions.py` has the same in plain PyTorch, as 2 to 9 kernels each, and decides which of the two
 is used. Like the plain form, the kernels compute in fp32 and round to the dtype of the result. Sums
 have another order, so that results may differ in their last bits. Triton comes with PyTorch's
 builds for CUDA.
 
-Legend: T tokens, C channels, D head size.
+Legend: T tokens, C channels, D head size, F MLP size. A program has one token, or of SwiGLU 1024
+values.
 """
 
 import torch
@@ -58,10 +59,33 @@ def rotate_kernel(x, y, cos, sin, pairs, half, sign, BLOCK: "tl.constexpr"):
     tl.store(y + first + half, b * c + a * s, mask=inside)
 
 
+def swiglu_kernel(gate, up, out, count):
+    """out = silu(gate) * up, for `count` values."""
+    at = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
+    inside = at < count
+    g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + at, g / (1 + tl.exp(-g)) * u, mask=inside)
+
+
+def swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, count):
+    """Gradients of both; silu(g) = g s has the derivative s (1 + g (1 - s)), s = sigmoid(g)."""
+    at = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
+    inside = at < count
+    d = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
+    g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0).to(tl.float32)
+    s = 1 / (1 + tl.exp(-g))
+    tl.store(grad_gate + at, d * u * s * (1 + g * (1 - s)), mask=inside)
+    tl.store(grad_up + at, d * g * s, mask=inside)
+
+
 if triton is not None:
     normalize_kernel = triton.jit(normalize_kernel)
     normalize_backward_kernel = triton.jit(normalize_backward_kernel)
     rotate_kernel = triton.jit(rotate_kernel)
+    swiglu_kernel = triton.jit(swiglu_kernel)
+    swiglu_backward_kernel = triton.jit(swiglu_backward_kernel)
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,3 +120,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     block = triton.next_power_of_2(pairs)
     rotate_kernel[(tokens,)](x, y, cos, sin, pairs, size // 2, sign, BLOCK=block)
     return y
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, for (T, F) each."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out, count = torch.empty_like(gate), gate.numel()
+    swiglu_kernel[(triton.cdiv(count, 1024),)](gate, up, out, count)
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of the result, (T, F) each."""
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+    grid = (triton.cdiv(count, 1024),)
+    swiglu_backward_kernel[grid](grad, gate, up, grad_gate, grad_up, count)
+    return grad_gate, grad_up
