@@ -49,7 +49,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        forward = fused.normalize if _is_fused(x) else normalize
+        forward = fused.normalize if takes_kernels(x) else normalize
         y, normal, scale = forward(x, weight, eps)  # (T, C), (T, C), (T, 1)
         ctx.save_for_backward(normal, weight, scale)
         ctx.dtype = x.dtype
@@ -63,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normal.to(scale.dtype)).flatten(0, -2).sum(0)  # (C,)
             grad_weight = grad_weight.to(weight.dtype)
-        backward = fused.normalize_backward if _is_fused(grad) else normalize_backward
+        backward = fused.normalize_backward if takes_kernels(grad) else normalize_backward
         return backward(grad, weight, normal, scale, ctx.dtype), grad_weight, None
 
 
@@ -92,13 +92,15 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = x.dtype
-        return fused.rotate(x, cos, sin, 1) if _is_fused(x) else rotate_pairs(x, cos, sin, dtype)
+        return (
+            fused.rotate(x, cos, sin, 1) if takes_kernels(x) else rotate_pairs(x, cos, sin, dtype)
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors  # the inverse rotation has the opposite angles
-        if _is_fused(grad):
+        if takes_kernels(grad):
             return fused.rotate(grad, cos, sin, -1), None, None, None
         return rotate_pairs(grad, cos, -sin, ctx.dtype), None, None, None
 
@@ -113,7 +115,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Ten
     return out
 
 
-def _is_fused(x: Tensor) -> bool:
+def takes_kernels(x: Tensor) -> bool:
     """Whether Triton kernels process `x`: on CUDA, unless a compiler fuses the plain form."""
     if torch.compiler.is_compiling() or x.device.type != "cuda" or x.dtype == torch.float64:
         return False
@@ -177,12 +179,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return fused.swiglu(gate, up) if _is_fused(gate) else swiglu_in_blocks(gate, up)
+        return fused.swiglu(gate, up) if takes_kernels(gate) else swiglu_in_blocks(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        backward = fused.swiglu_backward if _is_fused(grad) else swiglu_backward
+        backward = fused.swiglu_backward if takes_kernels(grad) else swiglu_backward
         return backward(grad, *ctx.saved_tensors)
 
 

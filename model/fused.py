@@ -9,6 +9,8 @@ Legend: T tokens, C channels, D head size, F MLP size. A program has one token, 
 values.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,10 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no build for CUDA
-    triton = None
+    triton, tl = None, SimpleNamespace(constexpr=int)
 
 
-def normalize_kernel(x, weight, y, normal, scale, channels, eps, BLOCK: "tl.constexpr"):
+def normalize_kernel(x, weight, y, normal, scale, channels, eps, BLOCK: tl.constexpr):
     """y = weight * normal, where normal = x * scale and scale = 1 / sqrt(mean(x^2) + eps)."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -33,7 +35,7 @@ def normalize_kernel(x, weight, y, normal, scale, channels, eps, BLOCK: "tl.cons
     tl.store(scale + token, factor)
 
 
-def normalize_backward_kernel(grad, weight, normal, scale, out, channels, BLOCK: "tl.constexpr"):
+def normalize_backward_kernel(grad, weight, normal, scale, out, channels, BLOCK: tl.constexpr):
     """out = (inner - normal * mean(inner * normal)) * scale, where inner = grad * weight."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -45,7 +47,7 @@ def normalize_backward_kernel(grad, weight, normal, scale, out, channels, BLOCK:
     tl.store(out + at, (inner - value * along) * tl.load(scale + token), mask=inside)
 
 
-def rotate_kernel(x, y, cos, sin, pairs, half, sign, BLOCK: "tl.constexpr"):
+def rotate_kernel(x, y, cos, sin, pairs, half, sign, BLOCK: tl.constexpr):
     """(a, b) = (a cos - b sin, b cos + a sin) for all `pairs` of a token, `half` in each head."""
     token = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, BLOCK)
