@@ -55,19 +55,25 @@ class KeyedDropout(nn.Module):
         return signed >= self.threshold - 2 ** (BITS - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.threshold == 0:
+        if not self.drops(x):
             return x
-        assert self.keys is not None, "call lora.seed_dropout(model, ...) before a training forward"
-        assert len(self.keys) == len(x), f"{len(self.keys)} dropout keys for {len(x)} tokens"
         if self.fused:
             return fused_dropout.apply(x, self.keys, self.channel_keys, self.threshold, self.scale)
         return (x * self.mask(x.shape[-1])).mul_(self.scale)  # (T, C)
 
-    def kernel(self) -> Callable[[Tensor], Tensor] | None:
-        """This forward pass's dropout of x (T, C) by the Triton kernel, for an autograd function to
-        repeat; None where the plain form is used, nothing is dropped, or a compiler traces.
+    def drops(self, x: Tensor) -> bool:
+        """Whether values of `x (T, C)` are dropped, for which each token must have a key."""
+        if not self.training or self.threshold == 0:
+            return False
+        assert self.keys is not None, "call lora.seed_dropout(model, ...) before a training forward"
+        assert len(self.keys) == len(x), f"{len(self.keys)} dropout keys for {len(x)} tokens"
+        return True
+
+    def kernel(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The Triton kernel with this forward pass's mask, for an autograd function that repeats
+        it; None where the plain form is used or nothing is dropped.
         """
-        if not (self.fused and self.training and self.threshold) or torch.compiler.is_compiling():
+        if not self.fused or not self.drops(x):
             return None
         return partial(
             fused_dropout.launch, keys=self.keys, channel_keys=self.channel_keys,

@@ -63,9 +63,10 @@ class FusedDropout(torch.autograd.Function):
 
 
 class FusedUpdate(torch.autograd.Function):
-    """`y + scaling * drop(x) @ A.T @ B.T`, in place on `y (T, out)`, where `drop(x)` launches.
+    """`y + scaling * drop(x) @ A.T @ B.T`, in place on `y (T, out)`, for a launch `drop`.
 
-    Autograd would keep the dropped x (T, in) of each adapter; here the backward pass drops x again.
+    Autograd would keep the dropped x (T, in) of each adapter, and scale gradients in kernels of
+    their own; here the backward pass drops x again, and products scale.
     """
 
     @staticmethod
@@ -73,6 +74,8 @@ class FusedUpdate(torch.autograd.Function):
         low = drop(x) @ A.t()  # (T, r)
         ctx.save_for_backward(x, A, B, low)
         ctx.drop, ctx.scaling = drop, scaling
+        if torch.compiler.is_compiling():  # a compiler traces no mark_dirty
+            return torch.addmm(y, low, B.t(), alpha=scaling)  # (T, out)
         ctx.mark_dirty(y)
         return y.addmm_(low, B.t(), alpha=scaling)  # (T, out)
 

@@ -68,9 +68,9 @@ class LoRALinear(nn.Module):
         if not self.enabled or self.merged:
             return y
         A, B = self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
-        if (
-            drop := self.dropout.kernel()
-        ) is not None:  # on CUDA: the same, and dropout(x) not kept
+        if drop := self.dropout.kernel(
+            x
+        ):  # computes the two lines below without keeping dropout(x)
             return fused_dropout.update(y, x, A, B, drop, self.scaling)  # (T, out)
         low = self.dropout(x) @ A.t()  # (T, r)
         return y.addmm_(low, B.t(), alpha=self.scaling)  # (T, out), in place
