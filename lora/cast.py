@@ -6,6 +6,7 @@ model's forward pass runs, so they are never older than A and B, and autograd ta
 to A and B. A layer that is called by itself, or again by recomputation, casts its own.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def cast_adapters(model: nn.Module, inputs: Any) -> None:
 
     A base in fp32 needs no cast.
     """
-    layers = _layers(model)
+    layers = [layer for layer in _adapted(model) if layer.enabled and not layer.merged]
     if not layers or (dtype := layers[0].base_layer.weight.dtype) == torch.float32:
         return
     matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
@@ -32,11 +33,9 @@ def cast_adapters(model: nn.Module, inputs: Any) -> None:
 
 def remove_casts(model: nn.Module, inputs: Any, outputs: Any) -> None:
     """After the forward pass, also after one that failed."""
-    for layer in _layers(model):
+    for layer in _adapted(model):
         layer.cast = None
 
 
-def _layers(model: nn.Module) -> list[LoRALinear]:
-    """The adapted layers that compute with A and B."""
-    layers = (module for module in model.modules() if isinstance(module, LoRALinear))
-    return [layer for layer in layers if layer.enabled and not layer.merged]
+def _adapted(model: nn.Module) -> Iterator[LoRALinear]:
+    return (module for module in model.modules() if isinstance(module, LoRALinear))

@@ -67,10 +67,9 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)  # (T, out)
         if not self.enabled or self.merged:
             return y
-        A, B = self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
-        if drop := self.dropout.kernel(
-            x
-        ):  # computes the two lines below without keeping dropout(x)
+        A, B = (matrix.to(x.dtype) for matrix in self.cast or (self.lora_A, self.lora_B))
+        # On CUDA the two lines below are one function, which does not keep dropout(x).
+        if drop := self.dropout.kernel(x):
             return fused_dropout.update(y, x, A, B, drop, self.scaling)  # (T, out)
         low = self.dropout(x) @ A.t()  # (T, r)
         return y.addmm_(low, B.t(), alpha=self.scaling)  # (T, out), in place
