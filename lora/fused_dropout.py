@@ -1,10 +1,10 @@
 """Keyed dropout as one Triton kernel, for CUDA: hash, mask and scale, without storing any of them.
 
 The plain form in `dropout.py` needs some 14 kernels a layer forward, and keeps the mask and the
-dropped input for the backward pass. Here both are computed again from the keys. Its results equal the plain form's
-bit for bit: zeros keep the sign that a product with 0 has. One exception: where a dropped gradient
-times `scale` overflows fp16, the plain form gives NaN. Triton comes with PyTorch's builds for CUDA.
-`dropout.fused_works` says whether the kernel is used.
+dropped input for the backward pass. Here both are computed again from the keys. The kernel's
+results equal the plain form's bit for bit: zeros keep the sign that a product with 0 has. One
+exception: where a dropped gradient times `scale` overflows fp16, the plain form gives NaN. Triton
+comes with PyTorch's builds for CUDA. `dropout.fused_works` says whether the kernel is used.
 """
 
 from collections.abc import Callable

@@ -67,7 +67,7 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)  # (T, out)
         if not self.enabled or self.merged:
             return y
-        A, B = (matrix.to(x.dtype) for matrix in self.cast or (self.lora_A, self.lora_B))
+        A, B = [matrix.to(x.dtype) for matrix in self.cast or (self.lora_A, self.lora_B)]
         # On CUDA the two lines below are one function, which does not keep dropout(x).
         if drop := self.dropout.kernel(x):
             return fused_dropout.update(y, x, A, B, drop, self.scaling)  # (T, out)
