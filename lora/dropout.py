@@ -71,9 +71,9 @@ class KeyedDropout(nn.Module):
 
     def kernel(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The Triton kernel with this forward pass's mask, for an autograd function that repeats
-        it; None where the plain form is used or nothing is dropped.
+        it; None where the plain form is used, nothing is dropped, or a compiler traces.
         """
-        if not self.fused or not self.drops(x):
+        if torch.compiler.is_compiling() or not self.fused or not self.drops(x):
             return None
         return partial(
             fused_dropout.launch, keys=self.keys, channel_keys=self.channel_keys,
