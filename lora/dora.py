@@ -68,8 +68,9 @@ class DoRALinear(LoRALinear):
             product = F.linear(dropped, self.base_layer.weight)  # (T, out)
         else:  # nothing was dropped: W x is known
             product = y if bias is None else y - bias  # (T, out)
-        low = dropped @ self.lora_A.to(x.dtype).t()  # (T, r)
-        update = self.scaling * (low @ self.lora_B.to(x.dtype).t())  # (T, out)
+        A, B = [matrix.to(x.dtype) for matrix in self.cast or (self.lora_A, self.lora_B)]
+        low = dropped @ A.t()  # (T, r)
+        update = self.scaling * (low @ B.t())  # (T, out)
         # Gains are close to 1, where bf16 is coarse, so gain - 1 is what gets rounded.
         return y + (gain - 1).to(x.dtype) * product + gain.to(x.dtype) * update  # (T, out)
 

@@ -15,6 +15,8 @@ Legend:
 
 import functools
 import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +57,32 @@ class KeyedDropout(nn.Module):
         return signed >= self.threshold - 2 ** (BITS - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.threshold == 0:
+        if not self.drops(x):
             return x
+        if self.fused:
+            return fused_dropout.apply(x, self.keys, self.channel_keys, self.threshold, self.scale)
+        return (x * self.mask(x.shape[-1])).mul_(self.scale)  # (T, C)
+
+    def drops(self, x: Tensor) -> bool:
+        """Whether values of `x (T, C)` are dropped, for which each token must have a key."""
+        if not self.training or self.threshold == 0:
+            return False
         assert len(self.keys) == len(x), (
             f"{len(self.keys)} dropout keys for {len(x)} tokens: call lora.seed_dropout(model, ...)"
             " before a training forward"
         )
-        if self.fused:
-            return fused_dropout.apply(x, self.keys, self.channel_keys, self.threshold, self.scale)
-        return (x * self.mask(x.shape[-1])).mul_(self.scale)  # (T, C)
+        return True
+
+    def kernel(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The Triton kernel with this forward pass's mask, for an autograd function that repeats
+        it; None where the plain form is used, nothing is dropped, or a compiler traces.
+        """
+        if torch.compiler.is_compiling() or not self.fused or not self.drops(x):
+            return None
+        return partial(
+            fused_dropout.launch, keys=self.keys, channel_keys=self.channel_keys,
+            threshold=self.threshold, scale=self.scale,
+        )  # fmt: skip
 
 
 @functools.cache

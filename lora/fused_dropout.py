@@ -1,11 +1,13 @@
 """Keyed dropout as one Triton kernel, for CUDA: hash, mask and scale, without storing any of them.
 
-The plain form in `dropout.py` needs some 14 kernels a layer forward, and keeps the mask for the
-backward pass. This one computes the mask again from the keys. Its results equal the plain form's
-bit for bit: zeros keep the sign that a product with 0 has. One exception: where a dropped gradient
-times `scale` overflows fp16, the plain form gives NaN. Triton comes with PyTorch's builds for CUDA.
-`dropout.fused_works` says whether the kernel is used.
+The plain form in `dropout.py` needs some 14 kernels a layer forward, and keeps the mask and the
+dropped input for the backward pass. Here both are computed again from the keys. The kernel's
+results equal the plain form's bit for bit: zeros keep the sign that a product with 0 has. One
+exception: where a dropped gradient times `scale` overflows fp16, the plain form gives NaN. Triton
+comes with PyTorch's builds for CUDA. `dropout.fused_works` says whether the kernel is used.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,19 +54,51 @@ class FusedDropout(torch.autograd.Function):
     def forward(ctx, x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float):
         ctx.save_for_backward(keys, channel_keys)
         ctx.threshold, ctx.scale = threshold, scale
-        return _launch(x, keys, channel_keys, threshold, scale)
+        return launch(x, keys, channel_keys, threshold, scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         keys, channel_keys = ctx.saved_tensors
-        grad_x = _launch(grad, keys, channel_keys, ctx.threshold, ctx.scale)
+        grad_x = launch(grad, keys, channel_keys, ctx.threshold, ctx.scale)
         return grad_x, None, None, None, None
 
 
-apply = FusedDropout.apply
+class FusedUpdate(torch.autograd.Function):
+    """`y + scaling * drop(x) @ A.T @ B.T`, in place on `y (T, out)`, for a launch `drop`.
+
+    Autograd would keep the dropped x (T, in) of each adapter, and scale gradients in kernels of
+    their own; here the backward pass drops x again, and products scale.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, drop: Callable, scaling: float):
+        low = drop(x) @ A.t()  # (T, r)
+        ctx.save_for_backward(x, A, B, low)
+        ctx.drop, ctx.scaling = drop, scaling
+        ctx.mark_dirty(y)
+        return y.addmm_(low, B.t(), alpha=scaling)  # (T, out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, A, B, low = ctx.saved_tensors
+        grad_low = _scaled_product(ctx.scaling, grad, B)  # (T, r)
+        grad_B = _scaled_product(ctx.scaling, grad.t(), low)  # (out, r)
+        grad_A = grad_low.t() @ ctx.drop(x)  # (r, in)
+        grad_x = ctx.drop(grad_low @ A) if ctx.needs_input_grad[1] else None  # (T, in)
+        return grad, grad_x, grad_A, grad_B, None, None
 
 
-def _launch(x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float) -> Tensor:
+apply, update = FusedDropout.apply, FusedUpdate.apply
+
+
+def _scaled_product(scaling: float, a: Tensor, b: Tensor) -> Tensor:
+    """scaling * a @ b in one kernel, rounded once."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def launch(x: Tensor, keys: Tensor, channel_keys: Tensor, threshold: int, scale: float) -> Tensor:
+    """`x (T, C)` dropped by keys (T,) and channel keys (C/2,)."""
     x = x.contiguous()
     y, (tokens, channels) = torch.empty_like(x), x.shape
     grid = (tokens, -(-channels // BLOCK))

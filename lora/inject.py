@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora.cast import cast_adapters, remove_casts
 from lora.config import LoRAConfig, layer_ranks, linear_layer, of_layer
 from lora.dora import DoRALinear
 from lora.dropout import fused_works, token_keys
@@ -44,6 +45,8 @@ def inject(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:
         parent, _, last_part = name.rpartition(".")
         setattr(model.get_submodule(parent), last_part, layer.train(model.training))
     freeze(model)
+    model.register_forward_pre_hook(cast_adapters)
+    model.register_forward_hook(remove_casts, always_call=True)
 
 
 def freeze(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lora import fused_dropout
 from lora.dropout import KeyedDropout
 
 
@@ -60,13 +61,18 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, device=device))
         self.enabled = True
         self.unmerged_weight: Tensor | None = None  # the original base weight while merged
+        self.cast: tuple[Tensor, Tensor] | None = None  # A and B in the base's dtype: see cast.py
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (T, out)
         if not self.enabled or self.merged:
             return y
-        low = self.dropout(x) @ self.lora_A.to(x.dtype).t()  # (T, r)
-        return torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # (T, out)
+        A, B = [matrix.to(x.dtype) for matrix in self.cast or (self.lora_A, self.lora_B)]
+        # On CUDA the two lines below are one function, which does not keep dropout(x).
+        if drop := self.dropout.kernel(x):
+            return fused_dropout.update(y, x, A, B, drop, self.scaling)  # (T, out)
+        low = self.dropout(x) @ A.t()  # (T, r)
+        return y.addmm_(low, B.t(), alpha=self.scaling)  # (T, out), in place
 
     @property
     def merged(self) -> bool:

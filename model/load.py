@@ -27,26 +27,26 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
         model = Qwen2(read_config(folder))
     files = find_tensors(folder, model)  # file -> names, checked against the model
     tensors: dict[str, Tensor] = {}
-    not_finite = []
+    faulty: list[Tensor] = []  # of each tensor, read at the end: then the host waits for a GPU once
     total = sum(map(len, files.values()))
     with progress_bar(total=total, desc="load weights", unit="tensor", leave=False) as bar:
         for path, names in files.items():
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in names:
                     tensors[name] = file.get_tensor(name).to(dtype)
-                    if not is_finite(tensors[name]):
-                        not_finite.append(name)
+                    faulty.append(holds_nan_or_infinity(tensors[name]))
                     bar.update()
+    not_finite = [name for name, bad in zip(tensors, torch.stack(faulty).tolist()) if bad]
     if not_finite:
         raise not_finite_error(folder, dtype, not_finite)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether the tensor holds neither NaN nor infinity."""
+def holds_nan_or_infinity(tensor: Tensor) -> Tensor:
+    """Whether the tensor holds NaN or infinity: () bool, on its device."""
     # A NaN would be both the minimum and the maximum. Unlike tensor.isfinite(), these are scalars.
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+    return torch.stack(tensor.aminmax()).isfinite().logical_not().any()
 
 
 def not_finite_error(folder: Path, dtype: torch.dtype, names: list[str]) -> BadCheckpoint:

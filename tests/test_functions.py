@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from model import functions, fused
 from model.functions import rms_norm, rotate, swiglu
 from model.qwen2 import plain_rms_norm, plain_rotate
+from tests.triton_stand_in import replace_triton
 
 EPS = 1e-6
 
@@ -101,3 +103,61 @@ def test_only_three_tensors_of_the_inputs_size_are_kept_for_the_backward_pass():
         rotate(x, *cos_sin)
         swiglu(x, x)
     assert sum(t.shape == x.shape for t in kept) == 3  # normalized x, gate and up
+
+
+# The Triton kernels; `triton_stand_in.py` runs their own source.
+
+KERNELS = ("normalize_kernel", "normalize_backward_kernel", "rotate_kernel", "swiglu_kernel",
+           "swiglu_backward_kernel")  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    if fused.triton is not None:
+        pytest.skip("Triton is installed: fused_works compares the forms on the device")
+    replace_triton(monkeypatch, fused, *KERNELS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_of_the_kernels_equal_the_plain_formulas(
+    triton, monkeypatch, name, dtype
+):
+    monkeypatch.setattr(functions, "takes_kernels", lambda x: True)
+    fast, plain, inputs = CASES[name]
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    results = []
+    for formula in (fast, plain):
+        leaves = [x.requires_grad_() for x in inputs(dtype)]
+        y = formula(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, normal(*y.shape, dtype=dtype, seed=2))])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_trial_on_a_device_accepts_the_kernels(triton, dtype):
+    assert functions.differing_kernels(CPU, dtype) == []
+
+
+@pytest.mark.parametrize("name", ["normalize", "normalize_backward", "rotate", "swiglu",
+                                  "swiglu_backward"])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_trial_on_a_device_names_a_kernel_that_differs(triton, monkeypatch, name, dtype):
+    right = getattr(fused, name)
+
+    def wrong(*arguments):
+        found = right(*arguments)
+        (found[-1] if isinstance(found, tuple) else found).mul_(1.03)
+        return found
+
+    monkeypatch.setattr(fused, name, wrong)
+    assert name in functions.differing_kernels(CPU, dtype)
+
+
+def test_nothing_but_a_gpu_takes_the_kernels(triton):
+    assert not functions.takes_kernels(torch.zeros(2))
+    assert not functions.takes_kernels(torch.zeros(2, device="meta"))

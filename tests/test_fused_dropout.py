@@ -1,73 +1,23 @@
 """The Triton kernel of dropout computes what the plain form does, bit for bit.
 
-Triton has no builds for CPUs in the tests, so a stand-in for its language runs the kernel's own
-source, one program after the other, on tensors.
+`triton_stand_in.py` runs the kernel's own source.
 """
-
-import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from lora import fused_dropout
 from lora.dropout import KeyedDropout, fused_equals, fused_works, token_keys
-
-
-class Pointer:
-    """The address of an element of a flat tensor, or of several."""
-
-    def __init__(self, tensor, offset=0):
-        self.tensor, self.offset = tensor, offset
-
-    def __add__(self, offset):
-        return Pointer(self.tensor, self.offset + offset)
-
-
-class Index(int):
-    def to(self, _):
-        return self
-
-
-def load(pointer, mask=None, other=0):
-    flat = pointer.tensor.view(-1)
-    if mask is None:
-        return flat[pointer.offset]
-    return torch.where(mask, flat[torch.where(mask, pointer.offset, 0)], other)
-
-
-def store(pointer, value, mask):
-    flat = pointer.tensor.view(-1)
-    flat[pointer.offset[mask]] = value[mask].to(flat.dtype)
-
-
-class Kernel:
-    """`kernel[grid](...)` calls the kernel's function once for each program of the grid."""
-
-    def __init__(self, function, language):
-        self.function, self.language = function, language
-
-    def __getitem__(self, grid):
-        def launch(*arguments):
-            pointers = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-            for program in itertools.product(*map(range, grid)):
-                self.language.program_id = lambda axis, program=program: Index(program[axis])
-                self.function(*pointers)
-
-        return launch
+from lora.layer import LoRALinear
+from tests.triton_stand_in import replace_triton
 
 
 @pytest.fixture
 def triton(monkeypatch):
     if fused_dropout.triton is not None:
         pytest.skip("Triton is installed: fused_works compares the forms on the device")
-    language = SimpleNamespace(
-        arange=torch.arange, where=torch.where, load=load, store=store, int64=None,
-        float32=torch.float32,
-    )  # fmt: skip
-    monkeypatch.setattr(fused_dropout, "tl", language, raising=False)
-    monkeypatch.setattr(fused_dropout, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
-    monkeypatch.setattr(fused_dropout, "drop", Kernel(fused_dropout.drop, language))
+    replace_triton(monkeypatch, fused_dropout, "drop")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -106,3 +56,30 @@ def test_the_trial_on_a_device_accepts_the_kernel_and_no_other(triton, monkeypat
     monkeypatch.setattr(fused_dropout, "apply", apply)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert fused_equals(torch.device("cpu"), dtype) == (fault is None)
+
+
+def update(fused, dtype, p=0.3):
+    """An adapted layer of 9 inputs and 6 outputs: x, its result, and the gradients of x, A and B;
+    and how many tensors of x's size are kept for the backward pass.
+    """
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(9, 6).to(dtype), r=2, alpha=4, dropout=p, index=1).train()
+    nn.init.normal_(layer.lora_B)
+    layer.base_layer.requires_grad_(False)
+    layer.dropout.keys = token_keys(0, 0, torch.arange(5), torch.arange(5))
+    layer.dropout.fused = fused
+    x, kept = torch.randn(5, 9).to(dtype).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        y = layer(x)
+    leaves = (x, layer.lora_A, layer.lora_B)
+    return [y, *torch.autograd.grad(y.float().square().sum(), leaves)], kept.count(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_that_drops_its_input_again_for_the_gradients_has_those_of_the_formula(
+    triton, dtype
+):
+    (ours, kept), (theirs, kept_by_autograd) = update(True, dtype), update(False, dtype)
+    for a, b in zip(ours, theirs, strict=True):  # the scaling is a power of two: the same bits
+        assert torch.equal(a, b) and b.any()
+    assert kept == 1 < kept_by_autograd  # x, which is the input of other layers too

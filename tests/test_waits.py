@@ -19,6 +19,7 @@ from model import attention
 from model.attention import FlatAttention, attend_padded
 from model.cache import send
 from model.generate import Decoding, decode
+from model.load import holds_nan_or_infinity
 from model.qwen2 import Qwen2, Qwen2Config
 from run.base import Base
 from run.distributed import World
@@ -96,6 +97,14 @@ def test_a_decoding_step_waits_for_the_device_once(model):
     with Waits() as waits:
         steps = list(decode(model.eval(), prompts, Decoding(4, (), vocab_size=64, batch_size=4)))
     assert waits.count == len(steps) > 4, "one read of the tokens a step"
+
+
+def test_loading_reads_once_whether_all_tensors_are_finite():
+    with Waits() as waits:
+        flags = [holds_nan_or_infinity(torch.empty(3, device=META)) for _ in range(4)]
+        assert waits.count == 0
+        torch.stack(flags).tolist()
+    assert waits.count == 1
 
 
 def test_tensors_are_copied_to_a_gpu_asynchronously(monkeypatch):
