@@ -19,7 +19,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from run.base import (
     hash_adapter,
 )
 from run.card import refresh_card
-from run.device import DTYPES
+from run.device import DTYPES, decoded_rows
 from run.folder import Run, check_place, lock
 from run.identity import folder_of_program, program
 from run.options import changed_options, in_two_columns, option, parse
@@ -113,7 +113,11 @@ class EvalConfig:
     ask: str | None = option(None, "answer this question instead of evaluating")
     compare: tuple[str, ...] = option((), "compare two result.json files instead of evaluating")
 
-    batch_size: int = option(128, "sequences decoded in parallel; same answers in fp32", least=1)
+    batch_size: int | None = option(
+        None,
+        "sequences decoded in parallel; same answers in fp32 (default: 128; on a GPU, by memory)",
+        least=1,
+    )
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
 
@@ -177,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     models = load_models(config, base)
     if files:
         check_not_replaced(Path(config.adapter), files)
+    config = with_batch_size(config, base)
 
     # 4. Each task: answers are generated, or choices scored; then they are judged and compared.
     results = []
@@ -352,6 +357,17 @@ def load_models(config: EvalConfig, base: Base) -> Models:
     return Models(network, contexts)
 
 
+def with_batch_size(config: EvalConfig, base: Base) -> EvalConfig:
+    """`config` with a batch size, which is chosen and printed if none was given."""
+    if config.batch_size:
+        return config
+    dtype = DTYPES[base.precision]
+    rows, why = decoded_rows(base.device, base.config, dtype, config.max_new_tokens)
+    if why:
+        print(f"{rows} sequences are decoded in parallel: {why}")
+    return replace(config, batch_size=rows)
+
+
 def measure_answers(
     config: EvalConfig, base: Base, models: Models, task: Task, folder: Path
 ) -> dict[str, Any]:
@@ -438,7 +454,7 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
 def ask(config: EvalConfig, base: Base) -> None:
     """Print each model's answer to one question while it is generated."""
     print("\n".join(base.lines()))
-    models = load_models(config, base)
+    models, config = load_models(config, base), replace(config, batch_size=1)
     for name, context in models.contexts.items():
         print(f"\n{name}: ", end="", flush=True)
         with context():
