@@ -170,7 +170,8 @@ class Graph:
         keys = keys.to(torch.int32)
         for module in self.owner.keyed:
             module.keys = keys
-        self.hidden = self.owner.model.model(tokens, positions, self._attend)  # (S, C)
+        # With `cache`, this is the plain pass, with the model's hooks.
+        self.hidden = self.owner.model(tokens, positions, [], cache=self._attend)  # (S, C)
 
     def _backward(self) -> None:
         grads = torch.autograd.grad(self.hidden, self.owner.parameters, self.grad_hidden)

@@ -56,10 +56,10 @@ def record(function):
     return tape.replay
 
 
-def training(graphed, recorder=record, optimizer=torch.optim.AdamW, **options):
+def training(graphed, recorder=record, optimizer=torch.optim.AdamW, dtype=torch.float32, **options):
     """A model with adapters that change its output, and its optimizer."""
     torch.manual_seed(0)
-    model = Qwen2(SIZES).train()
+    model = Qwen2(SIZES).train().to(dtype)
     inject(model, LoRAConfig(r=4, **options))
     for layer in adapters(model):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
@@ -121,7 +121,9 @@ def test_padding_has_no_influence_on_hidden_states_and_gradients():
     assert_equal_steps([padded], [outcome(0)])
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}, {"dropout": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dora": True}, {"dropout": 0.0}, {"dtype": torch.float64}]
+)  # in fp64, A and B are cast to another dtype than their own
 def test_steps_by_graphs_equal_plain_steps(capsys, options):
     """Two micro-batches a step, in three epochs: tokens, lengths, masks and weights change."""
     model, optimizer = training(True, **options)
