@@ -14,6 +14,7 @@ import train
 from data.batches import Step, flat_batch
 from lora.inject import LoRAConfig, adapters, inject, seed_dropout, trained_parameters
 from model import graphs
+from model.compile import compile_layers
 from model.graphs import graph_training
 from model.qwen2 import Qwen2, Qwen2Config
 from tests import toys
@@ -130,6 +131,22 @@ def test_steps_by_graphs_equal_plain_steps(capsys, options):
     assert_equal_steps(steps(model, optimizer, 5), steps(*training(False, **options), 5))
     (graph,) = model.forward.graphs.values()
     assert graph.checked and capsys.readouterr().out.count("CUDA graphs are used") == 1
+
+
+def test_steps_by_graphs_of_compiled_layers_equal_plain_steps():
+    """A tape cannot record inside of a compiler, so here a replay is one more call."""
+    torch._dynamo.reset()
+
+    def call_again(function):
+        function()
+        return function
+
+    model, optimizer = training(False)
+    compile_layers(model, backend="aot_eager")
+    graph_training(model, [layer.dropout for layer in adapters(model)], call_again)
+    assert_equal_steps(steps(model, optimizer, 3), steps(*training(False), 3))
+    (graph,) = model.forward.graphs.values()
+    assert graph.checked
 
 
 def test_the_plain_pass_runs_only_while_a_graph_is_recorded_and_compared():
