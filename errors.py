@@ -83,7 +83,7 @@ def listed(problems: Iterable[str], most: int = 6) -> str:
 def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and return its exit code; a user's error is printed in two lines.
 
-    A full disk is reported in the same way, and a closed pipe (`| head -1`) ends quietly.
+    A full disk or memory is reported in the same way, and a closed pipe (`| head -1`) ends quietly.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal need not know every character
         with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -102,6 +102,14 @@ def run_script(main: Callable[[], int | None]) -> int:
         return 130
     except BrokenPipeError:
         return 128 + 13  # SIGPIPE, which Windows does not define
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        reason = plain(str(error).strip().partition("\n")[0][:200])
+        _say(f"error: memory ran out: {reason}\n  use a smaller --batch-size or --precision")
+        return 1
     except OSError as error:
         if not is_full(error) and not is_passing(error) and error.errno not in DENIED:
             raise
@@ -116,6 +124,13 @@ def run_script(main: Callable[[], int | None]) -> int:
         return 1
     finally:
         _flush()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; each kind of device says it in its own words."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    kinds = ("OutOfMemoryError", "MemoryError")  # the former is PyTorch's
+    return type(error).__name__ in kinds or any(word in str(error) for word in words)
 
 
 def is_passing(error: Exception) -> bool:

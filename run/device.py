@@ -13,7 +13,7 @@ import safetensors
 import tokenizers
 import torch
 
-from errors import BadOption, TrainingFailed
+from errors import BadOption, TrainingFailed, is_out_of_memory
 from model.qwen2 import Qwen2Config
 from run.folder import Progress
 
@@ -200,13 +200,6 @@ def versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "tokenizers": tokenizers.__version__,
     }
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; each kind of device says it in its own words."""
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def check_halving(error: Exception, lengths: list[int], *, alone: bool) -> None:

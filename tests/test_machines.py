@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import files
 from data import load_source
-from errors import BadOption
+from errors import BadOption, run_script
 from model.qwen2 import Qwen2Config
 from progress_bar import progress_bar
 from run import base as run_base
@@ -213,6 +213,18 @@ def test_an_intel_gpu_that_is_not_used_is_named(monkeypatch, capsys):
     monkeypatch.setattr(run_device, "NVIDIA", ())
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     assert pick_device("auto").type == "cpu" and "Intel GPU is not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 14 MiB\nmore"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   MemoryError()])  # fmt: skip
+def test_memory_that_runs_out_anywhere_is_an_error_of_two_lines(error, capsys):
+    def validate():
+        raise error
+
+    assert run_script(validate) == 1
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause.startswith("error: memory ran out") and "--batch-size" in remedy
 
 
 def test_a_base_that_does_not_fit_into_memory_is_refused_in_two_lines(tmp_path, monkeypatch):
