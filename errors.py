@@ -79,9 +79,9 @@ def listed(problems: Iterable[str], most: int = 6) -> str:
 def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and return its exit code; a user's error is printed in two lines.
 
-    A full disk is reported in the same way. What is printed goes through a `Screen`; if some of it
-    could not be written, the code of a finished script is 141 for a closed pipe, as of a process
-    that SIGPIPE ended, and else 1.
+    A full disk or memory is reported in the same way. What is printed goes through a `Screen`; if
+    some of it could not be written, the code of a finished script is 141 for a closed pipe, as of a
+    process that SIGPIPE ended, and else 1.
     """
     open_screens()
     try:
@@ -94,6 +94,14 @@ def run_script(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        reason = plain(str(error).strip().partition("\n")[0][:200])
+        _say(f"memory ran out: {reason}", "use a smaller --batch-size or --precision")
+        return 1
     except OSError as error:
         if not is_full(error) and not is_passing(error) and error.errno not in DENIED:
             raise
@@ -124,6 +132,13 @@ def _code_of_lost_output() -> int:
 
 def _say(cause: str, remedy: str) -> None:
     print(f"error: {cause}\n  {remedy}", file=sys.stderr)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; each kind of device says it in its own words."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    kinds = ("OutOfMemoryError", "MemoryError")  # the former is PyTorch's
+    return type(error).__name__ in kinds or any(word in str(error) for word in words)
 
 
 def is_passing(error: Exception) -> bool:

@@ -23,7 +23,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,13 @@ from run.base import (
     hash_adapter,
 )
 from run.card import refresh_card
-from run.device import DTYPES, changed_conditions, conditions, out_of_memory_reported
+from run.device import (
+    DTYPES,
+    changed_conditions,
+    conditions,
+    decoded_rows,
+    out_of_memory_reported,
+)
 from run.folder import Run, check_place, lock
 from run.identity import folder_of_program, program
 from run.options import changed_options, in_two_columns, option, parse
@@ -130,7 +136,11 @@ class EvalConfig:
         (), "compare two result.json files instead of evaluating", path="file"
     )
 
-    batch_size: int = option(128, "sequences decoded in parallel; same answers in fp32", least=1)
+    batch_size: int | None = option(
+        None,
+        "sequences decoded in parallel; same answers in fp32 (default: 128; on a GPU, by memory)",
+        least=1,
+    )
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
 
@@ -195,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     models = load_models(config, base)
     if files:
         check_not_replaced(Path(config.adapter), files)
+    config = with_batch_size(config, base)
 
     # 4. Each task: answers are generated, or choices scored; then they are judged and compared.
     results = []
@@ -384,6 +395,17 @@ def load_models(config: EvalConfig, base: Base) -> Models:
     return Models(network, contexts)
 
 
+def with_batch_size(config: EvalConfig, base: Base) -> EvalConfig:
+    """`config` with a batch size, which is chosen and printed if none was given."""
+    if config.batch_size:
+        return config
+    dtype = DTYPES[base.precision]
+    rows, why = decoded_rows(base.device, base.config, dtype, config.max_new_tokens)
+    if why:
+        print(f"{rows} sequences are decoded in parallel: {why}")
+    return replace(config, batch_size=rows)
+
+
 def measure_answers(
     config: EvalConfig, base: Base, models: Models, task: Task, folder: Path
 ) -> dict[str, Any]:
@@ -470,7 +492,7 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
 def talk(config: EvalConfig, base: Base) -> None:
     """Print each model's answer to one question, or talk with the last of the models."""
     print("\n".join(base.lines()))
-    models = load_models(config, base)
+    models, config = load_models(config, base), replace(config, batch_size=1)
     for name, context in models.contexts.items():
         conversation = Conversation(models.network, base.chat, decoding(config, base))
         if config.ask:

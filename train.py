@@ -40,12 +40,13 @@ from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of, judged_problems
 from evaluation.teacher_forced import teacher_forced
 from lora.config import added_parameters
-from lora.inject import count, inject, seed_dropout, trained_parameters
+from lora.inject import adapters, count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options
 from lora.peft_format import check_adapter, read_adapter
 from lora.plus import rate_groups
-from model.compile import check_compiler, compile_layers
+from model.compile import compile_layers
 from model.generate import Decoding
+from model.graphs import graph_training
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from report import write_report
@@ -53,6 +54,7 @@ from run import console, distributed
 from run.base import Base, check_not_replaced, hash_adapter
 from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
+from run.compiling import REPAID_AFTER, check_compiler, check_graphs, settle_compile
 from run.device import (
     DTYPES,
     changed_conditions,
@@ -63,6 +65,7 @@ from run.device import (
     out_of_memory_reported,
     peak_memory_gb,
     pick_device,
+    pick_precision,
     total_memory_gb,
     versions,
     why_given_up,
@@ -150,7 +153,12 @@ class TrainConfig:
 
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
-    compile: bool = option(False, "torch.compile the layers, for a GPU; not measured on one yet")
+    compile: bool | None = option(
+        None, f"torch.compile the layers (default: on a GPU, from {REPAID_AFTER:,} steps on)"
+    )
+    cuda_graphs: bool = option(
+        False, "launch the network of a training step at once; not tried on a GPU yet"
+    )
     price_per_hour: float | None = option(
         None, "price of the machine in dollars, for the report", least=0
     )
@@ -212,7 +220,9 @@ def main(argv: list[str] | None = None) -> int:
     config = replace(config, **lora_options(lora))  # with --from-adapter, as the adapter has them
     device = pick_device(config.device, distributed.local_rank())
     if config.compile:
-        check_compiler(device)
+        check_compiler(device, DTYPES[pick_precision(config.precision, device)[0]], dora=lora.dora)
+    if config.cuda_graphs:
+        check_graphs(device)
     check_tracker(config.track)
     out = Path(config.out or default_folder(config.model, source_names(config.data)))
     run = Run.choose(out, fresh=config.fresh)
@@ -302,10 +312,13 @@ def main(argv: list[str] | None = None) -> int:
         check_not_replaced(adapter, adapter_files)
     else:
         inject(model, lora, seed=config.seed)
-    if config.compile:
+    compiled, why = settle_compile(config.compile, base, dora=lora.dora, steps=schedule.total_steps)
+    if compiled:
         compile_layers(model)
     if world.is_main:
         console.print_sizes(*count(model), schedule)
+        if why:
+            print(why)
     if config.dry_run:
         dry_run(config, schedule, base, model)
         return 0
@@ -319,6 +332,9 @@ def main(argv: list[str] | None = None) -> int:
         rows = [problem.row() for problem in held_out]
         run.write_start(saved | facts, changes or [], asdict(audit), rows)
         console.print_changes(changes or [])
+
+    if config.cuda_graphs:
+        graph_training(model, [layer.dropout for layer in adapters(model)])
 
     # 6. Training, and the report.
     smaller = "rerun the command with half the --batch-size and twice the --grad-accum to resume"

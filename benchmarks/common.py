@@ -26,11 +26,12 @@ from data.tasks import load_source
 from errors import UserError
 from evaluation.answers import prompt_tokens
 from lora.config import LoRAConfig
-from lora.inject import inject, trained_parameters
+from lora.inject import adapters, inject, trained_parameters
 from lora.options import lora_config
 from model import attention
 from model.compile import compile_layers
 from model.generate import Decoding, generate
+from model.graphs import graph_training
 from model.qwen2 import Qwen2
 from run.base import Base
 from run.device import DTYPES, synchronize
@@ -48,11 +49,16 @@ class Ours:
     """A model with adapters, and `step`: the loop of `train.py` without its checks and records."""
 
     def __init__(
-        self, model: Qwen2, lora: LoRAConfig = LORA, *, seed: int = 0, compile: bool = False
-    ):
+        self, model: Qwen2, lora: LoRAConfig = LORA, *, seed: int = 0, compile: bool = False,
+        graphs: bool = False,
+    ):  # fmt: skip
         inject(model, lora, seed=seed)
         if compile:
             compile_layers(model)
+        if graphs:
+            # A runtime that only counts cannot record, nor does it compute what a replay would.
+            record = run_once if os.environ.get("COUNTING") else None
+            graph_training(model, [layer.dropout for layer in adapters(model)], record)
         self.model, self.seed = model.train(), seed
         self.device = model.head_weight.device
         self.parameters = trained_parameters(model)
@@ -349,6 +355,12 @@ class CudaCounter:
         while name := library.fake_name(len(found)):
             found[name.decode()] = library.fake_count(len(found))
         return found
+
+
+def run_once(function: Callable[[], None]) -> Callable[[], None]:
+    """Run what a CUDA graph would record; its replay launches nothing."""
+    function()
+    return lambda: None
 
 
 def trust_kernels_if_counting() -> None:

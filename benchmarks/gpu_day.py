@@ -36,9 +36,9 @@ from errors import BadOption, run_script
 from files import write_json
 from lora.dropout import KeyedDropout, token_keys
 from model import attention
-from model.compile import check_compiler
 from model.qwen2 import Qwen2, plain_attention
 from run.base import Base
+from run.compiling import check_compiler
 from run.device import DTYPES, describe, peak_memory_gb
 from run.options import option, parse
 
@@ -280,11 +280,22 @@ def eager(day: Day) -> Figures:
 
 def compiled(day: Day) -> Figures:
     """The same with compiled layers, whose gradients are first compared with the plain ones."""
-    check_compiler(day.device)
+    check_compiler(day.device, DTYPES[day.base.precision], dora=False)
     plain = outcome(day, Ours(day.load()))
     found = outcome(day, Ours(day.load(), compile=True))
     yield "logits, loss, gradients off the plain ones by", list(map(common.off, found, plain))
     yield from time_steps(day, Ours(day.load(), compile=True))
+
+
+def graphed(day: Day) -> Figures:
+    """The same by CUDA graphs of plain and of compiled layers, which are compared as they come."""
+    for kind, compile in {"plain": False, "compiled": True}.items():
+        ours = Ours(day.load(), compile=compile, graphs=True)
+        for step in 2 * day.steps(WARM_UP + day.config.steps):  # recorded first, then compared
+            ours.step(step)
+        graphs = ours.model.forward.graphs.values()  # none if they were given up
+        yield f"{kind}: sizes recorded, and in use", [len(graphs), sum(g.checked for g in graphs)]
+        yield from ((f"{kind}: {figure}", value) for figure, value in time_steps(day, ours))
 
 
 def time_steps(day: Day, ours: Ours) -> Figures:
@@ -387,6 +398,7 @@ PARTS: dict[str, tuple[Callable[[Day], Figures], int, tuple[str, ...]]] = {
     "kernels": (kernels, 40, ("cuda",)),
     "decode": (decode, 80, ()),
     "compiled": (compiled, 120, ()),
+    "graphs": (graphed, 120, ("cuda",)),
     "peft": (peft, 60, ("transformers", "peft")),
     "epoch": (epoch, 120, ()),
     "launches": (launches, 100, ("cuda",)),

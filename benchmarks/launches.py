@@ -61,6 +61,7 @@ class LaunchConfig:
     prompts: int = option(128, "prompts decoded in parallel", least=1)
     precision: str = option("auto", "dtype of the base", choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = option(False, "compile the layers, as train.py --compile does")
+    cuda_graphs: bool = option(False, "replay CUDA graphs, as train.py --cuda-graphs does")
     decode: bool = option(True, "count a decoded token too")
     json: str | None = option(None, "file to write the result to")
 
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     trust_kernels_if_counting()
     base = Base.find(config.model, precision=config.precision, device="cuda")
     print(f"{describe(base.device)}, sm_{''.join(map(str, torch.cuda.get_device_capability()))},"
-          f" {base.precision}{', compiled' * config.compile}")  # fmt: skip
+          f" {base.precision}{', compiled' * config.compile}"
+          f"{', in CUDA graphs' * config.cuda_graphs}")  # fmt: skip
     found = {"train": count_training(config, base)}
     if config.decode:
         found["decode"] = count_decoding(config, base)
@@ -88,8 +90,8 @@ def count_training(config: LaunchConfig, base: Base) -> dict[str, float]:
     """The figures of one optimizer step, on the rows nearest to TOKENS."""
     steps = training_steps(base, config.data, 32, config.batch_size)
     step = min(steps, key=lambda s: abs(s.token_count - TOKENS))
-    ours = Ours(base.load(), compile=config.compile)
-    for warm_up in (step, steps[0]):  # kernels are tried, and graphs compiled
+    ours = Ours(base.load(), compile=config.compile, graphs=config.cuda_graphs)
+    for warm_up in (step, steps[0], step):  # kernels are tried, and graphs compiled or recorded
         ours.step(warm_up)
     torch.cuda.reset_peak_memory_stats()
     ours.step(step)

@@ -48,8 +48,8 @@ from data.encode import IGNORE, encode_problems
 from data.tasks import load_source
 from errors import BadData, BadOption, run_script
 from lora.peft_format import peft_key
-from model.compile import check_compiler
 from run.base import Base
+from run.compiling import check_compiler
 from run.device import DTYPES, describe
 from run.options import option, parse, to_json
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
                    groups={f"{PEER} (pip install -e '.[bench]')": "peer"})  # fmt: skip
     base = Base.find(config.model, precision=config.precision, device=config.device)
     if config.compile:
-        check_compiler(base.device)
+        check_compiler(base.device, DTYPES[base.precision], dora=False)
     config = with_defaults(config, base)
     steps = prepare_steps(config, base)
     tokens, supervised = mean_counts(steps)

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from data.chat import ChatFormat
-from errors import BadAdapter, BadOption, BadRun, HubError, TrainingFailed, plain
+from errors import (
+    BadAdapter,
+    BadOption,
+    BadRun,
+    HubError,
+    TrainingFailed,
+    is_out_of_memory,
+    plain,
+)
 from files import HashedFiles, read_json
 from hub import check_blobs
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter_config
@@ -32,7 +40,6 @@ from model.qwen2 import Qwen2, Qwen2Config
 from run.device import (
     DTYPES,
     describe,
-    is_out_of_memory,
     pick_device,
     pick_precision,
     prepare,

@@ -16,7 +16,8 @@ import safetensors
 import tokenizers
 import torch
 
-from errors import BadOption, TrainingFailed
+from errors import BadOption, TrainingFailed, is_out_of_memory
+from model.qwen2 import Qwen2Config
 from progress_bar import print_above_bars
 from run.folder import Progress
 from run.stopping import StopRequested
@@ -24,6 +25,8 @@ from run.stopping import StopRequested
 NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0")  # with an NVIDIA driver on Linux
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 NOT_BIT_FOR_BIT = "no longer bit for bit"
+DECODED_ROWS, MOST_ROWS = 128, (512, 256, 128, 64, 32)  # in parallel on a CPU, on a GPU
+PROMPT_TOKENS = 1024  # for which a row of the cache has room: five solved GSM8K problems fit
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -165,6 +168,23 @@ def peak_memory_gb(device: torch.device) -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
+def decoded_rows(
+    device: torch.device, config: Qwen2Config, dtype: torch.dtype, max_new_tokens: int
+) -> tuple[int, str]:
+    """(sequences to decode in parallel, why); with CUDA, as many as free memory allows.
+
+    Half of it is left to the prompts' activations, and to the copy that a growing cache makes.
+    """
+    if device.type != "cuda":
+        return DECODED_ROWS, ""
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size
+    row = slot * dtype.itemsize * (PROMPT_TOKENS + max_new_tokens)  # bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    rows = next((n for n in MOST_ROWS if n * row <= free / 2), MOST_ROWS[-1])
+    return rows, f"their cache takes {rows * row / 1e9:.1f} of {free / 1e9:.1f} GB that are free"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work; call it before reading a clock."""
     if device.type == "cuda":
@@ -203,13 +223,6 @@ def versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "tokenizers": tokenizers.__version__,
     }
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; each kind of device says it in its own words."""
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def why_given_up(error: Exception, lengths: list[int]) -> tuple[bool, bool]:

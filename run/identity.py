@@ -24,9 +24,10 @@ PACKAGES = ("data", "evaluation", "lora", "model", "report", "run")
 SCRIPTS = ("train", "evaluate", "errors", "files", "hub", "progress_bar", "terminal", "typed")
 
 # Options that may differ when a run resumes: where it is, its length, how often it validates and
-# saves, and --compile, which only rounds differently.
+# saves, --compile and --cuda-graphs, which only round differently.
 FREE = {"out", "fresh", "dry_run", "device", "epochs", "max_steps", "patience", "evals_per_epoch",
-        "save_every", "max_minutes", "price_per_hour", "compile", "track"}  # fmt: skip
+        "save_every", "max_minutes", "price_per_hour", "compile", "cuda_graphs",
+        "track"}  # fmt: skip
 # What something is -> where it was found, which may differ if the content does not.
 PLACES = {
     "base_sha256": {"model", "revision", "base_commit"},

@@ -181,7 +181,8 @@ def _flag(name: str) -> str:
 def known_flags(cls: type, presets: Iterable[str] = ()) -> list[str]:
     """Every flag of an options dataclass: those of its fields and presets, and the general ones."""
     fields = dataclasses.fields(cls)
-    switches = [field.name for field in fields if isinstance(field.default, bool)]
+    types = typing.get_type_hints(cls)
+    switches = [field.name for field in fields if _is_switch(types[field.name])]
     names = [field.name for field in fields] + [f"no-{name}" for name in switches]
     return [_flag(name) for name in (*names, *presets, "config", "version", "debug", "help")]
 
@@ -239,11 +240,16 @@ class _Names(argparse.Action):
         setattr(namespace, self.dest, tuple(names))
 
 
+def _is_switch(kind: Any) -> bool:
+    """Whether an option of the type `kind` is given as --name or --no-name."""
+    return kind in (bool, bool | None)
+
+
 def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     note = "" if default in (None, "") else f" (default: {default})".replace("%", "%%")
     argument = {"help": field.metadata["help"] + note, "default": field.default}
-    if kind is bool:
+    if _is_switch(kind):
         return argument | {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is tuple:
         return argument | {"action": _Names, "nargs": "+", "metavar": "NAME"}

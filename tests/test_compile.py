@@ -21,14 +21,24 @@ from lora.inject import (
     unmerge,
 )
 from model import functions
-from model.compile import check_compiler, compile_layers, gradient_error
+from model.compile import compile_layers
 from model.generate import Decoding, generate
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
+from run import compiling
+from run.base import Base
+from run.compiling import (
+    REPAID_AFTER,
+    check_compiler,
+    compiler_problem,
+    gradient_error,
+    settle_compile,
+)
 from tests.toys import read_log
 
 LENGTHS = ([5, 4], [7, 2, 9], [4], [11, 12, 1, 1], [2, 2], [30], [6, 5, 4, 3, 2, 1], [2, 1],
            [170, 3], [400])  # fmt: skip
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 
 
@@ -84,7 +94,7 @@ def hidden(model, lengths):
 def test_compiled_loss_and_gradients_equal_the_plain_ones():
     plain, fast = (lively_model(1, ("q_proj", "down_proj")) for _ in range(2))
     compile_layers(fast)
-    check_compiler(torch.device("cpu"))
+    check_compiler(CPU, torch.float32, dora=False)
     for lengths in LENGTHS:
         assert_same(step(fast, lengths), step(plain, lengths))
 
@@ -130,7 +140,7 @@ def test_without_a_compiler_a_run_is_refused_before_it_creates_its_folder(tmp_pa
 
 
 def test_compiled_and_plain_runs_have_equal_losses(monkeypatch, tmp_path, checkpoint, arithmetic):
-    monkeypatch.setattr(train, "check_compiler", lambda device: None)
+    monkeypatch.setattr(train, "check_compiler", lambda *_, **__: None)
     monkeypatch.setattr(train, "compile_layers", partial(compile_layers, backend="eager"))
     flags = ["--model", checkpoint, "--data", arithmetic, "--device", "cpu", "--precision", "fp32",
              "--max-steps", 2, "--batch-size", 4, "--limit", 20]  # fmt: skip
@@ -144,9 +154,25 @@ def test_compiled_and_plain_runs_have_equal_losses(monkeypatch, tmp_path, checkp
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_compiled_gradients_are_compared_with_plain_ones_before_training(monkeypatch):
-    assert gradient_error(torch.device("cpu"), "aot_eager") < 1e-5
-    check_compiler(torch.device("cpu"), "aot_eager")
+def try_compiler(dtype, dora=False):
+    torch._dynamo.reset()
+    return compiler_problem(CPU, dtype, dora=dora, backend="aot_eager")
+
+
+def chosen(requested, steps, device="cuda"):
+    """What `settle_compile` says on a device, which is not used."""
+    base = Base("", None, None, None, None, (), torch.device(device), "bf16", "")
+    return settle_compile(requested, base, dora=False, steps=steps)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_trial_compares_the_gradients_of_adapters_in_fp32_and_in_the_bases_dtype(dora):
+    trial = partial(gradient_error, CPU, dora=dora, backend="aot_eager")
+    assert trial(torch.float32) < 1e-5 and trial(BF16) < 0.01
+    assert try_compiler(BF16, dora) is None
+
+
+def test_a_compiler_that_drops_a_gradient_is_refused_by_name_and_not_used_by_default(monkeypatch):
     swiglu = functions._SwiGLU.backward  # as PyTorch 2.11 did: the MLP's gradient is dropped
     monkeypatch.setattr(
         functions._SwiGLU, "backward",
@@ -154,6 +180,28 @@ def test_compiled_gradients_are_compared_with_plain_ones_before_training(monkeyp
             g * (not torch.compiler.is_compiling()) for g in swiglu(ctx, grad)
         )),
     )  # fmt: skip
-    torch._dynamo.reset()
-    with pytest.raises(BadOption, match="gradients that differ from the plain"):
-        check_compiler(torch.device("cpu"), "aot_eager")
+    monkeypatch.setattr(compiling, "compiler_problem", lambda _, dtype, dora: try_compiler(dtype))
+    with pytest.raises(BadOption, match="^--compile: .*gradients that differ from the plain"):
+        check_compiler(CPU, BF16, dora=False)
+    compiled, why = chosen(None, steps=REPAID_AFTER)
+    assert not compiled and "compiles gradients that differ" in why
+
+
+def test_a_compiler_that_computes_other_gradients_in_bf16_alone_is_found(monkeypatch):
+    swiglu = functions._SwiGLU.backward
+    monkeypatch.setattr(
+        functions._SwiGLU, "backward",
+        staticmethod(lambda ctx, grad: tuple(
+            g * (not torch.compiler.is_compiling() or grad.dtype != BF16) for g in swiglu(ctx, grad)
+        )),
+    )  # fmt: skip
+    assert try_compiler(torch.float32) is None
+    assert "in bfloat16" in try_compiler(BF16)[0]
+
+
+def test_layers_are_compiled_on_a_gpu_in_runs_that_are_long_enough(monkeypatch):
+    monkeypatch.setattr(compiling, "compiler_problem", lambda *_, dora: None)
+    assert chosen(None, REPAID_AFTER)[0] and not chosen(None, REPAID_AFTER - 1)[0]
+    assert f"{REPAID_AFTER:,} steps" in chosen(None, 5)[1]
+    assert chosen(True, 5)[0] and not chosen(False, REPAID_AFTER)[0]
+    assert chosen(None, REPAID_AFTER, device="cpu") == (False, "")

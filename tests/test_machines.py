@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import files
 from data import load_source
-from errors import BadOption
+from errors import BadOption, run_script
+from model.qwen2 import Qwen2Config
 from progress_bar import progress_bar
 from run import base as run_base
 from run import device as run_device
 from run.base import Base
-from run.device import pick_device, prepare
+from run.device import decoded_rows, pick_device, prepare
 from run.folder import OWNER, lock
 from run.fp16 import overflows, settle_fp16
 from tests import toys
@@ -214,6 +215,18 @@ def test_an_intel_gpu_that_is_not_used_is_named(monkeypatch, capsys):
     assert pick_device("auto").type == "cpu" and "Intel GPU is not used" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to allocate 14 MiB\nmore"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   MemoryError()])  # fmt: skip
+def test_memory_that_runs_out_anywhere_is_an_error_of_two_lines(error, capsys):
+    def validate():
+        raise error
+
+    assert run_script(validate) == 1
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause.startswith("error: memory ran out") and "--batch-size" in remedy
+
+
 def test_a_base_that_does_not_fit_into_memory_is_refused_in_two_lines(tmp_path, monkeypatch):
     def load_model(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 260.00 MiB.")
@@ -223,3 +236,15 @@ def test_a_base_that_does_not_fit_into_memory_is_refused_in_two_lines(tmp_path, 
     with pytest.raises(BadOption, match="do not fit into the memory") as caught:
         base.load()
     assert "--device cpu" in caught.value.remedy
+
+
+@pytest.mark.parametrize("free_gb, rows", [(130, 512), (20, 512), (15, 256), (1.3, 32), (0.5, 32)])
+def test_a_gpu_decodes_as_many_rows_as_half_of_its_free_memory_holds(monkeypatch, free_gb, rows):
+    sizes = Qwen2Config(896, 4864, 24, 14, 2, 151936)  # 12,288 bytes a token in half precision
+    for name, value in {"mem_get_info": (free_gb * 1e9 - 3, 2e11), "memory_reserved": 5,
+                        "memory_allocated": 2}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    found, why = decoded_rows(torch.device("cuda"), sizes, torch.bfloat16, max_new_tokens=512)
+    assert found == rows
+    assert f"takes {rows * 1536 * 12288 / 1e9:.1f} of {free_gb:.1f} GB" in why
+    assert decoded_rows(torch.device("cpu"), sizes, torch.bfloat16, 512)[0] == 128
