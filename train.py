@@ -142,6 +142,9 @@ class TrainConfig:
     max_new_tokens: int = option(512, "longest answer for exact-match, in tokens", least=1)
 
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
+    base_precision: str | None = option(
+        None, "hold the weights of the base's layers in 4 or 8 bits", choices=("nf4", "int8")
+    )
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     compile: bool = option(False, "torch.compile the layers, for a GPU; not measured on one yet")
     price_per_hour: float | None = option(
@@ -212,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         config.model, run.commit_of_base(config.model, config.revision), adapter=adapter,
         precision=config.precision, device=device, system=config.system,
         chat_template=config.chat_template,
-    )  # fmt: skip
+    ).held_in(config.base_precision)  # fmt: skip
     base.start_hashing()
     with torch.device("meta"):
         network = Qwen2(base.config)
@@ -291,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.compile:
         compile_layers(model)
     if world.is_main:
-        console.print_sizes(*count(model), schedule)
+        console.print_sizes(trainable, count(network)[1], schedule)
     if config.dry_run:
         dry_run(config, schedule, base, model)
         return 0

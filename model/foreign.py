@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from errors import BadCheckpoint, listed
 from files import read_json
+from model.quant import stored_kind
 
 MOST_FILES = 10_000  # entries of a folder that are looked at
 LONGEST_NAME = 300  # characters of a name that is matched with the patterns below
@@ -289,7 +290,7 @@ def refuse_config(folder: Path, raw: dict[str, Any]) -> None:
         raise BadCheckpoint(
             f"{folder} is a {kind}, not a qwen2: another architecture{named}", USE_QWEN2
         )
-    if method := quantization(raw):
+    if (method := quantization(raw)) and (not stored_kind(raw) or _is_plain(folder)):
         keys = " and ".join(key for key in QUANTIZATION_KEYS if raw.get(key))
         plain = f"its weights are not quantized: to use them as they are, take {keys} out of it"
         raise BadCheckpoint(

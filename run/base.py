@@ -7,7 +7,7 @@ model = base.load()                              # frozen, on its device, in its
 import functools
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from model.checkpoint import (
     read_eos_ids,
     remarks,
 )
+from model.foreign import read_object
 from model.load import load_model
+from model.quant import stored_kind
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import (
     DTYPES,
@@ -57,6 +59,7 @@ class Base:
     device: torch.device
     precision: str  # a key of DTYPES
     precision_reason: str
+    base_precision: str | None = None  # nf4 or int8: how the layers' weights are held in memory
 
     @classmethod
     def find(
@@ -102,17 +105,30 @@ class Base:
             precision_reason=reason,
         )
 
+    def held_in(self, kind: str | None) -> "Base":
+        """The same base with its layers in nf4 or int8; BadOption if it is stored in another."""
+        stored = stored_kind(read_object(self.folder / "config.json"))
+        if kind and stored not in (kind, None):
+            raise BadOption(
+                f"--base-precision {kind}: {self.name} is stored in {stored}",
+                "omit it, or give the checkpoint that this one was quantized from with --model",
+            )
+        return replace(self, base_precision=stored or kind)
+
     def load(self) -> Qwen2:
         """The frozen model in eval mode; BadOption if it does not fit into the device's memory."""
         try:
-            return load_model(self.folder, dtype=DTYPES[self.precision], device=self.device)
+            return load_model(
+                self.folder, dtype=DTYPES[self.precision], device=self.device,
+                base_precision=self.base_precision,
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise BadOption(
                 f"the weights of {self.name} in {self.precision} do not fit into the memory of"
                 f" {describe(self.device)}",
-                "use a smaller base, a smaller --precision, or --device cpu",
+                "use a smaller base, a smaller --precision, --base-precision nf4, or --device cpu",
             ) from error
 
     @property
@@ -157,7 +173,8 @@ class Base:
             f"base {self.name} at {self.commit or self.folder}",
             *(f"  {remark}" for remark in remarks(self.folder, self.config)),
             *self.chat.template.lines(),
-            f"device {describe(self.device)}; precision {self.precision}: {self.precision_reason}",
+            f"device {describe(self.device)}; precision {self.precision}: {self.precision_reason}"
+            + f"; layers of the base in {self.base_precision}" * bool(self.base_precision),
         ]
 
 
