@@ -46,6 +46,7 @@ from model.compile import check_compiler, compile_layers
 from model.generate import Decoding
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
+from model.shard import Lockstep
 from progress_bar import progress_bar
 from report import write_report
 from run import console, distributed
@@ -145,6 +146,7 @@ class TrainConfig:
     base_precision: str | None = option(
         None, "hold the weights of the base's layers in 4 or 8 bits", choices=("nf4", "int8")
     )
+    shard: bool = option(False, "spread the base's layers over all ranks; for torchrun")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     compile: bool = option(False, "torch.compile the layers, for a GPU; not measured on one yet")
     price_per_hour: float | None = option(
@@ -217,6 +219,10 @@ def main(argv: list[str] | None = None) -> int:
         chat_template=config.chat_template,
     ).held_in(config.base_precision)  # fmt: skip
     base.start_hashing()
+    if config.shard:
+        fp16 = base.precision == "fp16"  # tried on the whole base
+        others = {"--compile": config.compile, "--dora": lora.dora, "--precision fp16": fp16}
+        distributed.check_shard(others)
     with torch.device("meta"):
         network = Qwen2(base.config)
     if adapter:
@@ -285,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # 5. The model, with adapters.
-    model = base.load()
+    model = base.load(shard=config.shard)
+    world = replace(world, lockstep=Lockstep(model) if config.shard else None)
     if adapter:
         read_adapter(adapter, model, dropout=config.dropout)
         check_not_replaced(adapter, adapter_files)
@@ -297,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print_sizes(trainable, count(network)[1], schedule)
     if config.dry_run:
         dry_run(config, schedule, base, model)
+        world.wait()
         return 0
     if world.is_main:
         lock(run.folder)  # makes a new folder, now that everything has been read
@@ -308,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"resuming, although {change}")
 
     # 6. Training, and the report.
-    with Stop(config.max_minutes) as stop:
+    with Stop(config.max_minutes) as stop, distributed.lost_ranks_reported():
         progress = train(config, data, base, model, run, world, stop)
     base.check_unchanged()
     if world.is_main and progress.stopped:

@@ -15,6 +15,7 @@ from model.checkpoint import read_config
 from model.foreign import read_object
 from model.quant import from_bitsandbytes, held, quantize_layers, stored_kind, stored_parts
 from model.qwen2 import Qwen2
+from model.shard import own_part, shard_layers
 from model.tensor_files import find_tensors
 from progress_bar import progress_bar
 
@@ -25,13 +26,15 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     base_precision: str | None = None,
+    shard: bool = False,
 ) -> Qwen2:
     """The checkpoint in `folder`, frozen and in eval mode, in `dtype` on `device`.
 
     On a CPU, and in the dtype of the files, the weights stay mapped from the files. With
     `base_precision` nf4 or int8, each weight of the layers is quantised as soon as it is read; a
-    checkpoint that bitsandbytes has quantised stays as it is. Raises BadCheckpoint if the files do
-    not fit the config or hold NaN or infinity.
+    checkpoint that bitsandbytes has quantised stays as it is. With `shard`, each rank keeps its
+    part of each weight of the layers. Raises BadCheckpoint if the files do not fit the config or
+    hold NaN or infinity.
     """
     with torch.device("meta"):  # shapes only, no memory
         model = Qwen2(read_config(folder))
@@ -39,7 +42,9 @@ def load_model(
     parts = stored_parts(name for names in files.values() for name in names)
     if kind := stored_kind(read_object(folder / "config.json")) or base_precision:
         quantize_layers(model, kind, dtype, set(parts.values()))
-    packed = parts.keys() | parts.values()
+    if shard:
+        shard_layers(model.requires_grad_(False), torch.device(device))
+    parameters, packed = dict(model.named_parameters()), parts.keys() | parts.values()
     tensors: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}  # as bitsandbytes has it
     not_finite = []
@@ -53,14 +58,16 @@ def load_model(
                         stored[name] = tensor
                     else:
                         tensor = tensor.to(dtype)
-                        tensors |= held(model, name, tensor)
+                        for key, value in held(model, name, tensor).items():
+                            tensors[key] = own_part(value, parameters[key])
                     if not is_finite(tensor):
                         not_finite.append(name)
                     bar.update()
     if not_finite:
         raise not_finite_error(folder, dtype, not_finite)
     for name in set(parts.values()):
-        tensors |= from_bitsandbytes(model, name, stored)
+        for key, value in from_bitsandbytes(model, name, stored).items():
+            tensors[key] = own_part(value, parameters[key])
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 

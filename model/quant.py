@@ -168,7 +168,7 @@ def from_bitsandbytes(model: nn.Module, name: str, parts: dict[str, Tensor]) -> 
             raise ValueError(f"{codes.dtype} codes in blocks of {codes.numel() // len(scales)}")
     except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise BadCheckpoint(
-            f"{name} is not as bitsandbytes stores {layer.kind} in blocks of {layer.block}: {error}",
+            f"{name} is not {layer.kind} of bitsandbytes in blocks of {layer.block}: {error}",
             "give the checkpoint that it was quantized from, with --base-precision",
         ) from error
     return {f"{place}codes": codes, f"{place}absmax": scales}

@@ -115,12 +115,14 @@ class Base:
             )
         return replace(self, base_precision=stored or kind)
 
-    def load(self) -> Qwen2:
-        """The frozen model in eval mode; BadOption if it does not fit into the device's memory."""
+    def load(self, *, shard: bool = False) -> Qwen2:
+        """The frozen model in eval mode, with `shard` this rank's part of it; BadOption if it does
+        not fit into the device's memory.
+        """
         try:
             return load_model(
                 self.folder, dtype=DTYPES[self.precision], device=self.device,
-                base_precision=self.base_precision,
+                base_precision=self.base_precision, shard=shard,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

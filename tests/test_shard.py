@@ -1,0 +1,102 @@
+"""Tests of a base spread over ranks, which are processes on this machine that talk with Gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from errors import BadOption
+from run.distributed import check_shard
+from tests import toys
+from tests.toys import read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("None", "nf4")
+
+
+def start(command: list, ranks: int) -> list[subprocess.Popen]:
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+             "MASTER_PORT": str(toys.free_port())}  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env=os.environ | world | {"RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+def finish(ranks: list[subprocess.Popen]) -> list[str]:
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(outputs)
+    return outputs
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request, lively_checkpoint, tmp_path_factory):
+    """What each of several ranks computed, by `tests/shard_ranks.py`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    finish(start(["-m", "tests.shard_ranks", lively_checkpoint, folder], request.param))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_loss_and_gradients_are_the_plain_ones_whatever_each_rank_has_to_do(found, kind):
+    """Of three ranks, the first has three micro-batches, the second one and the third none."""
+    for rank in found:
+        sharded, plain = rank[kind]["sharded"], rank[kind]["plain"]
+        assert sharded["nats"] == pytest.approx(plain["nats"], rel=1e-6)
+        assert any(plain["gradients"])
+        assert sharded["gradients"] == pytest.approx(plain["gradients"], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_answers_are_the_plain_ones_though_ranks_have_different_numbers(found, kind):
+    assert [len(rank[kind]["sharded texts"]) for rank in found] == [3, 2, 1][: len(found)]
+    for rank in found:
+        assert rank[kind]["sharded texts"] == rank[kind]["plain texts"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_rank_holds_its_part_of_the_layers_and_no_more(found, kind):
+    owned = [rank[kind]["own bytes"] for rank in found]
+    assert sum(owned) == found[0][kind]["all bytes"]
+    assert max(owned) <= 1.1 * sum(owned) / len(owned)
+
+
+def test_a_sharded_run_of_two_ranks_resumed_by_three_equals_one_rank(
+    tmp_path, lively_checkpoint, arithmetic
+):
+    flags = ["--model", lively_checkpoint, "--data", arithmetic, "--precision", "fp32"]
+    flags += ["--device", "cpu", "--limit", 40, "--batch-size", 2, "--evals-per-epoch", 2]
+    flags += ["--epochs", 1, "--stop-on", "exact-match", "--exact-match-problems", 3]
+    flags += ["--max-new-tokens", 6]
+    alone = [*flags, "--grad-accum", 6, "--out", tmp_path / "one"]
+    train.main([*map(str, alone)])
+    shared = ["train.py", *flags, "--shard", "--out", tmp_path / "shards"]
+    finish(start([*shared, "--grad-accum", 3, "--max-steps", 2], 2))
+    outputs = finish(start([*shared, "--grad-accum", 2], 3))
+    assert "resuming" in outputs[0] and "ranks was 2, is 3" in outputs[0]
+    one, shards = (read_log(tmp_path / name / "metrics.jsonl") for name in ("one", "shards"))
+    for key in ("train_loss", "grad_norm", "train_token_accuracy"):
+        series = [[line[key] for line in lines if key in line] for lines in (one, shards)]
+        assert series[1] == pytest.approx(series[0], rel=1e-5) and len(series[0]) == 3
+    for key in ("val_loss", "val_exact_match"):  # the shorter session ended with one more
+        series = [{line["step"]: line[key] for line in lines if key in line}
+                  for lines in (one, shards)]  # fmt: skip
+        assert series[0].keys() <= series[1].keys()
+        assert [series[1][s] for s in series[0]] == pytest.approx([*series[0].values()], rel=1e-5)
+
+
+def test_shards_are_refused_where_they_cannot_work(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(BadOption, match="this is the only one"):
+        check_shard({"--dora": False})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_shard({"--dora": False})
+    with pytest.raises(BadOption, match="does not work with --dora"):
+        check_shard({"--dora": True})
