@@ -115,6 +115,10 @@ class EvalConfig:
 
     batch_size: int = option(128, "sequences decoded in parallel; same answers in fp32", least=1)
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
+    base_precision: str | None = option(
+        None, "hold the base's layers in this (default: as in training)",
+        choices=("full", "nf4", "int8"),
+    )  # fmt: skip
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
 
     @property
@@ -237,14 +241,16 @@ def check(config: EvalConfig) -> None:
 
 def find_base(config: EvalConfig) -> Base:
     """The base that was asked for, or else the one that the adapter was trained on."""
-    base = config.model
+    base, kind = config.model, config.base_precision
     if config.adapter:
         base = checkpoint_of_adapter(config.adapter, config.model, config.revision)
-    return Base.find(
+        kind = kind or Run.of_adapter(config.adapter).identity.get("base_precision")
+    base = Base.find(
         base, config.revision, precision=config.precision, device=config.device,
         system=config.system, chat_template=config.chat_template,
         adapter=Path(config.adapter) if config.adapter else None,
     )  # fmt: skip
+    return base.held_in(None if kind == "full" else kind)
 
 
 def check_models(config: EvalConfig, base: Base) -> HashedFiles | None:

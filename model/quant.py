@@ -12,6 +12,7 @@ Sources: QLoRA (NF4), arXiv:2305.14314; LLM.int8(), arXiv:2208.07339. The layout
 bitsandbytes: two codes in a byte, the first in its high bits, and blocks row by row.
 """
 
+import functools
 import json
 import math
 import re
@@ -32,7 +33,6 @@ NF4 = torch.tensor([
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 ])  # fmt: skip
-PAIRS = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), dim=1)  # (256, 2): of each byte
 
 
 class QuantizedLinear(nn.Linear):
@@ -93,8 +93,14 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     if codes.dtype == torch.int8:
         values = codes.to(torch.promote_types(dtype, torch.float32)) / 127
     else:
-        values = F.embedding(codes.int(), PAIRS.to(codes.device))  # (out, in / 2, 2)
+        values = F.embedding(codes.int(), nf4_pairs(codes.device))  # (out, in / 2, 2)
     return (values.view(len(absmax), -1) * absmax[:, None]).view(len(codes), -1).to(dtype)
+
+
+@functools.cache
+def nf4_pairs(device: torch.device) -> Tensor:
+    """The two values of each byte of NF4 codes, (256, 2) fp32 on `device`."""
+    return torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), dim=1).to(device)
 
 
 def quantize_layers(model: nn.Module, kind: str, dtype: torch.dtype, stored: set[str]) -> None:
@@ -164,9 +170,10 @@ def from_bitsandbytes(model: nn.Module, name: str, parts: dict[str, Tensor]) -> 
                 outer = outer.repeat_interleave(state["nested_blocksize"])[: len(values)]  # (b,)
                 scales = values * outer + state["nested_offset"]
         codes = parts[name].view(layer.codes.shape)
-        if codes.dtype != layer.codes.dtype or scales.shape != layer.absmax.shape:
-            raise ValueError(f"{codes.dtype} codes in blocks of {codes.numel() // len(scales)}")
-    except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        kinds = (codes.dtype, scales.dtype, *scales.shape)
+        if kinds != (layer.codes.dtype, torch.float32, len(layer.absmax)):
+            raise ValueError(f"its codes are {kinds[0]}, its scales {kinds[1:]}")
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BadCheckpoint(
             f"{name} is not {layer.kind} of bitsandbytes in blocks of {layer.block}: {error}",
             "give the checkpoint that it was quantized from, with --base-precision",

@@ -157,6 +157,8 @@ class Base:
             "base_sizes": asdict(self.config),
             "precision": self.precision,
         }
+        if self.base_precision:
+            identity["base_precision"] = self.base_precision
         template = self.chat.template.fingerprint()
         return identity | ({"chat_template_sha256": template} if template else {})
 

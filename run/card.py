@@ -131,6 +131,8 @@ def _front_matter(base: str, run: Run, library: str) -> str:
 def _training(lora: LoRAConfig, run: Run, progress: Mapping[str, Any]) -> str:
     data = printable(", ".join(run.options.get("data", []))) or "data that is not recorded here"
     text = f"Trained on {data}: {lora}."
+    if kind := run.identity.get("base_precision"):
+        text += f" The layers of the base were held in {kind}."
     if progress.get("best_loss") is not None:
         text += f" Best at step {progress['best_step']}, with a validation loss of"
         text += f" {progress['best_loss']:.4f} nats per supervised token"

@@ -64,7 +64,7 @@ NAMES = {  # option here -> names elsewhere
     "chat_template": ("template", "chat_template_path", "prompt_template"),
 }  # fmt: skip
 ADVICE = {  # what to do -> names elsewhere: no option here is the same
-    "leave it out: the base is not quantised, and --precision sets its dtype":
+    "use --base-precision nf4 or int8; --precision sets the dtype that it is computed in":
         ("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "qlora", "use_4bit",
          "bnb_4bit_compute_dtype", "bits", "quant_bits"),
     "use --precision bf16": ("bf16", "bfloat16"),
@@ -90,7 +90,7 @@ ADVICE = {  # what to do -> names elsewhere: no option here is the same
          "stage", "do_train", "train"),
     "leave it out: all layers get adapters, and --targets chooses the projections":
         ("num_layers", "lora_layers"),
-    "use torchrun --nproc-per-node N train.py":
+    "use torchrun --nproc-per-node N train.py, with --shard to spread the base over the ranks":
         ("deepspeed", "fsdp", "num_gpus", "num_processes", "nproc_per_node"),
     "leave it out: the kind of attention follows from the device":
         ("flash_attn", "attn_implementation", "use_flash_attention_2"),

@@ -3,14 +3,23 @@
 Legend: T tokens; in, out features.
 """
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora import LoRAConfig, disabled, inject, trained_parameters
+import evaluate
+import train
+from errors import BadCheckpoint, BadOption, BadRun
+from lora import LoRAConfig, disabled, inject, save_adapter, trained_parameters
+from model import load
 from model.load import load_model
-from model.quant import NF4, QuantizedLinear, dequantize, quantize
+from model.quant import NF4, QuantizedLinear, dequantize, from_bitsandbytes, quantize
+from run import export
+from run.base import Base
 from tests import toys
 
 KINDS = ("nf4", "int8")
@@ -151,8 +160,6 @@ def test_a_quantised_weight_cannot_be_merged_into(tmp_path):
 
 def test_no_weight_of_the_layers_is_whole_while_the_others_are_read(tmp_path, monkeypatch):
     """The largest sum of full-precision layer weights alive during loading is one weight."""
-    from model import load
-
     folder = toys.write_checkpoint(tmp_path / "base")
     seen, real = [], load.held
 
@@ -165,3 +172,124 @@ def test_no_weight_of_the_layers_is_whole_while_the_others_are_read(tmp_path, mo
     load_model(folder, dtype=torch.bfloat16, base_precision="nf4")
     layers = [dtypes for name, dtypes in seen if name.endswith("proj.weight")]
     assert len(layers) == 14 and all(d == [torch.uint8, torch.float32] for d in layers)
+
+
+# Checkpoints that bitsandbytes has quantised
+
+
+def bitsandbytes_checkpoint(folder, kind: str, nested: bool = False):
+    """The toy checkpoint with its layers in bitsandbytes' format, written by the plain formulas;
+    returns (folder, the weight that each name stands for).
+    """
+    toys.write_checkpoint(folder)
+    tensors, meaning = load_file(folder / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        shape = tensors[name].shape
+        if kind == "int8":
+            codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+            rows = torch.rand(shape[0], generator=generator)
+            place, form = name.removesuffix("weight"), torch.zeros((), dtype=torch.uint8)
+            tensors |= {name: codes, f"{place}SCB": rows, f"{place}weight_format": form}
+            meaning[name] = codes.float() * rows[:, None] / 127
+            continue
+        codes = torch.randint(16, (shape.numel(),), generator=generator)
+        scales = torch.rand(shape.numel() // 64, generator=generator)  # (b,)
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(shape)}
+        if nested:
+            table = torch.linspace(-1, 1, 256)
+            inner = torch.randint(256, scales.shape, generator=generator)
+            outer = torch.rand(-(-len(scales) // 256), generator=generator)
+            scales = table[inner] * outer[torch.arange(len(scales)) // 256] + 0.5
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
+            tensors |= {f"{name}.absmax": inner.to(torch.uint8), f"{name}.nested_absmax": outer,
+                        f"{name}.nested_quant_map": table}  # fmt: skip
+        else:
+            tensors[f"{name}.absmax"] = scales
+        packed = (codes[0::2] * 16 + codes[1::2]).to(torch.uint8)
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors |= {name: packed[:, None], f"{name}.quant_map": NF4.clone(),
+                    f"{name}.quant_state.bitsandbytes__nf4": text}  # fmt: skip
+        meaning[name] = (NF4[codes] * scales.repeat_interleave(64)).view(shape)
+    save_file(tensors, folder / "model.safetensors")
+    bits = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True}
+    method = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"} | bits
+    toys.change_json(folder / "config.json", quantization_config=method)
+    return folder, meaning
+
+
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", False), ("nf4", True), ("int8", False)])
+def test_a_checkpoint_that_bitsandbytes_quantised_has_the_weights_it_stands_for(
+    tmp_path, kind, nested
+):
+    folder, meaning = bitsandbytes_checkpoint(tmp_path / "base", kind, nested)
+    model = load_model(folder, dtype=torch.float32)
+    assert len(meaning) == 14
+    for name, weight in meaning.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, QuantizedLinear)
+        torch.testing.assert_close(layer.weight, weight, rtol=1e-6, atol=1e-7)
+    base = Base.find(str(folder), precision="fp32", device="cpu")
+    assert base.held_in(None).base_precision == base.held_in(kind).base_precision == kind
+    with pytest.raises(BadOption, match=f"is stored in {kind}"):
+        base.held_in("int8" if kind == "nf4" else "nf4")
+
+
+@pytest.mark.parametrize("lost", ["absmax", "quant_state.bitsandbytes__nf4", "nested_absmax"])
+def test_a_checkpoint_of_bitsandbytes_without_one_of_its_parts_is_refused(tmp_path, lost):
+    folder, _ = bitsandbytes_checkpoint(tmp_path / "base", "nf4", nested=True)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.layers.0.mlp.up_proj.weight.{lost}"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match="up_proj.weight is not nf4 of bitsandbytes"):
+        load_model(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_codes_and_values_are_those_of_bitsandbytes(nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = a_weight(48, 128)
+    codes, absmax = quantize(weight, "nf4")
+    theirs, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
+    assert theirs.flatten().equal(codes.flatten())
+    if not nested:
+        assert state.absmax.equal(absmax)
+        ours = dequantize(codes, absmax, weight.dtype)
+        return torch.testing.assert_close(functional.dequantize_4bit(theirs, state), ours)
+    with torch.device("meta"):
+        model = nn.Sequential(QuantizedLinear(nn.Linear(128, 48), "nf4", 64, torch.float32))
+    parts = {f"0.weight.{part}": t for part, t in state.as_dict(packed=True).items()}
+    found = from_bitsandbytes(model, "0.weight", parts | {"0.weight": theirs})
+    ours = dequantize(found["0.codes"], found["0.absmax"], weight.dtype)
+    torch.testing.assert_close(functional.dequantize_4bit(theirs, state), ours)
+
+
+# Runs
+
+
+def test_a_run_on_a_quantised_base_is_evaluated_on_it_and_exported_for_the_whole_one(
+    tmp_path, lively_checkpoint, arithmetic, capsys
+):
+    flags = ["--model", lively_checkpoint, "--data", arithmetic, "--out", tmp_path / "run",
+             "--precision", "fp32", "--device", "cpu", "--limit", 30]  # fmt: skip
+    train.main([*map(str, flags), "--max-steps", "1", "--base-precision", "nf4"])
+    assert "layers of the base in nf4" in capsys.readouterr().out
+    with pytest.raises(BadRun, match="base_precision was nf4, is None"):
+        train.main([*map(str, flags), "--max-steps", "2"])
+    best = tmp_path / "run" / "best"
+    assert "The layers of the base were held in nf4" in (best / "README.md").read_text()
+    for asked, held in (None, "nf4"), ("full", None), ("int8", "int8"):
+        config = evaluate.EvalConfig(str(best), precision="fp32", base_precision=asked)
+        assert evaluate.find_base(config).base_precision == held
+    capsys.readouterr()
+    export.main(["--adapter", str(best), "--out", str(tmp_path / "merged"), "--dtype", "fp32"])
+    assert "trained on the base in nf4, exported for the base in full" in capsys.readouterr().out
+
+
+def test_an_adapter_is_not_merged_into_stored_codes(tmp_path):
+    folder, _ = bitsandbytes_checkpoint(tmp_path / "base", "nf4")
+    model, config, adapter = load_model(folder, dtype=torch.float32), LoRAConfig(), tmp_path / "a"
+    inject(model, config)
+    save_adapter(model, adapter, config, base=str(folder), revision=None)
+    with pytest.raises(BadOption, match="cannot hold an adapter's change"):
+        export.main(["--adapter", str(adapter), "--out", str(tmp_path / "merged")])
