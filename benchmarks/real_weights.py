@@ -249,8 +249,9 @@ def compare_held(base: Base, source: Source, rows: int) -> dict[str, float]:
         name = kind or "bf16"
         figures |= {f"{name} loss": loss, f"{name} cosine": cosine, f"{name} seconds": seconds}
         figures[f"{name} validation loss"] = nats / count
-        print(f"layers in {name}: validation loss {nats / count:.4f}; with adapters, loss {loss:.4f}"
-              f" and gradient cosine to bf16 {cosine:.5f}, in {seconds:.1f} s")  # fmt: skip
+        print(f"layers in {name}: validation loss {nats / count:.4f}; with adapters, loss"
+              f" {loss:.4f} and gradient cosine to bf16 {cosine:.5f},"
+              f" in {seconds:.1f} s")  # fmt: skip
         gc.collect()
     return figures
 

@@ -111,8 +111,9 @@ def test_a_rank_that_dies_ends_the_run_on_both_nodes_and_its_cause_is_printed_on
 ):
     port, outputs = toys.free_port(), []
     for node in range(2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--node-rank", node]
-        launch += ["--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2]
+        launch += ["--node-rank", node, "--nproc-per-node", 1]
+        launch += ["--master-addr", "127.0.0.1", "--master-port", port]
         launch += [
             "-m",
             "tests.dying_rank",
