@@ -74,7 +74,7 @@ def test_a_sharded_run_of_two_ranks_resumed_by_three_equals_one_rank(
     flags = ["--model", lively_checkpoint, "--data", arithmetic, "--precision", "fp32"]
     flags += ["--device", "cpu", "--limit", 40, "--batch-size", 2, "--evals-per-epoch", 2]
     flags += ["--epochs", 1, "--stop-on", "exact-match", "--exact-match-problems", 3]
-    flags += ["--max-new-tokens", 6]
+    flags += ["--max-new-tokens", 6, "--schedule", "constant", "--warmup", 0]
     alone = [*flags, "--grad-accum", 6, "--out", tmp_path / "one"]
     train.main([*map(str, alone)])
     shared = ["train.py", *flags, "--shard", "--out", tmp_path / "shards"]
