@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from errors import BadCheckpoint, listed
 from files import read_json
-from model.quant import stored_kind
+from model.bitsandbytes import stored_kind
 
 MOST_FILES = 10_000  # entries of a folder that are looked at
 LONGEST_NAME = 300  # characters of a name that is matched with the patterns below

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from errors import BadCheckpoint, listed
+from model.bitsandbytes import from_bitsandbytes, stored_kind, stored_parts
 from model.checkpoint import read_config
 from model.foreign import read_object
-from model.quant import from_bitsandbytes, held, quantize_layers, stored_kind, stored_parts
+from model.quant import held, quantize_layers
 from model.qwen2 import Qwen2
 from model.shard import own_part, shard_layers
 from model.tensor_files import find_tensors

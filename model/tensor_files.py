@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from errors import BadCheckpoint, listed
+from model.bitsandbytes import stored_kind, stored_parts
 from model.foreign import COPY_AGAIN, read_object, refuse_content, tensor_remedy
-from model.quant import stored_kind, stored_parts
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 INDEX = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[Path, list[str]]:
     # Some exporters also write the output embedding of a tied model.
     allowed = expected.keys() | {HEAD} if model.config.tie_word_embeddings else expected
     parts = stored_parts(file_of) if stored_kind(read_object(folder / "config.json")) else {}
-    packed = parts.keys() | parts.values()  # in bitsandbytes' format, which quant.py checks
+    packed = parts.keys() | parts.values()  # bitsandbytes.py checks these
     problems = [f"{name} is not expected" for name in file_of if name not in {*allowed, *packed}]
     problems += [f"{name} is missing" for name in expected if name not in file_of]
     to_load: dict[Path, list[str]] = {}

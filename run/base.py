@@ -18,6 +18,7 @@ from errors import BadAdapter, BadOption, BadRun, HubError, TrainingFailed, plai
 from files import HashedFiles, read_json
 from hub import check_blobs
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter_config
+from model.bitsandbytes import stored_kind
 from model.checkpoint import (
     SHIPPED,
     Checkpoint,
@@ -28,7 +29,6 @@ from model.checkpoint import (
 )
 from model.foreign import read_object
 from model.load import load_model
-from model.quant import stored_kind
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import (
     DTYPES,

@@ -27,10 +27,10 @@ from files import sync_files, sync_folder
 from lora.config import LoRAConfig
 from lora.inject import bake_scale, merge, unwrapped_state
 from lora.peft_format import read_adapter, save_adapter
+from model.bitsandbytes import stored_kind
 from model.checkpoint import Checkpoint, read_config, read_eos_ids, remarks
 from model.foreign import read_object
 from model.load import load_model
-from model.quant import stored_kind
 from model.qwen2 import Qwen2
 from run.base import check_base_of_adapter, checkpoint_of_adapter, hash_base
 from run.best import copy_tokenizer

@@ -16,8 +16,9 @@ import train
 from errors import BadCheckpoint, BadOption, BadRun
 from lora import LoRAConfig, disabled, inject, save_adapter, trained_parameters
 from model import load
+from model.bitsandbytes import from_bitsandbytes
 from model.load import load_model
-from model.quant import NF4, QuantizedLinear, dequantize, from_bitsandbytes, quantize
+from model.quant import NF4, QuantizedLinear, dequantize, quantize
 from run import export
 from run.base import Base
 from tests import toys
