@@ -13,6 +13,7 @@ when the command is repeated.
 `main` is the table of contents. What a task is, and how it is judged: evaluation/tasks.py.
 """
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -47,6 +48,7 @@ from model.checkpoint import read_sampling
 from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
+from run import distributed
 from run.base import (
     Base,
     check_base_of_adapter,
@@ -55,7 +57,7 @@ from run.base import (
     hash_adapter,
 )
 from run.card import refresh_card
-from run.device import DTYPES
+from run.device import DTYPES, pick_device
 from run.folder import Run, check_place, lock
 from run.identity import folder_of_program, program
 from run.options import changed_options, in_two_columns, option, parse
@@ -119,6 +121,7 @@ class EvalConfig:
         None, "hold the base's layers in this (default: as in training)",
         choices=("full", "nf4", "int8"),
     )  # fmt: skip
+    shard: bool = option(False, "spread the base over ranks, which the first computes with")
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
 
     @property
@@ -160,6 +163,7 @@ class Models:
     contexts: dict[str, Callable[[], AbstractContextManager]]  # by name: base, tuned
 
 
+@distributed.lost_ranks_reported()
 def main(argv: list[str] | None = None) -> None:
     """Find the tasks and the models, measure each task, and write the results."""
     # 1. What is asked for: an evaluation, a comparison of two old ones, or one answer.
@@ -170,6 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         return print(comparison_text(a, b, config.seed))
     base = find_base(config)
     files = check_models(config, base)
+    if config.shard and not distributed.join(base.device).is_main:
+        return base.load(shard=True).lockstep.finish()  # gathers whatever the first rank computes
     if config.ask:
         return ask(config, base)
 
@@ -216,6 +222,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(config: EvalConfig) -> None:
     """Raise BadOption for options that contradict each other."""
+    if config.shard:
+        distributed.check_shard({})
     if config.compare and len(config.compare) != 2:
         raise BadOption("--compare takes two files", "--compare A/result.json B/result.json")
     if not config.compare and config.adapter is None and config.model is None:
@@ -246,7 +254,8 @@ def find_base(config: EvalConfig) -> Base:
         base = checkpoint_of_adapter(config.adapter, config.model, config.revision)
         kind = kind or Run.of_adapter(config.adapter).identity.get("base_precision")
     base = Base.find(
-        base, config.revision, precision=config.precision, device=config.device,
+        base, config.revision, precision=config.precision,
+        device=pick_device(config.device, distributed.local_rank() if config.shard else 0),
         system=config.system, chat_template=config.chat_template,
         adapter=Path(config.adapter) if config.adapter else None,
     )  # fmt: skip
@@ -347,7 +356,9 @@ def results_folder(config: EvalConfig, task: Task, settings: dict[str, Any]) -> 
 
 def load_models(config: EvalConfig, base: Base) -> Models:
     """The base, and with an adapter the tuned model (with --keep-correct, the tuned one alone)."""
-    network = base.load()
+    network = base.load(shard=config.shard)
+    if config.shard:
+        atexit.register(network.lockstep.finish)  # ends the other ranks, however this one ends
     contexts: dict[str, Callable] = {"base": contextlib.nullcontext}
     if config.adapter:
         read_adapter(Path(config.adapter), network)

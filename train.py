@@ -46,7 +46,6 @@ from model.compile import check_compiler, compile_layers
 from model.generate import Decoding
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
-from model.shard import Lockstep
 from progress_bar import progress_bar
 from report import write_report
 from run import console, distributed
@@ -195,6 +194,7 @@ class Data:
     judge: Judge  # how an answer to them is judged
 
 
+@distributed.lost_ranks_reported()
 def main(argv: list[str] | None = None) -> int:
     """From the command line to a trained adapter; returns the exit code."""
     # 1. The options, and what they say about the adapters.
@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 5. The model, with adapters.
     model = base.load(shard=config.shard)
-    world = replace(world, lockstep=Lockstep(model) if config.shard else None)
+    world = replace(world, lockstep=model.lockstep if config.shard else None)
     if adapter:
         read_adapter(adapter, model, dropout=config.dropout)
         check_not_replaced(adapter, adapter_files)
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"resuming, although {change}")
 
     # 6. Training, and the report.
-    with Stop(config.max_minutes) as stop, distributed.lost_ranks_reported():
+    with Stop(config.max_minutes) as stop:
         progress = train(config, data, base, model, run, world, stop)
     base.check_unchanged()
     if world.is_main and progress.stopped:

@@ -20,7 +20,9 @@ IDLE, FORWARD, BACKWARD = range(3)  # what a rank is about to do
 
 
 def shard_layers(model: nn.Module, device: torch.device) -> None:
-    """Shard the layers of `model`, a frozen Qwen2 on the meta device, over all ranks."""
+    """Shard the layers of `model`, a frozen Qwen2 on the meta device, over all ranks, and give it
+    its `lockstep`.
+    """
     from torch.distributed.device_mesh import init_device_mesh  # takes half a second to import
     from torch.distributed.fsdp import fully_shard
 
@@ -29,6 +31,7 @@ def shard_layers(model: nn.Module, device: torch.device) -> None:
         fully_shard(layer, mesh=mesh)
     whole = {p for p in model.parameters() if not is_sharded(p)}
     fully_shard(model, mesh=mesh, ignored_params=whole)  # gathers the next layer in advance
+    model.lockstep = Lockstep(model)
 
 
 def own_part(tensor: Tensor, parameter: Tensor) -> Tensor:

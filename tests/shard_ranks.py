@@ -11,7 +11,7 @@ from data.batches import Step
 from lora import LoRAConfig, inject, trained_parameters
 from model.generate import Decoding, generate
 from model.load import load_model
-from model.shard import Lockstep, is_sharded
+from model.shard import is_sharded
 from run import distributed
 from tests import toys
 from train import forward_backward
@@ -66,7 +66,7 @@ def main(base: Path, results: Path) -> None:
     found = {}
     for kind in (None, "nf4"):
         plain, sharded = (adapted(base, base_precision=kind, shard=s) for s in (False, True))
-        together = replace(world, lockstep=Lockstep(sharded))
+        together = replace(world, lockstep=sharded.lockstep)
         parts = [p.to_local() for p in sharded.parameters() if is_sharded(p)]
         found[str(kind)] = {
             "own bytes": sum(part.untyped_storage().nbytes() for part in parts),

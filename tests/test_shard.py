@@ -102,6 +102,19 @@ def test_shards_are_refused_where_they_cannot_work(monkeypatch):
         check_shard({"--dora": True})
 
 
+def test_two_ranks_that_share_a_base_answer_as_one_does(tmp_path, tuned):
+    answers = []
+    for ranks in (1, 2):
+        flags = ["evaluate.py", "--adapter", tuned / "run/best", "--data", tuned / "sums"]
+        flags += ["--limit", 5, "--max-new-tokens", 8, "--out", tmp_path / str(ranks)]
+        flags += ["--device", "cpu", "--precision", "fp32"]
+        outputs = finish(start(flags + ["--shard"] * (ranks > 1), ranks))
+        assert outputs[1:] == [""] * (ranks - 1), "the second rank prints nothing"
+        (result,) = (tmp_path / str(ranks)).glob("evaluation/*/tuned.jsonl")
+        answers.append(result.read_text())
+    assert answers[0] == answers[1] and answers[0]
+
+
 # Two nodes: two launchers on this machine, each with one rank
 
 
