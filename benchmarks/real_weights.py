@@ -2,6 +2,7 @@
 
     python benchmarks/real_weights.py --model FOLDER --data FOLDER --json real.json
     python benchmarks/real_weights.py --model FOLDER --data FOLDER --rows 0 --harness 64
+    python benchmarks/real_weights.py --model FOLDER --data FOLDER --rows 0 --held 6
 
 Tests compare with the same packages on tiny random bases. Real weights have what those lack: large
 activations, confident predictions, and near-ties. FOLDER is any Qwen2 or Qwen2.5 checkpoint, such
@@ -46,7 +47,7 @@ class RealConfig:
     model: str = option("Qwen/Qwen2-0.5B-Instruct", "folder or Hub id of published weights")
     data: str = option("gsm8k", "a task, or a folder with train.jsonl and test.jsonl")
     rows: int = option(8, "training rows for logits, divergence and gradients; 0 skips these")
-    held: bool = option(False, "also compare bases held in nf4 and int8 with bf16, on as many rows")
+    held: int = option(0, "training and test rows for bases held in nf4 and int8; 0 skips these")
     harness: int = option(0, "test problems also answered by lm-evaluation-harness's model class")
     max_new_tokens: int = option(256, "longest answer to them, in tokens", least=1)
     json: str | None = option(None, "file to write the result to")
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         result["forward"] = compare_forward(base, examples)
         result["gradients"] = compare_gradients(base, examples)
     if config.held:
-        result["held"] = compare_held(base, source, config.rows)
+        result["held"] = compare_held(base, source, config.held)
     if config.harness and is_installed("lm-evaluation-harness", ("lm_eval", "transformers")):
         result["harness"] = compare_answers(
             base, source.test[: config.harness], config.max_new_tokens

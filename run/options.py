@@ -129,7 +129,7 @@ def read_options(cls: type, path: Path) -> dict[str, Any]:
             problems.append(f"{name} is {value!r}")
     for field in dataclasses.fields(cls):
         choices = field.metadata["choices"]
-        if choices and options.get(field.name, field.default) not in choices:
+        if choices and options.get(field.name, field.default) not in (*choices, field.default):
             problems.append(f"{field.name} is {options[field.name]!r}, not {' or '.join(choices)}")
     if problems:
         raise BadOption(f"--config {path}: {listed(problems)}", "correct the file")
