@@ -13,7 +13,6 @@ when the command is repeated.
 `main` is the table of contents. What a task is, and how it is judged: evaluation/tasks.py.
 """
 
-import atexit
 import contextlib
 import hashlib
 import json
@@ -215,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         refresh_card(run)
         price = run.options.get("price_per_hour")
         print(f"report in {write_report(parent.parent, price)}")
+    if config.shard:
+        models.network.lockstep.finish()  # with which the other ranks end
 
 
 # What is asked for.
@@ -357,8 +358,6 @@ def results_folder(config: EvalConfig, task: Task, settings: dict[str, Any]) -> 
 def load_models(config: EvalConfig, base: Base) -> Models:
     """The base, and with an adapter the tuned model (with --keep-correct, the tuned one alone)."""
     network = base.load(shard=config.shard)
-    if config.shard:
-        atexit.register(network.lockstep.finish)  # ends the other ranks, however this one ends
     contexts: dict[str, Callable] = {"base": contextlib.nullcontext}
     if config.adapter:
         read_adapter(Path(config.adapter), network)
@@ -465,6 +464,8 @@ def ask(config: EvalConfig, base: Base) -> None:
                     print(printable(piece, "\n\t"), end="", flush=True)
             finally:  # an error begins on a line of its own
                 print()
+    if config.shard:
+        models.network.lockstep.finish()
 
 
 if __name__ == "__main__":

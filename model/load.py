@@ -70,7 +70,10 @@ def load_model(
         for key, value in from_bitsandbytes(model, name, stored).items():
             tensors[key] = own_part(value, parameters[key])
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if shard:
+        model.lockstep.start()
+    return model
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -56,19 +56,29 @@ class Lockstep:
         self.model, self.finishing = model, False
         model.register_forward_pre_hook(self._announce)
 
+    def start(self) -> None:
+        """One forward pass of every rank, in which FSDP makes its buffers.
+
+        Made in inference mode, they could not be used in training.
+        """
+        self._dummy(FORWARD)
+
     def finish(self) -> None:
         """Return once no rank computes any more; every rank calls this after its own work."""
-        device, was_training = self.model.head_weight.device, self.model.training
-        zero = torch.zeros(1, dtype=torch.long, device=device)
-        self.finishing = True
+        was_training, self.finishing = self.model.training, True
         self.model.eval()  # without dropout, whose masks belong to other tokens
         while (others := self._exchange(IDLE)) != IDLE:
-            with torch.set_grad_enabled(others == BACKWARD):
-                hidden = self.model(zero, zero, [1])  # (1, C)
-                if others == BACKWARD:
-                    hidden.backward(torch.zeros_like(hidden))
+            self._dummy(others)
         self.model.train(was_training)
         self.finishing = False
+
+    def _dummy(self, kind: int) -> None:
+        """The gathers of a forward pass, and with BACKWARD those of a backward pass."""
+        zero = torch.zeros(1, dtype=torch.long, device=self.model.head_weight.device)
+        with torch.inference_mode(False), torch.set_grad_enabled(kind == BACKWARD):
+            hidden = self.model(zero, zero, [1])  # (1, C)
+            if kind == BACKWARD:
+                hidden.backward(torch.zeros_like(hidden))
 
     def _announce(self, *_: object) -> None:
         if not self.finishing:
