@@ -143,6 +143,9 @@ class TrainConfig:
 
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    checkpoint_activations: bool = option(
+        False, "keep each layer's input only and recompute the rest: less memory, slower"
+    )
     compile: bool = option(False, "torch.compile the layers, for a GPU; not measured on one yet")
     price_per_hour: float | None = option(
         None, "price of the machine in dollars, for the report", least=0
@@ -288,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         check_not_replaced(adapter, adapter_files)
     else:
         inject(model, lora, seed=config.seed)
+    model.model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         compile_layers(model)
     if world.is_main:
