@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from data.batches import Schedule
 from lora.inject import LoRAConfig, adapters, inject, trained_parameters
 from model.compile import compile_layers
 from model.qwen2 import Layer, Qwen2, Qwen2Config
 from tests import toys
 from train import forward_backward
-from data.batches import Schedule
 
 CONFIG = Qwen2Config(32, 48, 3, 4, 2, 64)
 LORAS = {
