@@ -67,6 +67,7 @@ from run.distributed import World
 from run.earlier import upgrade_options
 from run.folder import Progress, Run, check_place, check_space, default_folder, lock
 from run.fp16 import settle_fp16
+from run.memory import MemoryModel, check_memory
 from run.options import changed_options, option, parse, to_json
 from run.stopping import Stop, StopRequested
 
@@ -283,6 +284,14 @@ def main(argv: list[str] | None = None) -> int:
             console.print_end(progress, run)
         check_trained(progress, base.precision)
         return 0
+
+    halved = progress.halved if progress else 0
+    memory = MemoryModel(network, lora, DTYPES[base.precision], device)
+    estimate = check_memory(
+        memory, schedule, recompute=config.checkpoint_activations, halved=halved
+    )  # BadOption if it cannot fit into a GPU
+    if world.is_main:
+        print(estimate)
 
     # 5. The model, with adapters.
     model = base.load()

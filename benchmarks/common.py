@@ -100,8 +100,8 @@ def step_flop(model: Qwen2, step: Step) -> float:
 
     A frozen weight costs 4 per token (forward pass and gradient of its input), a trained one 6.
     Attention costs 4 H D forward and 8 H D backward per pair of a token and a token it attends to,
-    where H D is the size of all query heads. The output embedding costs 4 per weight and supervised token.
-    Padding, unsupervised rows of the output embedding, and recomputation are not counted.
+    where H D is the size of all query heads. The output embedding costs 4 per weight and supervised
+    token. Padding, unsupervised rows of the output embedding, and recomputation are not counted.
     """
     config, layers = model.config, model.config.num_hidden_layers
     HD = config.num_attention_heads * config.head_size

@@ -21,7 +21,7 @@ from data.batches import Schedule
 from data.encode import IGNORE, Example
 from errors import BadOption, run_script
 from model.qwen2 import Qwen2, Qwen2Config
-from run.device import DTYPES, describe, pick_precision, prepare
+from run.device import DTYPES, describe, pick_precision
 from run.memory import MemoryModel
 from run.options import option, parse, to_json
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
                         "run this on a machine with a GPU")  # fmt: skip
     trust_kernels_if_counting()
     device = torch.device("cuda", 0)
-    prepare(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as run.device.prepare does
     precision, _ = pick_precision(config.precision, device)
     print(f"{describe(device)}, {precision}")
     print(f"{'base':<6}{'tokens':>8}{'recomputed':>12}{'estimate':>10}{'peak':>8}   difference")
@@ -85,13 +85,13 @@ def compare(
             torch.cuda.reset_peak_memory_stats()
             ours.step(step)
     except torch.OutOfMemoryError:
-        print(f"{size:<6}{step.token_count:>8,}{recompute!s:>12}{memory.total / 1e9:>10.2f}   -")
+        print(f"{size:<6}{step.token_count:>8,}{recompute!s:>12}{memory.gb:>10.2f}   -")
         return None
     peak = torch.cuda.max_memory_allocated()
-    print(f"{size:<6}{step.token_count:>8,}{recompute!s:>12}{memory.total / 1e9:>10.2f}"
-          f"{peak / 1e9:>8.2f}   {memory.total / peak - 1:+.1%}   {memory}")  # fmt: skip
+    print(f"{size:<6}{step.token_count:>8,}{recompute!s:>12}{memory.gb:>10.2f}"
+          f"{peak / 1e9:>8.2f}   {memory.gb * 1e9 / peak - 1:+.1%}   {memory}")  # fmt: skip
     return {"size": size, "tokens": step.token_count, "recompute": recompute,
-            "estimate": memory.total / 1e9, "peak": peak / 1e9}  # fmt: skip
+            "estimate": memory.gb, "peak": peak / 1e9}  # fmt: skip
 
 
 def examples(config: MemoryConfig) -> list[Example]:

@@ -235,8 +235,8 @@ TENSORS = (
     ),
     (
         re.compile(r"^lm_head\.weight is missing"),
-        'if its two embeddings are tied (3B and smaller, Qwen3 to 4B), set "tie_word_embeddings": true in'
-        " config.json; otherwise copy the missing weights too",
+        "if its two embeddings are tied (3B and smaller, Qwen3 to 4B), set"
+        ' "tie_word_embeddings": true in config.json; otherwise copy the missing weights too',
     ),
     (
         re.compile(r"^(model\.embed_tokens|lm_head)\.weight is \("),

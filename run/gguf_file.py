@@ -1,4 +1,5 @@
-"""One GGUF file of a Qwen2 or Qwen3 checkpoint, for llama.cpp and Ollama: what its converter writes.
+"""One GGUF file of a Qwen2 or Qwen3 checkpoint, for llama.cpp and Ollama, as its converter
+writes it.
 
 Matrices have the dtype of the checkpoint; norms and biases are fp32. `tokenizer.ggml.pre` qwen2
 stands for Qwen2's pipeline, which `ChatFormat` has checked. Rows of the embedding that have no

@@ -1,28 +1,33 @@
 """The memory of a training step, estimated from shapes before any weight is read.
 
 The peak is at the end of the forward pass, where the loss has its buffers, or at the start of the
-backward pass, where the last layer has its gradients: what the layers keep is whole in both. With
-`--checkpoint-activations`, a layer keeps only its input, and one layer at a time is whole. So
+backward pass, where the last layer has its gradients: what the layers keep is complete in both.
+With `--checkpoint-activations`, a layer keeps only its input, and one layer at a time is complete:
 
-    peak = weights + adapters + kept + max(loss, backward)
+    peak = weights + adapters + activations + max(loss, backward)
 
-`docs/scaling.md` compares it with the allocator's exact peak.
+`docs/scaling.md` compares it with the peak of CUDA's allocator. Generated answers (`--stop-on
+exact-match`) are not part of it.
 
-Legend: T tokens of the largest micro-batch, N supervised ones, C hidden size, H query heads, G
-key/value heads, D head size, F MLP size, V vocabulary size, r rank of an adapter, b bytes of a value
-in the base's dtype; fp32 values have 4 bytes.
+Legend: C hidden size, H query heads, G key/value heads, D head size, F MLP size, V vocabulary size,
+r rank of an adapter, b bytes of a value in the base's dtype; fp32 values have 4 bytes.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
+from data.batches import Schedule
+from errors import BadOption
 from lora.config import LoRAConfig, added_parameters, layer_ranks
 from model.attention import HALF_PRECISION
 from model.loss import DEVICE_PROBABILITIES_BYTES, LOGITS_BYTES, PROBABILITIES_BYTES
 from model.qwen2 import Qwen2
+from run.device import describe, free_memory_gb
 
-TOLERANCE = 0.1  # of the estimate: only what exceeds the free memory by more is refused
+TOLERANCE = 0.1  # relative error of the estimate: a run is refused if it cannot fit in spite of it
+# Adapters without dropout keep the input that they share; attention keeps that of o_proj anyway.
+SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @dataclass(frozen=True)
@@ -32,20 +37,20 @@ class Memory:
     weights: float
     adapters: float  # with their gradients and AdamW's two moments
     activations: float  # kept for the backward pass
-    passing: float  # buffers of the loss, or of a layer's backward pass if they are larger
+    buffers: float  # of the loss, or of a layer's backward pass where those are larger
 
     @property
-    def total(self) -> float:
-        return sum(astuple(self))
+    def gb(self) -> float:
+        return sum(astuple(self)) / 1e9
 
     def __str__(self) -> str:
-        parts = "weights", "adapters and optimizer", "activations", "buffers"
-        return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in zip(parts, astuple(self)))
+        parts = zip(("weights", "adapters and optimizer", "activations", "buffers"), astuple(self))
+        return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts)
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What the memory of a run's steps follows from, apart from the sizes of a micro-batch."""
+    """What the memory of a step follows from, apart from the size of its micro-batches."""
 
     network: Qwen2  # without adapters; only its shapes are read
     lora: LoRAConfig
@@ -53,52 +58,108 @@ class MemoryModel:
     device: torch.device
 
     def of_a_step(self, tokens: int, supervised: int, *, recompute: bool) -> Memory:
-        """The peak with a largest micro-batch of `tokens`, of which `supervised` have a target."""
+        """The peak of a step whose largest micro-batch has `tokens`, `supervised` with a target."""
         config, b = self.network.config, self.dtype.itemsize
         C, F, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         added = added_parameters(self.network, self.lora)
-        layer = self.layer_bytes() * tokens
-        working_copies = added * b * (b < 4)  # adapters in the base's dtype, kept by each layer
-        kept = layers * (4 * C * tokens if recompute else layer)
-        ends = tokens * (
-            2 * C * b + 4 * config.head_size + 64
-        )  # last norm, its result, angles, ids
+        layer = tokens * self.layer_bytes() + added / layers * b * (b < 4)  # A and B are cast
+        ends = tokens * (2 * C * b + 4 * config.head_size + 64)  # norm, rotary table, ids
         backward = tokens * (3 * F * b + C * (8 + b)) + recompute * layer
         return Memory(
             weights=sum(p.numel() for p in self.network.parameters()) * b,
             adapters=16 * added,
-            activations=kept + ends + working_copies / (layers if recompute else 1),
-            passing=max(self.loss_bytes(supervised), backward),
+            activations=layers * (tokens * 4 * C if recompute else layer) + ends,
+            buffers=max(self.loss_bytes(supervised), backward),
         )
 
     def layer_bytes(self) -> float:
-        """What a layer keeps of a token for its backward pass."""
+        """What a layer keeps of each token for the backward pass."""
         config, b = self.network.config, self.dtype.itemsize
         H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_size
-        kept = 2 * (config.hidden_size * b + 4) + 2 * config.intermediate_size * b  # norms, SwiGLU
-        kept += config.is_qwen3 * (H + G) * (D * b + 4)  # the norms of queries and keys
-        if self.device.type == "cpu":  # queries and keys are fp32
-            kept += (H + G) * D * 4 + (H + G) * D * b
-        else:
-            kept += 2 * (H + (G if self.has_flash() else H)) * D * b + 4 * H
-        dropout, of_layer = self.lora.dropout > 0, self.network.model.layers[0]
+        norms = 2 * (config.hidden_size * b + 4) + config.is_qwen3 * (H + G) * (D * b + 4)
+        if self.device.type == "cpu":  # where queries and keys are fp32
+            attention = (H + G) * D * (4 + b)  # q and k; v and the result
+        else:  # the kernels but the variable-length one get keys and values for each query head
+            attention = 2 * (H + (G if self.has_varlen() else H)) * D * b + 4 * H
+        mlp = 2 * config.intermediate_size * b
+        return norms + attention + mlp + self.adapter_bytes()
+
+    def adapter_bytes(self) -> float:
+        """What the adapters of a layer keep of each token, on average over the layers."""
+        b, dropout, masked = self.dtype.itemsize, self.lora.dropout > 0, self.device.type != "cuda"
+        inputs, others = {}, 0  # inputs: place -> bytes of the input that is kept there
         for name, r in layer_ranks(self.network, self.lora).items():
-            if not name.startswith("model.layers.0."):
-                continue
-            out, inputs = of_layer.get_submodule(name.removeprefix("model.layers.0.")).weight.shape
-            kept += (inputs * dropout + r) * b + 2 * out * b * self.lora.dora
-            kept += inputs * dropout * (self.device.type != "cuda")  # the mask
-        return kept
+            out_features, in_features = self.network.get_submodule(name).weight.shape
+            if dropout:
+                inputs[name] = in_features * (b + masked)  # dropped, and the mask
+            else:
+                layer, _, last = name.rpartition(".")
+                inputs[layer, SHARED_INPUT.get(last, last)] = in_features * b * (last != "o_proj")
+            others += r * b + self.lora.dora * 2 * out_features * b
+        return (sum(inputs.values()) + others) / self.network.config.num_hidden_layers
 
     def loss_bytes(self, supervised: int) -> float:
-        """The loss's buffers: hidden states and their gradient, logits of a chunk, probabilities."""
-        config, b = self.network.config, self.dtype.itemsize
-        size = PROBABILITIES_BYTES if self.device.type == "cpu" else DEVICE_PROBABILITIES_BYTES
-        chunk = max(1, min(supervised, LOGITS_BYTES // (config.vocab_size * b)))
-        block = max(1, min(chunk, size // (config.vocab_size * 4)))
-        return 2 * supervised * config.hidden_size * b + config.vocab_size * (chunk * b + block * 4)
+        """Hidden states and their gradient, logits of a chunk, and probabilities of a block."""
+        config, b, on_cpu = self.network.config, self.dtype.itemsize, self.device.type == "cpu"
+        C, V = config.hidden_size, config.vocab_size
+        size = PROBABILITIES_BYTES if on_cpu else DEVICE_PROBABILITIES_BYTES
+        chunk = max(1, min(supervised, LOGITS_BYTES // (V * b)))
+        block = max(1, min(chunk, size // (V * 4)))
+        return supervised * 2 * C * b + V * (chunk * b + block * 4)
 
-    def has_flash(self) -> bool:
-        """Whether attention is the variable-length kernel, which does not repeat keys for queries."""
-        half = self.dtype in HALF_PRECISION
-        return half and torch.cuda.get_device_capability(self.device) >= (8, 0)
+    def has_varlen(self) -> bool:
+        """Whether attention is expected to run on the variable-length kernel."""
+        if self.device.type != "cuda" or self.dtype not in HALF_PRECISION:
+            return False
+        return torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+
+def largest_micro_batch(schedule: Schedule, halved: int = 0) -> tuple[int, int]:
+    """(tokens, supervised tokens) of the micro-batch with the most tokens."""
+    steps = (schedule.step(i, halved) for i in range(schedule.total_steps))
+    sizes = (
+        (sum(len(e.tokens) for e in examples), sum(e.supervised_count for e in examples))
+        for step in steps
+        for examples in step.micro_batches
+    )
+    return max(sizes, default=(0, 0))
+
+
+def fitting_flags(memory: MemoryModel, schedule: Schedule, free_gb: float) -> list[str]:
+    """The flags that make a step fit into `free_gb`, and change neither steps nor losses.
+
+    The largest micro-batch that fits is given without and with recomputation.
+    """
+    found = []
+    for recompute, flag in ((False, ""), (True, "--checkpoint-activations")):
+        for parts in (n for n in range(1, schedule.batch_size + 1) if schedule.batch_size % n == 0):
+            size, grad_accum = schedule.batch_size // parts, schedule.grad_accum * parts
+            tried = replace(schedule, batch_size=size, grad_accum=grad_accum)
+            if memory.of_a_step(*largest_micro_batch(tried), recompute=recompute).gb <= free_gb:
+                split = f"--batch-size {size} --grad-accum {grad_accum}" if parts > 1 else ""
+                found.append(f"{flag} {split}".strip())
+                break
+    return found
+
+
+def check_memory(
+    memory: MemoryModel, schedule: Schedule, *, recompute: bool, halved: int = 0
+) -> str:
+    """The estimate for people, with flags that make a run fit if it may not.
+
+    Raises BadOption if it cannot fit into a GPU's free memory, with these flags as the remedy.
+    """
+    tokens, supervised = largest_micro_batch(schedule, halved)
+    need = memory.of_a_step(tokens, supervised, recompute=recompute)
+    free_gb = free_memory_gb(memory.device)
+    if not need.gb > free_gb:
+        return f"memory of {tokens:,} tokens: about {need.gb:.2f} of {free_gb:.1f} GB free ({need})"
+    flags = fitting_flags(memory, schedule, free_gb)
+    remedy = "use " + (" or ".join(flags) or "a smaller base, or a shorter --max-length")
+    cause = (
+        f"a micro-batch of {tokens:,} tokens needs about {need.gb:.1f} GB of memory ({need}),"
+        f" and {describe(memory.device)} has {free_gb:.1f} GB free"
+    )
+    if memory.device.type == "cuda" and need.gb * (1 - TOLERANCE) > free_gb:
+        raise BadOption(cause, remedy)
+    return f"memory may not suffice: {cause}\n  {remedy}"
