@@ -26,7 +26,7 @@ from model.qwen2 import Qwen2
 from run.device import describe, free_memory_gb
 
 TOLERANCE = 0.1  # relative error of the estimate: a run is refused if it cannot fit in spite of it
-# Adapters without dropout keep the input that they share; attention keeps that of o_proj anyway.
+# Without dropout, adapters that have the same input keep it once.
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
@@ -37,7 +37,7 @@ class Memory:
     weights: float
     adapters: float  # with their gradients and AdamW's two moments
     activations: float  # kept for the backward pass
-    buffers: float  # of the loss, or of a layer's backward pass where those are larger
+    buffers: float  # of cuBLAS, and of the loss or a layer's backward pass, whichever has more
 
     @property
     def gb(self) -> float:
@@ -69,7 +69,7 @@ class MemoryModel:
             weights=sum(p.numel() for p in self.network.parameters()) * b,
             adapters=16 * added,
             activations=layers * (tokens * 4 * C if recompute else layer) + ends,
-            buffers=max(self.loss_bytes(supervised), backward),
+            buffers=max(self.loss_bytes(supervised), backward) + self.workspace_bytes(),
         )
 
     def layer_bytes(self) -> float:
@@ -86,15 +86,16 @@ class MemoryModel:
 
     def adapter_bytes(self) -> float:
         """What the adapters of a layer keep of each token, on average over the layers."""
-        b, dropout, masked = self.dtype.itemsize, self.lora.dropout > 0, self.device.type != "cuda"
+        b, dropout, on_cuda = self.dtype.itemsize, self.lora.dropout > 0, self.device.type == "cuda"
         inputs, others = {}, 0  # inputs: place -> bytes of the input that is kept there
         for name, r in layer_ranks(self.network, self.lora).items():
             out_features, in_features = self.network.get_submodule(name).weight.shape
             if dropout:
-                inputs[name] = in_features * (b + masked)  # dropped, and the mask
+                inputs[name] = in_features * (b + (not on_cuda))  # a CPU keeps the mask too
             else:
                 layer, _, last = name.rpartition(".")
-                inputs[layer, SHARED_INPUT.get(last, last)] = in_features * b * (last != "o_proj")
+                kept_anyway = on_cuda and last == "o_proj"  # as the result of attention
+                inputs[layer, SHARED_INPUT.get(last, last)] = in_features * b * (not kept_anyway)
             others += r * b + self.lora.dora * 2 * out_features * b
         return (sum(inputs.values()) + others) / self.network.config.num_hidden_layers
 
@@ -105,7 +106,17 @@ class MemoryModel:
         size = PROBABILITIES_BYTES if on_cpu else DEVICE_PROBABILITIES_BYTES
         chunk = max(1, min(supervised, LOGITS_BYTES // (V * b)))
         block = max(1, min(chunk, size // (V * 4)))
-        return supervised * 2 * C * b + V * (chunk * b + block * 4)
+        copies = 2 if self.dtype == torch.bfloat16 else 1  # softmax reads only fp16 without a copy
+        return supervised * 2 * C * b + V * (chunk * b + block * 4 * copies)
+
+    def workspace_bytes(self) -> float:
+        """What PyTorch allocates for cuBLAS: a workspace in the thread of the forward pass, one in
+        that of the backward pass, and cuBLASLt's.
+        """
+        if self.device.type != "cuda":
+            return 0
+        is_hopper = torch.cuda.get_device_capability(self.device)[0] in (9, 10)  # or Blackwell
+        return 2 * (32 << 20 if is_hopper else 8 << 20) + (8 << 20)
 
     def has_varlen(self) -> bool:
         """Whether attention is expected to run on the variable-length kernel."""

@@ -3,12 +3,19 @@
 import pytest
 import torch
 
+import train
 from data.batches import Schedule, Step, flat_batch
+from errors import BadOption
 from lora.inject import LoRAConfig, adapters, inject, seed_dropout, trained_parameters
 from model.compile import compile_layers
 from model.qwen2 import Layer, Qwen2, Qwen2Config
-from run.memory import MemoryModel
+from run import memory as run_memory
+from run.base import Base
+from run.memory import MemoryModel, check_memory, fitting_flags, largest_micro_batch
+from run.options import parse
 from tests import toys
+from tests.campaign.harness import finish
+from tests.campaign.harness import results as results_of_run
 from train import forward_backward
 
 CONFIG = Qwen2Config(32, 48, 3, 4, 2, 64)
@@ -100,7 +107,7 @@ def test_the_estimate_knows_what_autograd_keeps_of_a_layer(lora, qwen3):
     step = Schedule([toys.example(0, 200, 5)], 1, grad_accum=1, epochs=1, seed=0).step(0)
     found = []
     for layers in (2, 3):
-        config = Qwen2Config(64, 160, layers, 4, 2, 64, head_dim=32 if qwen3 else None)
+        config = Qwen2Config(64, 160, layers, 4, 2, 256, head_dim=32 if qwen3 else None)
         model = Qwen2(config).to(torch.bfloat16).requires_grad_(False)
         inject(model, lora)
         model.model.embed_tokens.requires_grad_()  # so that layers below the first adapter count
@@ -108,3 +115,95 @@ def test_the_estimate_knows_what_autograd_keeps_of_a_layer(lora, qwen3):
         found.append((kept_bytes(model.train(), step), estimate))
     (kept_2, estimate_2), (kept_3, estimate_3) = found
     assert estimate_3 - estimate_2 == pytest.approx(kept_3 - kept_2, rel=0.02)
+
+
+def schedule_of(lengths: list[int], batch_size: int, grad_accum: int = 1) -> Schedule:
+    examples = [toys.example(i, n, n // 2) for i, n in enumerate(lengths)]
+    return Schedule(examples, batch_size, grad_accum, epochs=1, seed=0)
+
+
+def test_the_largest_micro_batch_is_that_of_the_whole_schedule():
+    assert largest_micro_batch(schedule_of([3, 3, 9, 3], 1)) == (9, 4)
+    assert largest_micro_batch(schedule_of([4] * 8, 4)) == (16, 8)
+    assert largest_micro_batch(schedule_of([4] * 8, 4), halved=1) == (8, 4)
+
+
+BIG = Qwen2Config(1024, 4096, 8, 8, 2, 1000)
+LENGTHS = [512] * 32
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Returns the memory model of a GPU that has the given free memory, in GB."""
+
+    def has_free(gb: float) -> MemoryModel:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(run_memory, "free_memory_gb", lambda device: gb)
+        monkeypatch.setattr(run_memory, "describe", lambda device: "a card")
+        return memory_model(BIG, LoRAConfig(), "cuda")
+
+    return has_free
+
+
+def test_a_run_that_cannot_fit_is_refused_with_flags_that_make_it_fit(card):
+    schedule, memory = schedule_of(LENGTHS, 16), card(1.0)
+    with pytest.raises(BadOption, match="a card has 1.0 GB free") as refused:
+        check_memory(memory, schedule, recompute=False)
+    flags = refused.value.remedy.removeprefix("use ").split(" or ")
+    assert [f.partition(" ")[0] for f in flags] == ["--batch-size", "--checkpoint-activations"]
+    for text in flags:
+        options = parse(train.TrainConfig, text.split(), "")
+        assert options.batch_size * options.grad_accum == 16
+        split = schedule_of(LENGTHS, options.batch_size, options.grad_accum)
+        said = check_memory(memory, split, recompute=options.checkpoint_activations)
+        assert "of 1.0 GB free" in said and "may not" not in said
+        twice = schedule_of(LENGTHS, 2 * options.batch_size)  # no larger micro-batch fits
+        assert fitting_flags(memory, twice, 1.0) == []
+
+
+def test_a_run_is_refused_only_if_it_cannot_fit_in_spite_of_the_estimates_error(card):
+    schedule = schedule_of(LENGTHS, 16)
+    need = card(1.0).of_a_step(*largest_micro_batch(schedule), recompute=False).gb
+    assert "GB free (" in check_memory(card(need), schedule, recompute=False)
+    said = check_memory(card(need * 0.95), schedule, recompute=False)
+    assert "memory may not suffice" in said and "use --batch-size 8 --grad-accum 2" in said
+    with pytest.raises(BadOption):
+        check_memory(card(need * 0.89), schedule, recompute=False)
+
+
+def test_on_a_cpu_the_estimate_is_only_printed(monkeypatch):
+    monkeypatch.setattr(run_memory, "free_memory_gb", lambda device: 0.1)
+    memory = memory_model(BIG, LoRAConfig())
+    said = check_memory(memory, schedule_of(LENGTHS, 16), recompute=False)
+    assert "memory may not suffice" in said and "smaller base" in said
+    monkeypatch.setattr(run_memory, "free_memory_gb", lambda device: float("nan"))
+    assert "may not" not in check_memory(memory, schedule_of(LENGTHS, 16), recompute=False)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
+    checkpoint, arithmetic, tmp_path, monkeypatch, card
+):
+    card(0.001)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(train, "MemoryModel", lambda *found: MemoryModel(*found[:3], gpu))
+    monkeypatch.setattr(Base, "load", lambda self: pytest.fail("weights were read"))
+    flags = ["--model", checkpoint, "--data", arithmetic, "--out", tmp_path / "run", "--dry-run"]
+    with pytest.raises(BadOption, match="needs about"):
+        train.main([*map(str, flags), "--device", "cpu", "--precision", "fp32"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimate_is_printed_before_training_and_by_a_dry_run(
+    checkpoint, arithmetic, tmp_path, capsys
+):
+    flags = ["--model", checkpoint, "--data", arithmetic, "--out", tmp_path / "run",
+             "--device", "cpu", "--precision", "fp32"]  # fmt: skip
+    for more in (["--dry-run"], ["--max-steps", "1"]):
+        assert train.main([*map(str, flags), *more]) == 0
+        assert "GB free (weights 0.00, adapters" in capsys.readouterr().out
+    assert "peak_memory" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_run_resumes_with_recomputation_and_ends_with_the_same_bits(short, half, expected):
+    finish([*short, "--checkpoint-activations"], half)
+    assert results_of_run(half) == expected
