@@ -37,7 +37,7 @@ PARTS = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth"}
 
 
 @dataclass(frozen=True)
-class Step:
+class WorkedStep:
     """One sentence of a solution: `before`, an operation on two whole numbers, `after`."""
 
     before: str
@@ -64,7 +64,7 @@ class Story:
     category: str
     numbers: tuple[int, ...]
     question: str
-    steps: tuple[Step, ...]
+    steps: tuple[WorkedStep, ...]
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -122,9 +122,9 @@ def purchase(rng: random.Random) -> Story:
         )
     return Story(
         "purchase", (a, p, b, q), f"{text} How many dollars does {he} pay in all?",
-        (Step(f"The {one} cost", a, "*", p, "dollars"),
-         Step(f"The {other} cost", b, "*", q, "dollars"),
-         Step(f"In all {who} pays", a * p, "+", b * q, "dollars")),
+        (WorkedStep(f"The {one} cost", a, "*", p, "dollars"),
+         WorkedStep(f"The {other} cost", b, "*", q, "dollars"),
+         WorkedStep(f"In all {who} pays", a * p, "+", b * q, "dollars")),
     )  # fmt: skip
 
 
@@ -138,8 +138,8 @@ def change(rng: random.Random) -> Story:
         text = f"{who} pays for {a} {thing} at {p} dollars each. {he.title()} had {m} dollars."
     return Story(
         "change", (m, a, p), f"{text} How many dollars does {who} have left?",
-        (Step(f"The {thing} cost", a, "*", p, "dollars"),
-         Step(f"{who} has", m, "-", a * p, "dollars left")),
+        (WorkedStep(f"The {thing} cost", a, "*", p, "dollars"),
+         WorkedStep(f"{who} has", m, "-", a * p, "dollars left")),
     )  # fmt: skip
 
 
@@ -156,9 +156,9 @@ def fractions(rng: random.Random) -> Story:
         text = f"From {n} {thing} {who} sells {PARTS[d]} to {friend}. Then {he} gets {m} more."
     return Story(
         "fractions", (n, d, m), f"{text} How many {thing} does {who} have now?",
-        (Step(f"{who} gives away", n, "/", d, thing),
-         Step(f"{he.title()} keeps", n, "-", part, thing),
-         Step(f"Now {he} has", n - part, "+", m, thing)),
+        (WorkedStep(f"{who} gives away", n, "/", d, thing),
+         WorkedStep(f"{he.title()} keeps", n, "-", part, thing),
+         WorkedStep(f"Now {he} has", n - part, "+", m, thing)),
     )  # fmt: skip
 
 
@@ -171,9 +171,9 @@ def weeks(rng: random.Random) -> Story:
         text = f"For {w} weeks {who} {verb} {a} {thing} each day, and then {m} {thing} more."
     return Story(
         "weeks", (w, a, m, 7), f"{text} How many {thing} is that in all?",
-        (Step("There are", w, "*", 7, "days"),
-         Step(f"{who} {verb}", 7 * w, "*", a, f"{thing} in these days"),
-         Step("In all that is", 7 * w * a, "+", m, thing)),
+        (WorkedStep("There are", w, "*", 7, "days"),
+         WorkedStep(f"{who} {verb}", 7 * w, "*", a, f"{thing} in these days"),
+         WorkedStep("In all that is", 7 * w * a, "+", m, thing)),
     )  # fmt: skip
 
 
@@ -193,9 +193,9 @@ def wages(rng: random.Random) -> Story:
         )
     return Story(
         "wages", (a, b, p, s), f"{text} How many dollars does {who} keep?",
-        (Step(f"{who} works", a, "+", b, "hours"),
-         Step(f"{he.title()} earns", a + b, "*", p, "dollars"),
-         Step(f"{who} keeps", (a + b) * p, "-", s, "dollars")),
+        (WorkedStep(f"{who} works", a, "+", b, "hours"),
+         WorkedStep(f"{he.title()} earns", a + b, "*", p, "dollars"),
+         WorkedStep(f"{who} keeps", (a + b) * p, "-", s, "dollars")),
     )  # fmt: skip
 
 
@@ -217,10 +217,10 @@ def comparison(rng: random.Random) -> Story:
     x, y = n * k, n * k - m
     return Story(
         "comparison", (n, k, m), f"{text} How many {thing} do the three have in all?",
-        (Step(f"{friend} has", k, "*", n, thing),
-         Step(f"{third} has", x, "-", m, thing),
-         Step(f"{who} and {friend} have", n, "+", x, thing),
-         Step("In all they have", n + x, "+", y, thing)),
+        (WorkedStep(f"{friend} has", k, "*", n, thing),
+         WorkedStep(f"{third} has", x, "-", m, thing),
+         WorkedStep(f"{who} and {friend} have", n, "+", x, thing),
+         WorkedStep("In all they have", n + x, "+", y, thing)),
     )  # fmt: skip
 
 
@@ -238,8 +238,8 @@ def sharing(rng: random.Random) -> Story:
         text = f"{k} friends share equally the {thing} that {who} and {friend} have, {a} and {b}."
     return Story(
         "sharing", (a, b, k), f"{text} How many {thing} does each of the friends get?",
-        (Step("Together they have", a, "+", b, thing),
-         Step("Each of the friends gets", a + b, "/", k, thing)),
+        (WorkedStep("Together they have", a, "+", b, thing),
+         WorkedStep("Each of the friends gets", a + b, "/", k, thing)),
     )  # fmt: skip
 
 
@@ -253,9 +253,9 @@ def dozens(rng: random.Random) -> Story:
         text = f"There are {k} dozen {fruit} in a box and {p} in a bag. {who} eats {eaten}."
     return Story(
         "dozens", (k, p, eaten, 12), f"{text} How many {fruit} are left?",
-        (Step(f"{k} dozen are", k, "*", 12, fruit),
-         Step("With the others there are", 12 * k, "+", p, fruit),
-         Step("There are", 12 * k + p, "-", eaten, f"{fruit} left")),
+        (WorkedStep(f"{k} dozen are", k, "*", 12, fruit),
+         WorkedStep("With the others there are", 12 * k, "+", p, fruit),
+         WorkedStep("There are", 12 * k + p, "-", eaten, f"{fruit} left")),
     )  # fmt: skip
 
 

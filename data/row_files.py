@@ -24,7 +24,7 @@ MAX_EXPANSION, MIN_LIMIT = 100, 2**28
 ROW_OVERHEAD, VALUE_OVERHEAD = 200, 50
 BAD_LINES_ALLOWED = 0.01  # fraction; with more, the file is tried as a whole
 SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv")  # texts also with .gz
-HEAD = 4096  # bytes by which a file's kind is known
+FIRST_BYTES = 4096  # bytes by which a file's kind is known
 UTF8_BOM = b"\xef\xbb\xbf"  # some editors write it
 UNPACK = "unpack it, and give the file or folder that was packed"
 CONVERT = "convert it to .jsonl, one row per problem"
@@ -83,7 +83,7 @@ def read_rows(path: Path) -> Rows:
     suffix, packed = row_suffix(path.name), path.suffix.lower() == ".gz"
     try:
         with path.open("rb") as file:
-            _refuse_foreign(path, file.read(HEAD), suffix, packed=packed)
+            _refuse_foreign(path, file.read(FIRST_BYTES), suffix, packed=packed)
         if suffix is None:
             ending = "".join(path.suffixes[-2:]).lower()
             remedy = OTHER_KINDS.get(ending) or OTHER_KINDS.get(path.suffix.lower()) or CONVERT
@@ -143,7 +143,7 @@ def _unpacked(path: Path, suffix: str) -> bytes:
             f"{path} is not a readable gzip file: {str(error)[:80]}",
             "download it or write it again",
         ) from None
-    _refuse_foreign(path, data[:HEAD], suffix, packed=False)
+    _refuse_foreign(path, data[:FIRST_BYTES], suffix, packed=False)
     lists = data.count(b"{") + data.count(b"[") + data.count(b"\n")
     if len(data) + ROW_OVERHEAD * lists + VALUE_OVERHEAD * data.count(b",") > limit:
         raise BadData(

@@ -52,7 +52,7 @@ PROBE = (
 
 
 @dataclass(frozen=True)
-class Source:
+class TemplateSource:
     """A folder's template, and the one named tool_use for conversations with tools, if any.
 
     `variables` are the special tokens that they can name.
@@ -63,7 +63,7 @@ class Source:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_source(folder: Path) -> Source:
+def read_source(folder: Path) -> TemplateSource:
     """Find a folder's templates by transformers' rules: files go before `tokenizer_config.json`.
 
     Raises BadCheckpoint if they cannot be read, or if none of several is named default.
@@ -80,7 +80,7 @@ def read_source(folder: Path) -> Source:
         path = files.get("default", folder / FOLDER)
         texts = {name: read_text(file) for name, file in files.items()}
     elif texts is None:
-        return Source(variables=variables)
+        return TemplateSource(variables=variables)
     elif isinstance(texts, str):
         texts = {"default": texts}
     elif isinstance(texts, list) and all(isinstance(part, dict) for part in texts):
@@ -90,7 +90,9 @@ def read_source(folder: Path) -> Source:
     if "default" not in texts:
         names = ", ".join(sorted(texts)) or "none at all"
         raise BadCheckpoint(f"{path} has no chat template named default: {names}", GIVE_A_FILE)
-    return Source(path, {k: texts[k] for k in ("default", "tool_use") if k in texts}, variables)
+    return TemplateSource(
+        path, {k: texts[k] for k in ("default", "tool_use") if k in texts}, variables
+    )
 
 
 def read_text(path: Path) -> str:
@@ -110,7 +112,7 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: Source, *, system: str | None = None, special: Sequence[str] = SPECIAL
+        self, source: TemplateSource, *, system: str | None = None, special: Sequence[str] = SPECIAL
     ):
         """Try it on a probe conversation. `special`: the control tokens of the tokenizer.
 
@@ -145,7 +147,9 @@ class ChatTemplate:
         """The template in `file`; else of the adapter's folder, if it has one; else of `folder`."""
         source, origin = read_source(folder), "the checkpoint's"
         if file is not None:
-            source = Source(Path(file), {"default": read_text(Path(file))}, source.variables)
+            source = TemplateSource(
+                Path(file), {"default": read_text(Path(file))}, source.variables
+            )
             origin = "given by --chat-template:"
         elif adapter is not None:
             own = read_source(adapter)

@@ -17,7 +17,7 @@ from evaluation.golds import gold_value
 from evaluation.numbers import Readings, marked_readings, readings
 from evaluation.quantities import plain as plain_text
 from evaluation.quantities import quantities_in
-from evaluation.steps import MAX_CHARACTERS, Step, numbers_written, read_steps, recompute
+from evaluation.steps import MAX_CHARACTERS, Calculation, numbers_written, read_steps, recompute
 from evaluation.units import CONVERSIONS, MEASURES, MONEY, TIME, convertible, words_of
 
 # Each completion gets the first kind that applies. "correct" and "format only" together are the
@@ -121,7 +121,10 @@ def topics(question: str) -> set[str]:
 
 
 def corrected_answers(
-    question: str, steps: list[Step], answer: Fraction, copied: Mapping[Fraction, Fraction] = {}
+    question: str,
+    steps: list[Calculation],
+    answer: Fraction,
+    copied: Mapping[Fraction, Fraction] = {},
 ) -> set[Fraction]:
     """What `answer` becomes if wrong steps get their right values, which later steps then use.
 
@@ -134,7 +137,10 @@ def corrected_answers(
 
 
 def _corrected(
-    steps: list[Step], answer: Fraction, copied: Mapping[Fraction, Fraction], keep: set[Fraction]
+    steps: list[Calculation],
+    answer: Fraction,
+    copied: Mapping[Fraction, Fraction],
+    keep: set[Fraction],
 ) -> Fraction:
     right = dict(copied)  # a value as written -> what it should be
     for step in steps:
@@ -159,7 +165,7 @@ def _answer_line(written: str, marked: Readings, truth: Fraction, answer: Fracti
 
 
 def _copied_wrong(
-    question: str, written: str, steps: list[Step], truth: Fraction, answer: Fraction
+    question: str, written: str, steps: list[Calculation], truth: Fraction, answer: Fraction
 ) -> str:
     """An operand that is neither given nor stated earlier, and resembles a given number."""
     given = numbers_written(question)
@@ -213,7 +219,7 @@ def _conversion(texts: str, truth: Fraction, answer: Fraction) -> str:
     return ""
 
 
-def _rounding(truth: Fraction, answer: Fraction, steps: list[Step]) -> str:
+def _rounding(truth: Fraction, answer: Fraction, steps: list[Calculation]) -> str:
     """An unrounded value close to both answer and truth, or a rounded intermediate step."""
     apart = f"{_shown(answer)} for {_shown(truth)}"
     for value in (answer, *(step.value for step in steps)):

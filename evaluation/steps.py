@@ -81,7 +81,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Step:
+class Calculation:
     """One `expression = result` in a text."""
 
     text: str
@@ -93,7 +93,7 @@ class Step:
     verdict: str  # "correct", "rounded", "wrong" or "unclear"
 
 
-def read_steps(text: str) -> list[Step]:
+def read_steps(text: str) -> list[Calculation]:
     """Every `expression = result` in `text`, in order, each checked with exact arithmetic.
 
     An assignment such as `x = 5`, without an operator, is not a step. The verdict is "unclear" if
@@ -107,7 +107,7 @@ def read_steps(text: str) -> list[Step]:
     return sorted(steps, key=lambda step: step.start)
 
 
-def recompute(step: Step, values: Mapping[Fraction, Fraction]) -> Fraction:
+def recompute(step: Calculation, values: Mapping[Fraction, Fraction]) -> Fraction:
     """The value of a step's expression with some of its operands, as they are written, replaced."""
     units = [Fraction(1, 100 if number.percent else 1) for number in step.numbers]
     plain = [number.value / unit for number, unit in zip(step.numbers, units)]
@@ -172,7 +172,7 @@ def _tokens(text: str, start: int = 0, end: int | None = None) -> _Tokens:
     return kinds, matches
 
 
-def _steps_of(text: str, tokens: _Tokens) -> Iterator[Step]:
+def _steps_of(text: str, tokens: _Tokens) -> Iterator[Calculation]:
     """The steps at each `=`, also in chains such as `a = b = c`."""
     kinds, matches = tokens
     right, named = None, {}  # variable -> the side that computes it, and its text
@@ -251,7 +251,7 @@ def _value(node: ast.expr, numbers: Sequence[Fraction]) -> Fraction:
     return _COMPUTE[type(node.op)](_value(node.left, numbers), _value(node.right, numbers))
 
 
-def _step(left: _Side, right: _Side, unclear: bool, text: str, start: int) -> Step:
+def _step(left: _Side, right: _Side, unclear: bool, text: str, start: int) -> Calculation:
     computed, result = (left, right) if left.operators else (right, left)
     verdict = _verdict(computed.value, computed.operators, result)
     if verdict == "wrong" and (
@@ -264,7 +264,9 @@ def _step(left: _Side, right: _Side, unclear: bool, text: str, start: int) -> St
     ):
         verdict = "unclear"
     written = result.numbers[0].value if result.operators else result.value
-    return Step(text, start, computed.code, computed.numbers, computed.value, written, verdict)
+    return Calculation(
+        text, start, computed.code, computed.numbers, computed.value, written, verdict
+    )
 
 
 def _verdict(value: Fraction, operators: Collection[str], result: _Side) -> str:

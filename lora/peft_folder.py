@@ -33,7 +33,7 @@ OTHER_BASE = "give the base it was trained on with --model, or another adapter"
 INCOMPLETE = f"{OTHER_BASE}; if the base is right, the adapter is incomplete: copy it again"
 OTHER_CONFIG = f"correct {CONFIG}, or copy the one that was saved with these tensors"
 VISION = "it belongs to a vision-language model: give an adapter of a Qwen2 or Qwen2.5 text model"
-HEAD = f"adapters of the embedding and the output head are not supported: {MERGE}"
+ON_THE_HEAD = f"adapters of the embedding and the output head are not supported: {MERGE}"
 TRAINED = f"more than adapters was trained, or tokens were added: {MERGE}"
 OTHER_PROGRAM = "save it in PEFT's format with the program that trained it"
 ADAPTER_ONLY = "save only the adapter, with PEFT's model.save_pretrained(FOLDER)"
@@ -160,7 +160,7 @@ class AdapterFolder:
         selected = {name for name in modules if self.settings.selects(name)}
         for name in sorted(selected - names):
             for matrix in ("lora_A", "lora_B"):
-                remedy = HEAD if _is_table(name) else INCOMPLETE
+                remedy = ON_THE_HEAD if _is_table(name) else INCOMPLETE
                 yield Fault(f"{peft_key(f'{name}.{matrix}')} is missing", remedy)
         for name in sorted(names - selected):
             keys = listed(self.tensors.layers[bare(name)].keys.values())
@@ -228,7 +228,7 @@ def _unexpected(key: str) -> Fault:
     elif any(part.startswith(("lora_a", "lora_b", "lora_down", "lora_up")) for part in parts):
         remedy = OTHER_PROGRAM
     elif "lora_" in key and _is_table(key):
-        remedy = HEAD
+        remedy = ON_THE_HEAD
     else:
         remedy = OTHER_BASE
     return Fault(f"{key} is not expected", remedy)

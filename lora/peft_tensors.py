@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 
 @dataclass
-class Layer:
+class LayerTensors:
     """The tensors of one adapted layer."""
 
     path: str  # the layer's name in the model that was trained
@@ -53,7 +53,7 @@ class Tensors:
     """The keys of the file, sorted by what they are."""
 
     header: dict[str, Shape]  # by key
-    layers: dict[str, Layer]  # by the layer's bare name
+    layers: dict[str, LayerTensors]  # by the layer's bare name
     others: dict[str, str]  # key -> bare name of the base's tensor that it would be
     problems: list[Fault]
 
@@ -101,7 +101,7 @@ def read_tensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]
 
 def sort_keys(header: dict[str, Shape]) -> Tensors:
     """Which tensor belongs to which layer, and everything wrong with the keys themselves."""
-    layers: dict[str, Layer] = {}
+    layers: dict[str, LayerTensors] = {}
     others: dict[str, str] = {}
     adapters: set[str] = set()
     problems = []
@@ -113,7 +113,7 @@ def sort_keys(header: dict[str, Shape]) -> Tensors:
             others[key] = bare(_without_peft(parts))
             continue
         adapters.add(adapter)
-        layer = layers.setdefault(bare(parts[:place]), Layer(_path(parts[:place])))
+        layer = layers.setdefault(bare(parts[:place]), LayerTensors(_path(parts[:place])))
         first = layer.keys.setdefault(parts[place], key)
         if first != key and len(adapters) == 1:
             problems.append(Fault(f"{first} and {key} are the same matrix", RESAVE))

@@ -8,7 +8,7 @@ from evaluation.statistics import corrected, in_words
 from report import page, show
 from report.figures import shares
 from report.page import Block, Table, side_by_side
-from report.records import OUTCOMES, Evaluation, ModelResult, RunRecord, Share
+from report.records import OUTCOMES, EvaluationRecord, ModelResult, RunRecord, Share
 
 VOTED = (
     "The verdict and the answer accuracy by kind of problem use the majority of all samples;"
@@ -16,12 +16,12 @@ VOTED = (
 )
 
 
-def measure(e: Evaluation) -> str:
+def measure(e: EvaluationRecord) -> str:
     """What the evaluation measures, as distinct from token accuracy."""
     return "Choice accuracy (most likely)" if e.has_choices else "Answer accuracy (generated)"
 
 
-def card(evaluations: list[Evaluation]) -> tuple[str, str, str]:
+def card(evaluations: list[EvaluationRecord]) -> tuple[str, str, str]:
     """Base and tuned in the most important evaluation, and how they differ."""
     if not evaluations:
         note = "no evaluation is finished; loss and token accuracy are not a substitute"
@@ -33,7 +33,7 @@ def card(evaluations: list[Evaluation]) -> tuple[str, str, str]:
     return f"{measure(first)}, {first.title}", show.from_to(values), note
 
 
-def tasks_table(evaluations: list[Evaluation]) -> Table:
+def tasks_table(evaluations: list[EvaluationRecord]) -> Table:
     """The tasks on which base and tuned were both measured; nothing if there is only one."""
     compared = [e for e in evaluations if e.difference]
     found = corrected([e.difference for e in compared])
@@ -47,7 +47,7 @@ def tasks_table(evaluations: list[Evaluation]) -> Table:
     return Table(header, rows * several, "Learned and forgotten, with 95 % intervals")
 
 
-def in_short(e: Evaluation) -> Iterator[Block]:
+def in_short(e: EvaluationRecord) -> Iterator[Block]:
     """How an evaluation was done, and what came out."""
     yield page.heading(f"{measure(e)}: {e.title}", 3)
     yield page.paragraph(setup(e))
@@ -58,7 +58,7 @@ def in_short(e: Evaluation) -> Iterator[Block]:
     yield scorer_table(e)
 
 
-def setup(e: Evaluation) -> str:
+def setup(e: EvaluationRecord) -> str:
     models = " and ".join(e.models)
     if e.has_choices:
         return (
@@ -75,7 +75,7 @@ def setup(e: Evaluation) -> str:
     )
 
 
-def changed_answers(e: Evaluation) -> dict[str, str | None]:
+def changed_answers(e: EvaluationRecord) -> dict[str, str | None]:
     """On how many problems base and tuned differ, with p-value and interval."""
     if (d := e.difference) is None:
         return {}
@@ -90,7 +90,7 @@ def changed_answers(e: Evaluation) -> dict[str, str | None]:
     }
 
 
-def pictures(e: Evaluation) -> Iterator[str]:
+def pictures(e: EvaluationRecord) -> Iterator[str]:
     """Accuracy by scorer and by reasoning steps, and kinds of mistakes; "" without values."""
     scores, steps, wrong = {}, {}, {}
     for name, model in e.models.items():
@@ -104,7 +104,7 @@ def pictures(e: Evaluation) -> Iterator[str]:
     yield shares("Kinds of mistakes", f"% of {e.problems:,} answers", wrong)
 
 
-def scorer_table(e: Evaluation) -> Table:
+def scorer_table(e: EvaluationRecord) -> Table:
     """All scorers, votes and pass@k on the same answers, and what tuned gained."""
     scores = {name: model.scores(e.problems) for name, model in e.models.items()}
     columns = {
@@ -154,7 +154,7 @@ def answer_values(m: ModelResult, problems: int) -> dict[str, str | None]:
     }
 
 
-def mistakes_table(e: Evaluation) -> Table:
+def mistakes_table(e: EvaluationRecord) -> Table:
     """How many answers are of each kind that occurs, and what the kinds mean."""
     occurring = {kind for model in e.models.values() for kind, n in model.mistakes.items() if n}
     columns = {
@@ -169,7 +169,7 @@ def mistakes_table(e: Evaluation) -> Table:
     return side_by_side("Answers by kind, with 95 % intervals", "kind", columns)
 
 
-def breakdown_table(e: Evaluation, name: str) -> Table:
+def breakdown_table(e: EvaluationRecord, name: str) -> Table:
     """Accuracy by a property of the problems, such as their number of reasoning steps."""
     cells = {model: result.by.get(name, {}) for model, result in e.models.items()}
     columns = {

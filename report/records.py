@@ -49,7 +49,7 @@ class Logged:
 
 
 @dataclass(frozen=True)
-class Audit:
+class AuditRecord:
     """Statistics of the data."""
 
     rows: dict[str, int]  # split -> rows
@@ -108,7 +108,7 @@ class ModelResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRecord:
     """A finished evaluation: one or two models on the same problems."""
 
     name: str  # of its folder
@@ -176,10 +176,10 @@ class RunRecord:
     progress: Progress  # empty before the first checkpoint
     steps: list[Logged]
     validations: list[Logged]
-    evaluations: list[Evaluation]  # the most important first
+    evaluations: list[EvaluationRecord]  # the most important first
     outdated: list[str]  # names of evaluations of adapters other than the one in best/
     unfinished: list[str]  # evaluations without a readable result, with their number of answers
-    audit: Audit | None = None
+    audit: AuditRecord | None = None
     damaged_lines: int = 0  # of the log
     started: str = ""  # date and time; earlier versions did not record it
     machine: str = ""
@@ -251,7 +251,7 @@ def read_run(folder: Path, price_per_hour: float | None = None) -> RunRecord:
         "code": program_text(conform(dict[str, str], config)), "options": options,
         "audit": clean(run.audit()) or None, "progress": clean(run.progress()),
         "steps": lines[False], "validations": lines[True], "damaged_lines": damaged_lines,
-        "evaluations": sorted(shown, key=Evaluation.rank),
+        "evaluations": sorted(shown, key=EvaluationRecord.rank),
         "outdated": sorted(e.name for e in read.values() if e not in shown),
         "unfinished": _unfinished(folder, read.keys()),
     }  # fmt: skip
@@ -259,10 +259,10 @@ def read_run(folder: Path, price_per_hour: float | None = None) -> RunRecord:
     return conform(RunRecord, options | mapping(config.get("identity")) | config | values | price)
 
 
-def _evaluation(path: Path) -> Evaluation:
+def _evaluation(path: Path) -> EvaluationRecord:
     result = upgrade_result(_read(path))
     named = {"name": clean(path.parent.name)}
-    return conform(Evaluation, mapping(result.get("settings")) | result | named)
+    return conform(EvaluationRecord, mapping(result.get("settings")) | result | named)
 
 
 def _read(path: Path) -> dict[str, Any]:

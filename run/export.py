@@ -76,7 +76,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportInput:
     """What is exported: the base, and the settings of the adapter on it."""
 
     config: ExportConfig
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
-    source = Source(config, checkpoint, read_adapter(Path(config.adapter), model), chat)
+    source = ExportInput(config, checkpoint, read_adapter(Path(config.adapter), model), chat)
     expected = probe(model)  # (T, V)
 
     # 3. The export, under another name; compared; renamed.
@@ -149,7 +149,7 @@ def check(config: ExportConfig, out: Path) -> None:
             raise BadOption(f"--out {out}: --gguf writes one file", f"give --out {out}.gguf")
 
 
-def write_portable(source: Source, model: Qwen2, folder: Path) -> str:
+def write_portable(source: ExportInput, model: Qwen2, folder: Path) -> str:
     """Write the adapter with its scaling in B; returns which programs read it."""
     if source.lora.dora:
         raise BadOption(
@@ -166,7 +166,7 @@ def write_portable(source: Source, model: Qwen2, folder: Path) -> str:
     return f"read as it is by {readers(lora)}"
 
 
-def write_merged(source: Source, model: Qwen2, folder: Path) -> str:
+def write_merged(source: ExportInput, model: Qwen2, folder: Path) -> str:
     """Merge, and write the checkpoint; returns how much of the change the rounding lost."""
     config, base = source.config, source.checkpoint.folder
     dtype = DTYPES[config.dtype]
@@ -206,7 +206,7 @@ def save_weights(state: dict[str, Tensor], folder: Path) -> None:
         _update(folder / "model.safetensors.index.json", index)
 
 
-def reload(source: Source, path: Path, dtype: torch.dtype) -> Qwen2:
+def reload(source: ExportInput, path: Path, dtype: torch.dtype) -> Qwen2:
     """The model that was written, as it is on the disk, to compute in `dtype`."""
     if source.config.gguf:
         return read_gguf(path, read_config(path.parent), dtype)
