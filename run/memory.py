@@ -26,6 +26,7 @@ from model.qwen2 import Qwen2
 from run.device import describe, free_memory_gb
 
 TOLERANCE = 0.1  # relative error of the estimate: a run is refused if it cannot fit in spite of it
+CUBLAS_BYTES = 50e6  # its workspaces: about 75 MB on an H100, 25 MB on older GPUs
 # Without dropout, adapters that have the same input keep it once.
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -37,7 +38,7 @@ class Memory:
     weights: float
     adapters: float  # with their gradients and AdamW's two moments
     activations: float  # kept for the backward pass
-    buffers: float  # of cuBLAS, and of the loss or a layer's backward pass, whichever has more
+    buffers: float  # of the loss, or of a layer's backward pass if that has more
 
     @property
     def gb(self) -> float:
@@ -69,7 +70,8 @@ class MemoryModel:
             weights=sum(p.numel() for p in self.network.parameters()) * b,
             adapters=16 * added,
             activations=layers * (tokens * 4 * C if recompute else layer) + ends,
-            buffers=max(self.loss_bytes(supervised), backward) + self.workspace_bytes(),
+            buffers=max(self.loss_bytes(supervised), backward)
+            + CUBLAS_BYTES * (self.device.type == "cuda"),
         )
 
     def layer_bytes(self) -> float:
@@ -78,25 +80,25 @@ class MemoryModel:
         H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_size
         norms = 2 * (config.hidden_size * b + 4) + config.is_qwen3 * (H + G) * (D * b + 4)
         if self.device.type == "cpu":  # where queries and keys are fp32
-            attention = (H + G) * D * (4 + b)  # q and k; v and the result
-        else:  # the kernels but the variable-length one get keys and values for each query head
-            attention = 2 * (H + (G if self.has_varlen() else H)) * D * b + 4 * H
-        mlp = 2 * config.intermediate_size * b
-        return norms + attention + mlp + self.adapter_bytes()
+            attention = (H + G) * D * (4 + b)
+        else:  # the variable-length kernel needs no keys and values for each query head
+            is_half = self.dtype in HALF_PRECISION
+            varlen = is_half and torch.cuda.get_device_capability(self.device) >= (8, 0)
+            attention = 2 * (H + (G if varlen else H)) * D * b + 4 * H
+        return norms + attention + 2 * config.intermediate_size * b + self.adapter_bytes()
 
     def adapter_bytes(self) -> float:
         """What the adapters of a layer keep of each token, on average over the layers."""
-        b, dropout, on_cuda = self.dtype.itemsize, self.lora.dropout > 0, self.device.type == "cuda"
+        b, on_cuda = self.dtype.itemsize, self.device.type == "cuda"
         inputs, others = {}, 0  # inputs: place -> bytes of the input that is kept there
         for name, r in layer_ranks(self.network, self.lora).items():
             out_features, in_features = self.network.get_submodule(name).weight.shape
-            if dropout:
-                inputs[name] = in_features * (b + (not on_cuda))  # a CPU keeps the mask too
-            else:
-                layer, _, last = name.rpartition(".")
-                kept_anyway = on_cuda and last == "o_proj"  # as the result of attention
-                inputs[layer, SHARED_INPUT.get(last, last)] = in_features * b * (not kept_anyway)
             others += r * b + self.lora.dora * 2 * out_features * b
+            layer, _, last = name.rpartition(".")
+            if self.lora.dropout:  # a CPU keeps the mask too
+                inputs[name] = in_features * (b + (not on_cuda))
+            elif not (on_cuda and last == "o_proj"):  # there the result of attention, kept anyway
+                inputs[layer, SHARED_INPUT.get(last, last)] = in_features * b
         return (sum(inputs.values()) + others) / self.network.config.num_hidden_layers
 
     def loss_bytes(self, supervised: int) -> float:
@@ -109,37 +111,20 @@ class MemoryModel:
         copies = 2 if self.dtype == torch.bfloat16 else 1  # softmax reads only fp16 without a copy
         return supervised * 2 * C * b + V * (chunk * b + block * 4 * copies)
 
-    def workspace_bytes(self) -> float:
-        """What PyTorch allocates for cuBLAS: a workspace in the thread of the forward pass, one in
-        that of the backward pass, and cuBLASLt's.
-        """
-        if self.device.type != "cuda":
-            return 0
-        is_hopper = torch.cuda.get_device_capability(self.device)[0] in (9, 10)  # or Blackwell
-        return 2 * (32 << 20 if is_hopper else 8 << 20) + (8 << 20)
-
-    def has_varlen(self) -> bool:
-        """Whether attention is expected to run on the variable-length kernel."""
-        if self.device.type != "cuda" or self.dtype not in HALF_PRECISION:
-            return False
-        return torch.cuda.get_device_capability(self.device) >= (8, 0)
-
 
 def largest_micro_batch(schedule: Schedule, halved: int = 0) -> tuple[int, int]:
     """(tokens, supervised tokens) of the micro-batch with the most tokens."""
-    steps = (schedule.step(i, halved) for i in range(schedule.total_steps))
     sizes = (
         (sum(len(e.tokens) for e in examples), sum(e.supervised_count for e in examples))
-        for step in steps
-        for examples in step.micro_batches
+        for i in range(schedule.total_steps)
+        for examples in schedule.step(i, halved).micro_batches
     )
     return max(sizes, default=(0, 0))
 
 
 def fitting_flags(memory: MemoryModel, schedule: Schedule, free_gb: float) -> list[str]:
-    """The flags that make a step fit into `free_gb`, and change neither steps nor losses.
-
-    The largest micro-batch that fits is given without and with recomputation.
+    """Flags that make a step fit into `free_gb` and change neither steps nor losses: the largest
+    micro-batch that fits, without and with recomputation.
     """
     found = []
     for recompute, flag in ((False, ""), (True, "--checkpoint-activations")):
@@ -147,8 +132,8 @@ def fitting_flags(memory: MemoryModel, schedule: Schedule, free_gb: float) -> li
             size, grad_accum = schedule.batch_size // parts, schedule.grad_accum * parts
             tried = replace(schedule, batch_size=size, grad_accum=grad_accum)
             if memory.of_a_step(*largest_micro_batch(tried), recompute=recompute).gb <= free_gb:
-                split = f"--batch-size {size} --grad-accum {grad_accum}" if parts > 1 else ""
-                found.append(f"{flag} {split}".strip())
+                split = f" --batch-size {size} --grad-accum {grad_accum}" * (parts > 1)
+                found.append((flag + split).strip())
                 break
     return found
 
