@@ -82,7 +82,7 @@ class MemoryModel:
         if self.device.type == "cpu":  # where queries and keys are fp32
             attention = (H + G) * D * (4 + b)
         else:  # the variable-length kernel needs no keys and values for each query head
-            is_half = self.dtype in HALF_PRECISION
+            is_half = self.device.type == "cuda" and self.dtype in HALF_PRECISION
             varlen = is_half and torch.cuda.get_device_capability(self.device) >= (8, 0)
             attention = 2 * (H + (G if varlen else H)) * D * b + 4 * H
         return norms + attention + 2 * config.intermediate_size * b + self.adapter_bytes()

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import train
 from data.batches import Schedule, Step, flat_batch
 from errors import BadOption
 from lora.inject import LoRAConfig, adapters, inject, seed_dropout, trained_parameters
+from model import attention
 from model.compile import compile_layers
 from model.qwen2 import Layer, Qwen2, Qwen2Config
 from run import memory as run_memory
@@ -61,6 +63,20 @@ def test_recomputing_layers_changes_no_bit_of_loss_and_gradients(lora, compiled,
     plain, recomputed = found
     assert plain.keys() == recomputed.keys() and all(p.abs().sum() > 0 for p in plain.values())
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+def test_a_kernel_may_be_tried_inside_a_layer_that_is_recomputed():
+    attention.working_kernel.cache_clear()
+    offsets = torch.tensor([0, 5, 8], dtype=torch.int32)
+    q, k, v = (torch.randn(8, 2, 16).requires_grad_() for _ in range(3))
+
+    def attend(q, k, v):
+        chosen = attention.working_kernel(q.device, q.dtype, q.shape[1:], k.shape[1:])
+        return chosen(q, k, v, offsets, 5)
+
+    y = checkpoint(attend, q, k, v, use_reentrant=False, preserve_rng_state=False)
+    y.sum().backward()  # CheckpointError if the first call kept more than the second
+    assert attention.working_kernel.cache_info().misses == 1
 
 
 # The estimate
