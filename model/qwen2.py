@@ -18,6 +18,7 @@ Sources: Qwen2 Technical Report, arXiv:2407.10671; Qwen3 Technical Report, arXiv
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from model.functions import rms_norm, rotate, swiglu
 
 # attend(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+# A layer that keeps only its input for the backward pass. Dropout is keyed: no random state to save.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpoint_activations = False  # in training: recompute each layer in backward
+        self.checkpoint_activations = False  # in training: see `recomputed`
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, C)
@@ -107,12 +111,8 @@ class Decoder(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta)
         for layer in self.layers:
-            if self.checkpoint_activations and self.training:  # dropout is keyed: no state to save
-                x = checkpoint(
-                    layer, x, rotary, attend, use_reentrant=False, preserve_rng_state=False
-                )  # (T, C)
-            else:
-                x = layer(x, rotary, attend)  # (T, C)
+            recompute = self.checkpoint_activations and self.training
+            x = recomputed(layer, x, rotary, attend) if recompute else layer(x, rotary, attend)
         return self.norm(x)  # (T, C)
 
 

@@ -222,3 +222,45 @@ def test_the_estimate_is_printed_before_training_and_by_a_dry_run(
 def test_a_run_resumes_with_recomputation_and_ends_with_the_same_bits(short, half, expected):
     finish([*short, "--checkpoint-activations"], half)
     assert results_of_run(half) == expected
+
+
+@pytest.mark.parametrize("lora", KEPT.values(), ids=KEPT.keys())
+def test_weights_adapters_gradients_and_moments_are_estimated_to_the_byte(lora):
+    config = Qwen2Config(64, 160, 3, 4, 2, 256, tie_word_embeddings=False)
+    model = Qwen2(config).to(torch.bfloat16).requires_grad_(False)
+    weights = sum(p.nbytes for p in model.parameters())
+    inject(model.train(), lora)
+    parameters = list(trained_parameters(model).values())
+    optimizer = torch.optim.AdamW(parameters)
+    results(model)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    adapters = sum(x.nbytes for x in (*parameters, *(p.grad for p in parameters), *moments))
+    estimate = memory_model(config, lora).of_a_step(9, 4, recompute=False)
+    assert (estimate.weights, estimate.adapters) == (weights, adapters)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_is_within_ten_percent_of_the_peak_of_a_gpu(device, recompute):
+    if device.type != "cuda":
+        pytest.skip("the peak is that of CUDA's allocator")
+    config = Qwen2Config(896, 4864, 6, 14, 2, 151936)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with device:
+        model = Qwen2(config).to(torch.bfloat16).requires_grad_(False)
+    inject(model.train(), LoRAConfig())
+    model.model.checkpoint_activations = recompute
+    optimizer = torch.optim.AdamW(trained_parameters(model).values(), fused=True)
+    schedule, scaler = schedule_of([300] * 12, 12), torch.amp.GradScaler("cuda", enabled=False)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        step = schedule.step(0)
+        forward_backward(model, step.micro_batches[0], step, seed=0, scaler=scaler)
+        optimizer.step()
+    peak = torch.cuda.max_memory_allocated() - before
+    with META:
+        memory = MemoryModel(Qwen2(config), LoRAConfig(), torch.bfloat16, device)
+    tokens, supervised = largest_micro_batch(schedule)
+    estimate = memory.of_a_step(tokens, supervised, recompute=recompute)
+    assert estimate.gb * 1e9 == pytest.approx(peak, rel=0.1)
