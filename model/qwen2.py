@@ -30,7 +30,7 @@ from model.functions import rms_norm, rotate, swiglu
 # attend(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-# A layer that keeps only its input for the backward pass. Dropout is keyed: no random state to save.
+# A layer that keeps only its input for the backward pass; keyed dropout needs no random state.
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
