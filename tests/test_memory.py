@@ -8,7 +8,7 @@ import train
 from data.batches import Schedule, Step, flat_batch
 from errors import BadOption
 from lora.inject import LoRAConfig, adapters, inject, seed_dropout, trained_parameters
-from model import attention
+from model import attention, qwen2
 from model.compile import compile_layers
 from model.qwen2 import Layer, Qwen2, Qwen2Config
 from run import memory as run_memory
@@ -217,6 +217,18 @@ def test_the_estimate_is_printed_before_training_and_by_a_dry_run(
         assert train.main([*map(str, flags), *more]) == 0
         assert "GB free (weights 0.00, adapters" in capsys.readouterr().out
     assert "peak_memory" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_layers_are_recomputed_in_training_and_only_there(
+    checkpoint, arithmetic, tmp_path, monkeypatch
+):
+    calls = []
+    each = lambda layer, *inputs: calls.append(torch.is_grad_enabled()) or layer(*inputs)  # noqa: E731
+    monkeypatch.setattr(qwen2, "recomputed", each)
+    flags = ["--model", checkpoint, "--data", arithmetic, "--out", tmp_path / "run",
+             "--device", "cpu", "--precision", "fp32", "--max-steps", "1"]  # fmt: skip
+    assert train.main([*map(str, flags), "--checkpoint-activations"]) == 0
+    assert calls == [True, True]  # the two layers of one step, and of no validation
 
 
 def test_a_run_resumes_with_recomputation_and_ends_with_the_same_bits(short, half, expected):
