@@ -449,7 +449,10 @@ def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -
     for _ in range(2):  # the first one includes warm-up
         started, step = time.perf_counter(), schedule.step(0)
         for examples in step.micro_batches:
-            forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+            try:
+                forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+            except (RuntimeError, MemoryError) as error:
+                check_halving(error, [len(e.tokens) for e in examples], alone=False)  # raises
         seconds = time.perf_counter() - started
     memory = peak_memory_gb(base.device), total_memory_gb(base.device)
     console.print_plan(schedule, step.token_count, seconds, memory)
