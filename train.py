@@ -67,6 +67,7 @@ from run.distributed import World
 from run.earlier import upgrade_options
 from run.folder import Progress, Run, check_place, check_space, default_folder, lock
 from run.fp16 import settle_fp16
+from run.memory import MemoryModel, check_memory
 from run.options import changed_options, option, parse, to_json
 from run.stopping import Stop, StopRequested
 
@@ -147,6 +148,9 @@ class TrainConfig:
     )
     shard: bool = option(False, "spread the base's layers over all ranks; for torchrun")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    checkpoint_activations: bool = option(
+        False, "keep each layer's input only and recompute the rest: less memory, slower"
+    )
     compile: bool = option(False, "torch.compile the layers, for a GPU; not measured on one yet")
     price_per_hour: float | None = option(
         None, "price of the machine in dollars, for the report", least=0
@@ -290,6 +294,15 @@ def main(argv: list[str] | None = None) -> int:
         check_trained(progress, base.precision)
         return 0
 
+    halved = progress.halved if progress else 0
+    parts = world.size if config.shard else 1
+    memory = MemoryModel(network, lora, DTYPES[base.precision], device, base.base_precision, parts)
+    estimate = check_memory(
+        memory, schedule, recompute=config.checkpoint_activations, halved=halved
+    )  # BadOption if it cannot fit into a GPU
+    if world.is_main:
+        print(estimate)
+
     # 5. The model, with adapters.
     model = base.load(shard=config.shard)
     world = replace(world, lockstep=model.lockstep if config.shard else None)
@@ -298,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         check_not_replaced(adapter, adapter_files)
     else:
         inject(model, lora, seed=config.seed)
+    model.model.checkpoint_activations = config.checkpoint_activations
     if config.compile:
         compile_layers(model)
     if world.is_main:
@@ -447,7 +461,10 @@ def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -
     for _ in range(2):  # the first one includes warm-up
         started, step = time.perf_counter(), schedule.step(0)
         for examples in step.micro_batches:
-            forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+            try:
+                forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
+            except (RuntimeError, MemoryError) as error:
+                check_halving(error, [len(e.tokens) for e in examples], alone=False)  # raises
         seconds = time.perf_counter() - started
     memory = peak_memory_gb(base.device), total_memory_gb(base.device)
     console.print_plan(schedule, step.token_count, seconds, memory)

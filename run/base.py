@@ -154,7 +154,8 @@ class Base:
         identity = {
             "base_commit": self.commit,
             "base_sha256": self.hashing.result().sha256,
-            "base_sizes": asdict(self.config),
+            # What a Qwen2 does not have is left out, as in runs from before Qwen3.
+            "base_sizes": {k: v for k, v in asdict(self.config).items() if v is not None},
             "precision": self.precision,
         }
         if self.base_precision:

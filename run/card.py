@@ -20,8 +20,10 @@ DATASETS = {  # of the built-in tasks
     "arc-challenge": "allenai/ai2_arc", "mmlu": "cais/mmlu", "hellaswag": "Rowan/hellaswag",
 }  # fmt: skip
 # Bases with Apache-2.0 weights; of the others, the licence is left to the person who publishes.
-APACHE = tuple(f"Qwen/Qwen2-{size}" for size in ("0.5B", "1.5B", "7B")) + tuple(
-    f"Qwen/Qwen2.5-{size}" for size in ("0.5B", "1.5B", "7B", "14B", "32B")
+APACHE = (
+    *(f"Qwen/Qwen2-{size}" for size in ("0.5B", "1.5B", "7B")),
+    *(f"Qwen/Qwen2.5-{size}" for size in ("0.5B", "1.5B", "7B", "14B", "32B")),
+    "Qwen/Qwen3-",
 )
 VLLM_RANK = 16  # vLLM's default --max-lora-rank
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those it accepts

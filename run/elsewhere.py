@@ -57,6 +57,8 @@ NAMES = {  # option here -> names elsewhere
     "precision": DTYPES,
     "dtype": DTYPES,
     "device": ("device_map", "accelerator"),
+    "checkpoint_activations": ("gradient_checkpointing", "use_gradient_checkpointing",
+                               "grad_checkpoint", "activation_checkpointing"),
     "compile": ("torch_compile", "use_compile"),
     "shots": ("num_fewshot", "n_shot", "few_shot", "num_shots"),
     "ask": ("prompt", "question", "query"),
@@ -83,8 +85,6 @@ ADVICE = {  # what to do -> names elsewhere: no option here is the same
     "leave it out: every step is logged to metrics.jsonl in the run's folder":
         ("report_to", "logging_steps", "logging_strategy", "log_interval", "wandb",
          "wandb_project", "steps_per_report", "plot_loss"),
-    "leave it out; a smaller --batch-size with more --grad-accum saves memory":
-        ("gradient_checkpointing", "use_gradient_checkpointing", "grad_checkpoint"),
     "leave it out: only LoRA adapters are trained, on the assistant's answers":
         ("finetuning_type", "fine_tune_type", "train_type", "sft_type", "use_peft", "use_lora",
          "stage", "do_train", "train"),

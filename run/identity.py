@@ -24,9 +24,11 @@ PACKAGES = ("data", "evaluation", "lora", "model", "report", "run")
 SCRIPTS = ("train", "evaluate", "errors", "files", "hub", "progress_bar")
 
 # Options that may differ when a run resumes: where it is, its length, how often it validates and
-# saves, where the base is held, and --compile, which only rounds differently.
+# saves, --checkpoint-activations and --shard, which change no bit and only where it is held, and
+# --compile, which only rounds differently.
 FREE = {"out", "fresh", "device", "epochs", "max_steps", "patience", "evals_per_epoch",
-        "save_every", "max_minutes", "price_per_hour", "compile", "shard"}  # fmt: skip
+        "save_every", "max_minutes", "price_per_hour", "compile", "checkpoint_activations",
+        "shard"}  # fmt: skip
 # What something is -> where it was found, which may differ if the content does not.
 PLACES = {
     "base_sha256": {"model", "revision", "base_commit"},

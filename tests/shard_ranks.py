@@ -64,8 +64,11 @@ def texts_of(model: torch.nn.Module, rank: int, world: distributed.World) -> lis
 def main(base: Path, results: Path) -> None:
     world, alone = distributed.join(torch.device("cpu")), distributed.World()
     found = {}
-    for kind in (None, "nf4"):
-        plain, sharded = (adapted(base, base_precision=kind, shard=s) for s in (False, True))
+    for kind in (None, "nf4", "recomputed"):
+        held = None if kind == "recomputed" else kind
+        plain, sharded = (adapted(base, base_precision=held, shard=s) for s in (False, True))
+        for model in (plain, sharded):
+            model.model.checkpoint_activations = kind == "recomputed"
         together = replace(world, lockstep=sharded.lockstep)
         parts = [p.to_local() for p in sharded.parameters() if is_sharded(p)]
         found[str(kind)] = {

@@ -15,7 +15,7 @@ from tests import toys
 from tests.toys import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("None", "nf4")
+KINDS = ("None", "nf4", "recomputed")
 
 
 def start(command: list, ranks: int) -> list[subprocess.Popen]:
