@@ -12,6 +12,7 @@ import train
 from errors import BadOption
 from run.distributed import check_shard
 from tests import toys
+from tests.evaluations import completions_of
 from tests.toys import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,8 +111,7 @@ def test_two_ranks_that_share_a_base_answer_as_one_does(tmp_path, tuned):
         flags += ["--device", "cpu", "--precision", "fp32"]
         outputs = finish(start(flags + ["--shard"] * (ranks > 1), ranks))
         assert outputs[1:] == [""] * (ranks - 1), "the second rank prints nothing"
-        (result,) = (tmp_path / str(ranks)).glob("evaluation/*/tuned.jsonl")
-        answers.append(result.read_text())
+        answers.append(completions_of(tmp_path / str(ranks)))
     assert answers[0] == answers[1] and answers[0]
 
 
