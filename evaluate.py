@@ -53,6 +53,7 @@ from model.checkpoint import read_sampling
 from model.generate import Decoding
 from model.qwen2 import Qwen2
 from report import write_report
+from run import distributed
 from run.base import (
     Base,
     check_base_of_adapter,
@@ -67,6 +68,7 @@ from run.device import (
     conditions,
     decoded_rows,
     out_of_memory_reported,
+    pick_device,
 )
 from run.folder import Run, check_place, lock
 from run.identity import folder_of_program, program
@@ -142,6 +144,11 @@ class EvalConfig:
         least=1,
     )
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
+    base_precision: str | None = option(
+        None, "hold the base's layers in this (default: as in training)",
+        choices=("full", "nf4", "int8"),
+    )  # fmt: skip
+    shard: bool = option(False, "spread the base over ranks, which the first computes with")
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
 
     @property
@@ -184,6 +191,7 @@ class Models:
     contexts: dict[str, Callable[[], AbstractContextManager]]  # by name: base, tuned
 
 
+@distributed.lost_ranks_reported()
 def main(argv: list[str] | None = None) -> None:
     """Find the tasks and the models, measure each task, and write the results."""
     # 1. What is asked for: an evaluation, a comparison of two old ones, or one answer.
@@ -194,6 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         return print(comparison_text(a, b, config.seed))
     base = find_base(config)
     files = check_models(config, base)
+    if config.shard and not distributed.join(base.device).is_main:
+        return base.load(shard=True).lockstep.finish()  # gathers whatever the first rank computes
     if config.ask or config.chat:
         return talk(config, base)
 
@@ -235,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
         refresh_card(run)
         price = run.options.get("price_per_hour")
         print(f"report in {write_report(parent.parent, price)}")
+    if config.shard:
+        models.network.lockstep.finish()  # with which the other ranks end
 
 
 # What is asked for.
@@ -242,6 +254,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(config: EvalConfig) -> None:
     """Raise BadOption for options that contradict each other."""
+    if config.shard:
+        distributed.check_shard({})
     if config.compare and len(config.compare) != 2:
         raise BadOption("--compare takes two files", "--compare A/result.json B/result.json")
     if not config.compare and config.adapter is None and config.model is None:
@@ -267,14 +281,17 @@ def check(config: EvalConfig) -> None:
 
 def find_base(config: EvalConfig) -> Base:
     """The base that was asked for, or else the one that the adapter was trained on."""
-    base = config.model
+    base, kind = config.model, config.base_precision
     if config.adapter:
         base = checkpoint_of_adapter(config.adapter, config.model, config.revision)
-    return Base.find(
-        base, config.revision, precision=config.precision, device=config.device,
+        kind = kind or Run.of_adapter(config.adapter).identity.get("base_precision")
+    base = Base.find(
+        base, config.revision, precision=config.precision,
+        device=pick_device(config.device, distributed.local_rank() if config.shard else 0),
         system=config.system, chat_template=config.chat_template,
         adapter=Path(config.adapter) if config.adapter else None,
     )  # fmt: skip
+    return base.held_in(None if kind == "full" else kind)
 
 
 def check_models(config: EvalConfig, base: Base) -> HashedFiles | None:
@@ -384,7 +401,7 @@ def results_folder(config: EvalConfig, task: Task, settings: dict[str, Any]) -> 
 
 def load_models(config: EvalConfig, base: Base) -> Models:
     """The base, and with an adapter the tuned model (with --keep-correct, the tuned one alone)."""
-    network = base.load()
+    network = base.load(shard=config.shard)
     contexts: dict[str, Callable] = {"base": contextlib.nullcontext}
     if config.adapter:
         read_adapter(Path(config.adapter), network)
@@ -502,6 +519,8 @@ def talk(config: EvalConfig, base: Base) -> None:
     if config.chat:
         with context():
             converse(conversation, name)
+    if config.shard:
+        models.network.lockstep.finish()
 
 
 if __name__ == "__main__":

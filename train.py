@@ -74,6 +74,7 @@ from run.distributed import World
 from run.earlier import upgrade_options
 from run.folder import Progress, Run, check_place, check_space, default_folder, lock
 from run.fp16 import settle_fp16
+from run.memory import MemoryModel, check_memory
 from run.options import changed_options, option, parse, to_json
 from run.stopping import Stop, StopRequested
 from run.track import TRACKERS, RunLog, check_tracker
@@ -152,7 +153,14 @@ class TrainConfig:
     max_new_tokens: int = option(512, "longest answer for exact-match, in tokens", least=1)
 
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
+    base_precision: str | None = option(
+        None, "hold the weights of the base's layers in 4 or 8 bits", choices=("nf4", "int8")
+    )
+    shard: bool = option(False, "spread the base's layers over all ranks; for torchrun")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    checkpoint_activations: bool = option(
+        False, "keep each layer's input only and recompute the rest: less memory, slower"
+    )
     compile: bool | None = option(
         None, f"torch.compile the layers (default: on a GPU, from {REPAID_AFTER:,} steps on)"
     )
@@ -211,6 +219,7 @@ class Data:
     judge: Judge  # how an answer to them is judged
 
 
+@distributed.lost_ranks_reported()
 def main(argv: list[str] | None = None) -> int:
     """From the command line to a trained adapter; returns the exit code."""
     # 1. The options, and what they say about the adapters.
@@ -236,8 +245,12 @@ def main(argv: list[str] | None = None) -> int:
         config.model, run.commit_of_base(config.model, config.revision), adapter=adapter,
         precision=config.precision, device=device, system=config.system,
         chat_template=config.chat_template,
-    )  # fmt: skip
+    ).held_in(config.base_precision)  # fmt: skip
     base.start_hashing()
+    if config.shard:
+        fp16 = base.precision == "fp16"  # tried on the whole base
+        others = {"--compile": config.compile, "--cuda-graphs": config.cuda_graphs}
+        distributed.check_shard(others | {"--dora": lora.dora, "--precision fp16": fp16})
     with torch.device("meta"):
         network = Qwen2(base.config)
     if adapter:
@@ -305,22 +318,35 @@ def main(argv: list[str] | None = None) -> int:
         check_trained(progress, base.precision)
         return 0
 
+    halved = progress.halved if progress else 0
+    parts = world.size if config.shard else 1
+    memory = MemoryModel(network, lora, DTYPES[base.precision], device, base.base_precision, parts)
+    estimate = check_memory(
+        memory, schedule, recompute=config.checkpoint_activations, halved=halved
+    )  # BadOption if it cannot fit into a GPU
+    if world.is_main:
+        print(estimate)
+
     # 5. The model, with adapters.
-    model = base.load()
+    model = base.load(shard=config.shard)
+    world = replace(world, lockstep=model.lockstep if config.shard else None)
     if adapter:
         read_adapter(adapter, model, dropout=config.dropout)
         check_not_replaced(adapter, adapter_files)
     else:
         inject(model, lora, seed=config.seed)
-    compiled, why = settle_compile(config.compile, base, dora=lora.dora, steps=schedule.total_steps)
+    model.model.checkpoint_activations = config.checkpoint_activations
+    wanted = False if config.shard else config.compile
+    compiled, why = settle_compile(wanted, base, dora=lora.dora, steps=schedule.total_steps)
     if compiled:
         compile_layers(model)
     if world.is_main:
-        console.print_sizes(*count(model), schedule)
+        console.print_sizes(trainable, count(network)[1], schedule)
         if why:
             print(why)
     if config.dry_run:
         dry_run(config, schedule, base, model)
+        world.wait()
         return 0
     if world.is_main:
         lock(run.folder)  # makes a new folder, now that everything has been read

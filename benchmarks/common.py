@@ -105,17 +105,18 @@ def step_flop(model: Qwen2, step: Step) -> float:
     """The fewest floating-point operations of a step; a multiplication and an addition count as 2.
 
     A frozen weight costs 4 per token (forward pass and gradient of its input), a trained one 6.
-    Attention costs 4 C forward and 8 C backward per pair of a token and a token it attends to,
-    where C is the hidden size. The output embedding costs 4 per weight and supervised token.
-    Padding, unsupervised rows of the output embedding, and recomputation are not counted.
+    Attention costs 4 H D forward and 8 H D backward per pair of a token and a token it attends to,
+    where H D is the size of all query heads. The output embedding costs 4 per weight and supervised
+    token. Padding, unsupervised rows of the output embedding, and recomputation are not counted.
     """
-    C, layers = model.config.hidden_size, model.config.num_hidden_layers
+    config, layers = model.config, model.config.num_hidden_layers
+    HD = config.num_attention_heads * config.head_size
     frozen = layers * sum(w.numel() for w in frozen_weights(model))
     trained = sum(p.numel() for p in trained_parameters(model).values())
     lengths = [len(e.tokens) for micro_batch in step.micro_batches for e in micro_batch]
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     head = 4 * model.head_weight.numel() * step.supervised_count
-    return (4 * frozen + 6 * trained) * step.token_count + 12 * C * layers * pairs + head
+    return (4 * frozen + 6 * trained) * step.token_count + 12 * HD * layers * pairs + head
 
 
 def training_steps(base: Base, data: str, count: int, batch_size: int) -> list[Step]:

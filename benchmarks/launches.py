@@ -60,6 +60,7 @@ class LaunchConfig:
     steps: int = option(4, "training steps that host time is the median of", least=1)
     prompts: int = option(128, "prompts decoded in parallel", least=1)
     precision: str = option("auto", "dtype of the base", choices=("auto", "bf16", "fp16", "fp32"))
+    checkpoint_activations: bool = option(False, "recompute each layer, as train.py can")
     compile: bool = option(False, "compile the layers, as train.py --compile does")
     cuda_graphs: bool = option(False, "replay CUDA graphs, as train.py --cuda-graphs does")
     decode: bool = option(True, "count a decoded token too")
@@ -91,6 +92,7 @@ def count_training(config: LaunchConfig, base: Base) -> dict[str, float]:
     steps = training_steps(base, config.data, 32, config.batch_size)
     step = min(steps, key=lambda s: abs(s.token_count - TOKENS))
     ours = Ours(base.load(), compile=config.compile, graphs=config.cuda_graphs)
+    ours.model.model.checkpoint_activations = config.checkpoint_activations
     for warm_up in (step, steps[0], step):  # kernels are tried, and graphs compiled or recorded
         ours.step(warm_up)
     torch.cuda.reset_peak_memory_stats()

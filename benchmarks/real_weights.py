@@ -2,6 +2,7 @@
 
     python benchmarks/real_weights.py --model FOLDER --data FOLDER --json real.json
     python benchmarks/real_weights.py --model FOLDER --data FOLDER --rows 0 --harness 64
+    python benchmarks/real_weights.py --model FOLDER --data FOLDER --rows 0 --held 6
 
 Tests compare with the same packages on tiny random bases. Real weights have what those lack: large
 activations, confident predictions, and near-ties. FOLDER is any Qwen2 or Qwen2.5 checkpoint, such
@@ -13,6 +14,7 @@ file qwen2.5-coder-0.5b-instruct-q4_k_m.gguf with `from_pretrained(..., gguf_fil
 import gc
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import LORA, is_installed, write_result
 from data.batches import flat_batch
 from data.encode import Example, encode_problems
+from data.problems import Source
 from data.tasks import load_source
 from errors import run_script
+from evaluation.teacher_forced import teacher_forced
 from lora.inject import inject, trained_parameters
 from lora.peft_format import save_adapter
 from model.generate import Decoding, generate
@@ -43,6 +47,7 @@ class RealConfig:
     model: str = option("Qwen/Qwen2-0.5B-Instruct", "folder or Hub id of published weights")
     data: str = option("gsm8k", "a task, or a folder with train.jsonl and test.jsonl")
     rows: int = option(8, "training rows for logits, divergence and gradients; 0 skips these")
+    held: int = option(0, "training and test rows for bases held in nf4 and int8; 0 skips these")
     harness: int = option(0, "test problems also answered by lm-evaluation-harness's model class")
     max_new_tokens: int = option(256, "longest answer to them, in tokens", least=1)
     json: str | None = option(None, "file to write the result to")
@@ -59,6 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         examples, _ = encode_problems(source.train[: config.rows], rows, base.chat, max_length=2048)
         result["forward"] = compare_forward(base, examples)
         result["gradients"] = compare_gradients(base, examples)
+    if config.held:
+        result["held"] = compare_held(base, source, config.held)
     if config.harness and is_installed("lm-evaluation-harness", ("lm_eval", "transformers")):
         result["harness"] = compare_answers(
             base, source.test[: config.harness], config.max_new_tokens
@@ -215,6 +222,39 @@ def their_gradient(base: Base, examples: list[Example], adapter: Path) -> tuple[
 
 def as_vector(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[name].flatten() for name in sorted(gradients)]).double()
+
+
+# The base in 4 and 8 bits
+
+
+def compare_held(base: Base, source: Source, rows: int) -> dict[str, float]:
+    """By kind: the gradients' cosine to those on the bf16 base, and the validation loss of the base
+    alone, on as many test rows.
+    """
+    train, test = (
+        encode_problems(problems[:rows], list(range(rows)), base.chat, max_length=2048)[0]
+        for problems in (source.train, source.test)
+    )
+    count = sum(example.supervised_count for example in test)
+    figures: dict[str, float] = {}
+    exact = None
+    for kind in (None, "nf4", "int8"):
+        held = replace(base, precision="bf16").held_in(kind)
+        with tempfile.TemporaryDirectory() as scratch:
+            started = time.perf_counter()
+            loss, gradient = our_gradient(held, train, Path(scratch) / "adapter")
+            seconds = time.perf_counter() - started
+        exact = gradient if exact is None else exact
+        cosine = torch.cosine_similarity(gradient, exact, dim=0).item()
+        nats, _ = teacher_forced(held.load(), test, batch_size=rows, quiet=True)
+        name = kind or "bf16"
+        figures |= {f"{name} loss": loss, f"{name} cosine": cosine, f"{name} seconds": seconds}
+        figures[f"{name} validation loss"] = nats / count
+        print(f"layers in {name}: validation loss {nats / count:.4f}; with adapters, loss"
+              f" {loss:.4f} and gradient cosine to bf16 {cosine:.5f},"
+              f" in {seconds:.1f} s")  # fmt: skip
+        gc.collect()
+    return figures
 
 
 # Answers, compared with lm-evaluation-harness's

@@ -12,6 +12,7 @@ in its output are therefore its own, and no text can forge a turn.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ WITH_SYSTEM = (
     "{%- if messages[0]['role'] != 'system' %}{%- set messages ="
     " [{'role': 'system', 'content': 'PROMPT'}] + messages %}{%- endif %}"
 )
+THINKING = re.compile(r"<think>(.*?)</think>(.*)", re.DOTALL)  # before an answer: Qwen3
 FILE, FOLDER, CONFIG = "chat_template.jinja", "additional_chat_templates", "tokenizer_config.json"
 MAX_READ = 2**18  # characters of a file; the sandbox takes fewer
 VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -274,9 +276,21 @@ class ChatTemplate:
         if written != ", ".join(turn.role for turn in wanted):
             raise Unrenderable(f"writes turns of {written or 'nobody'}")
         for turn, (role, text, *_) in zip(turns, wanted, strict=True):
-            if turn.content not in (text, text.strip()):
+            answer = _answer(turn.content) if role == "assistant" else turn.content
+            if answer not in (text, text.strip(), _answer(text).lstrip("\n")):
                 changed = f"{text[:60]!r} becomes {turn.content[:60]!r}"
                 raise Unrenderable(f"changes a text of the {role}: {changed}")
+
+
+def _answer(text: str) -> str:
+    """An answer without an empty thinking block before it, which Qwen3's template adds to the last
+    one; a thinking block with text is laid out as the template does it.
+    """
+    found = THINKING.fullmatch(text)
+    if not found:
+        return text
+    thoughts, answer = found[1].strip("\n"), found[2].lstrip("\n")
+    return f"<think>\n{thoughts}\n</think>\n\n{answer}" if thoughts else answer
 
 
 def _is_plain(message: Mapping[str, Any]) -> bool:

@@ -131,6 +131,7 @@ def _harness_form(text: str) -> str:
 
 def exact_text(completion: str, gold_answer: str) -> bool:
     """Equality of texts, ignoring white space at both ends: for answers that are not numbers."""
+    completion, gold_answer = (t.rpartition("</think>")[2] for t in (completion, gold_answer))
     return completion.strip() == gold_answer.strip()
 
 

@@ -21,7 +21,7 @@ def cast_adapters(model: nn.Module, inputs: Any) -> None:
     A base in fp32 needs no cast.
     """
     layers = [layer for layer in _adapted(model) if layer.enabled and not layer.merged]
-    if not layers or (dtype := layers[0].base_layer.weight.dtype) == torch.float32:
+    if not layers or (dtype := _dtype(layers[0].base_layer)) == torch.float32:
         return
     matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
     flat = torch.cat([matrix.flatten() for matrix in matrices]).to(dtype)
@@ -35,6 +35,11 @@ def remove_casts(model: nn.Module, inputs: Any, outputs: Any) -> None:
     """After the forward pass, also after one that failed."""
     for layer in _adapted(model):
         layer.cast = None
+
+
+def _dtype(base_layer: nn.Linear) -> torch.dtype:
+    """Of its weight, which a quantised layer would dequantise if it were asked for it."""
+    return getattr(base_layer, "dtype", None) or base_layer.weight.dtype
 
 
 def _adapted(model: nn.Module) -> Iterator[LoRALinear]:

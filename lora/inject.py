@@ -92,20 +92,20 @@ def seed_dropout(
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block, the model computes exactly what its base computes, even if merged."""
-    before = [
-        (layer, layer.enabled, layer.base_layer.weight.data, layer.unmerged_weight)
-        for layer in adapters(model)
-    ]
-    for layer in adapters(model):
+    enabled = {layer: layer.enabled for layer in adapters(model)}
+    merged = {layer: layer.base_layer.weight.data for layer in enabled if layer.merged}
+    for layer in enabled:
         layer.enabled = False
         if layer.merged:
             layer.unmerge()
     try:
         yield
     finally:
-        for layer, enabled, weight, unmerged_weight in before:
-            layer.enabled = enabled
-            layer.base_layer.weight.data, layer.unmerged_weight = weight, unmerged_weight
+        for layer, before in enabled.items():
+            layer.enabled = before
+        for layer, weight in merged.items():
+            layer.unmerged_weight = layer.base_layer.weight.data
+            layer.base_layer.weight.data = weight
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> float:

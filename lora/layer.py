@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         assert r > 0, f"rank {r} is not positive"
-        device, in_features = base_layer.weight.device, base_layer.in_features
+        device, in_features = next(base_layer.parameters()).device, base_layer.in_features
         self.base_layer = base_layer
         self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.dropout = KeyedDropout(dropout, in_features, index).to(device)
@@ -97,6 +97,7 @@ class LoRALinear(nn.Module):
         """
         assert not self.merged, "the adapter is already merged"
         weight = self.base_layer.weight
+        assert isinstance(weight, nn.Parameter), "a quantised weight cannot hold the update"
         self.unmerged_weight = weight.data
         rounded = (weight.data.float() + self.delta()).to(dtype or weight.dtype)  # (out, in)
         weight.data = rounded.to(weight.dtype)

@@ -107,7 +107,7 @@ def find_snapshot(folder: Path, revision: str) -> Path:
 
 
 def read_config(folder: Path) -> Qwen2Config:
-    """Read `config.json`; raises BadCheckpoint if it does not describe a supported Qwen2.
+    """Read `config.json`; raises BadCheckpoint if it describes no supported Qwen2 or Qwen3.
 
     As in transformers 5, a checkpoint whose embeddings are tied by its config is not tied if it
     holds an `lm_head.weight` that differs from the embedding.
@@ -132,7 +132,9 @@ def read_config(folder: Path) -> Qwen2Config:
         "num_key_value_heads": raw.get("num_key_value_heads") or heads,
         "vocab_size": raw.get("vocab_size"),
     }
-    # The defaults are those of transformers' Qwen2Config.
+    # The defaults are those of transformers' Qwen2Config and Qwen3Config.
+    if raw["model_type"] == "qwen3":
+        sizes["head_dim"] = raw.get("head_dim", 128)
     floats: dict[str, Any] = {
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 1e4)),
         "rms_norm_eps": raw.get("rms_norm_eps", 1e-6),
@@ -191,6 +193,8 @@ def _unsupported(raw: dict[str, Any], rope: dict[str, Any]) -> list[tuple[str, s
                 f" texts within {raw.get('sliding_window', 4096)} tokens",
             )
         )
+    if raw.get("attention_bias", False) and raw["model_type"] == "qwen3":
+        problems.append(("attention_bias is not supported", USE_QWEN2))
     if raw.get("hidden_act", "silu") != "silu":
         problems.append((f"hidden_act {raw['hidden_act']!r} is not supported", USE_QWEN2))
     return problems
@@ -210,8 +214,11 @@ def _head_problems(sizes: dict[str, int], raw: dict) -> list[str]:
     """Head counts that do not divide each other or the hidden size."""
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     hidden = sizes["hidden_size"]
-    size = hidden // heads
-    if hidden % heads or size % 2 or raw.get("head_dim", size) != size:
+    size = sizes.get("head_dim", hidden // heads)
+    if "head_dim" in sizes:
+        if size % 2:
+            return [f"head_dim is {size}, not even"]
+    elif hidden % heads or size % 2 or raw.get("head_dim", size) != size:
         return [f"hidden_size {hidden} does not divide into {heads} heads of even size"]
     if heads % groups:
         return [f"{heads} query heads do not divide among {groups} key/value heads"]

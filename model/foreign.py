@@ -17,11 +17,15 @@ from safetensors import SafetensorError, safe_open
 
 from errors import BadCheckpoint, listed
 from files import read_json
+from model.bitsandbytes import stored_kind
 
 MOST_FILES = 10_000  # entries of a folder that are looked at
 LONGEST_NAME = 300  # characters of a name that is matched with the patterns below
 
-USE_QWEN2 = "use a Qwen2 or Qwen2.5 checkpoint in the Hub's layout, e.g. Qwen/Qwen2-0.5B-Instruct"
+USE_QWEN2 = (
+    "use a Qwen2, Qwen2.5 or dense Qwen3 checkpoint in the Hub's layout, e.g."
+    " Qwen/Qwen2-0.5B-Instruct"
+)
 COPY_AGAIN = "download or copy it again"
 # With transformers, which reads many forms; what it writes is read here.
 RESAVE = (
@@ -232,8 +236,8 @@ TENSORS = (
     ),
     (
         re.compile(r"^lm_head\.weight is missing"),
-        'if its two embeddings are tied (0.5B, 1.5B, 3B), set "tie_word_embeddings": true in'
-        " config.json; otherwise copy the missing weights too",
+        "if its two embeddings are tied (3B and smaller, Qwen3 to 4B), set"
+        ' "tie_word_embeddings": true in config.json; otherwise copy the missing weights too',
     ),
     (
         re.compile(r"^(model\.embed_tokens|lm_head)\.weight is \("),
@@ -282,14 +286,14 @@ def refuse_config(folder: Path, raw: dict[str, Any]) -> None:
     if kind is None:
         raise BadCheckpoint(
             f"{folder / 'config.json'} has no model_type",
-            'if it is a Qwen2, add "model_type": "qwen2"; otherwise ' + USE_QWEN2,
+            'if it is a Qwen2, add "model_type": "qwen2", or "qwen3"; otherwise ' + USE_QWEN2,
         )
-    if kind != "qwen2":
+    if kind not in ("qwen2", "qwen3"):
         named = f" ({classes[0]})" if isinstance(classes, list) and classes else ""
         raise BadCheckpoint(
-            f"{folder} is a {kind}, not a qwen2: another architecture{named}", USE_QWEN2
+            f"{folder} is a {kind}, not a qwen2 or qwen3: another architecture{named}", USE_QWEN2
         )
-    if method := quantization(raw):
+    if (method := quantization(raw)) and (not stored_kind(raw) or _is_plain(folder)):
         keys = " and ".join(key for key in QUANTIZATION_KEYS if raw.get(key))
         plain = f"its weights are not quantized: to use them as they are, take {keys} out of it"
         raise BadCheckpoint(

@@ -1,5 +1,8 @@
 """Qwen2 on one page: RMSNorm, rotary positions, grouped-query attention with biases, SwiGLU.
 
+Qwen3 (dense) is the same network with an RMSNorm on each query and key head instead of biases, and
+with its own head size.
+
 A micro-batch is flat: its examples are concatenated into one sequence of tokens without padding,
 and only attention needs to know where each example ends. Attribute names equal the checkpoint's
 tensor names, so loading needs no renaming table.
@@ -10,20 +13,25 @@ give the same values and gradients.
 
 Legend: T tokens, N supervised tokens, C hidden size, H query heads, G key/value heads, D head
 size, F MLP size, V vocabulary size.
-Source: Qwen2 Technical Report, arXiv:2407.10671.
+Sources: Qwen2 Technical Report, arXiv:2407.10671; Qwen3 Technical Report, arXiv:2505.09388.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import FlatAttention
 from model.functions import rms_norm, rotate, swiglu
 
 # attend(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+# A layer that keeps only its input for the backward pass; keyed dropout needs no random state.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,16 @@ class Qwen2Config:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+    head_dim: int | None = None  # D of a Qwen3; None for a Qwen2, whose D is C / H
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_qwen3(self) -> bool:
+        """Whether queries and keys are normalized, and have no biases."""
+        return self.head_dim is not None
 
 
 class Qwen2(nn.Module):
@@ -89,6 +103,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpoint_activations = False  # in training: see `recomputed`
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, C)
@@ -96,7 +111,8 @@ class Decoder(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         rotary = rotary_table(positions, self.config.head_size, self.config.rope_theta)
         for layer in self.layers:
-            x = layer(x, rotary, attend)  # (T, C)
+            recompute = self.checkpoint_activations and self.training
+            x = recomputed(layer, x, rotary, attend) if recompute else layer(x, rotary, attend)
         return self.norm(x)  # (T, C)
 
 
@@ -131,18 +147,23 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen2Config, index: int):
         super().__init__()
         self.index, self.head_size = index, config.head_size
-        C, kv = config.hidden_size, config.num_key_value_heads * config.head_size  # kv = G D
-        self.q_proj = nn.Linear(C, C)
-        self.k_proj = nn.Linear(C, kv)
-        self.v_proj = nn.Linear(C, kv)
-        self.o_proj = nn.Linear(C, C, bias=False)
+        C, D, biased = config.hidden_size, config.head_size, not config.is_qwen3
+        q, kv = config.num_attention_heads * D, config.num_key_value_heads * D  # q = H D, kv = G D
+        self.q_proj = nn.Linear(C, q, bias=biased)
+        self.k_proj = nn.Linear(C, kv, bias=biased)
+        self.v_proj = nn.Linear(C, kv, bias=biased)
+        self.o_proj = nn.Linear(q, C, bias=False)
+        if config.is_qwen3:
+            self.q_norm, self.k_norm = (RMSNorm(D, config.rms_norm_eps) for _ in range(2))
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def queries_keys_values(
         self, x: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q (T, H, D), k (T, G, D) and v (T, G, D); q and k are rotated by their positions."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # (T, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))  # (T, G, D)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_size)))  # (T, H, D)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_size)))  # (T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))  # (T, G, D)
         return rotate(q, *rotary), rotate(k, *rotary), v
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from errors import BadCheckpoint, listed
+from model.bitsandbytes import stored_kind, stored_parts
 from model.foreign import COPY_AGAIN, read_object, refuse_content, tensor_remedy
 from model.qwen2 import Qwen2
 
@@ -30,13 +31,15 @@ def find_tensors(folder: Path, model: Qwen2) -> dict[Path, list[str]]:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Some exporters also write the output embedding of a tied model.
     allowed = expected.keys() | {HEAD} if model.config.tie_word_embeddings else expected
-    problems = [f"{name} is not expected" for name in file_of if name not in allowed]
+    parts = stored_parts(file_of) if stored_kind(read_object(folder / "config.json")) else {}
+    packed = parts.keys() | parts.values()  # bitsandbytes.py checks these
+    problems = [f"{name} is not expected" for name in file_of if name not in {*allowed, *packed}]
     problems += [f"{name} is missing" for name in expected if name not in file_of]
     to_load: dict[Path, list[str]] = {}
-    for name in expected.keys() & file_of.keys():
+    for name in (expected.keys() | parts) & file_of.keys():
         to_load.setdefault(file_of[name], []).append(name)
     for path, names in to_load.items():
-        problems += _header_problems(path, {name: expected[name] for name in names})
+        problems += _header_problems(path, {n: expected[n] for n in names if n not in packed})
     if problems:
         raise BadCheckpoint(
             f"{folder} does not fit its config.json: {listed(problems)}",

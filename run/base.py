@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from errors import (
 from files import HashedFiles, read_json
 from hub import check_blobs
 from lora.peft_format import CONFIG, WEIGHTS, read_adapter_config
+from model.bitsandbytes import stored_kind
 from model.checkpoint import (
     SHIPPED,
     Checkpoint,
@@ -35,6 +36,7 @@ from model.checkpoint import (
     read_eos_ids,
     remarks,
 )
+from model.foreign import read_object
 from model.load import load_model
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import (
@@ -65,6 +67,7 @@ class Base:
     device: torch.device
     precision: str  # a key of DTYPES
     precision_reason: str
+    base_precision: str | None = None  # nf4 or int8: how the layers' weights are held in memory
 
     @classmethod
     def find(
@@ -110,17 +113,32 @@ class Base:
             precision_reason=reason,
         )
 
-    def load(self) -> Qwen2:
-        """The frozen model in eval mode; BadOption if it does not fit into the device's memory."""
+    def held_in(self, kind: str | None) -> "Base":
+        """The same base with its layers in nf4 or int8; BadOption if it is stored in another."""
+        stored = stored_kind(read_object(self.folder / "config.json"))
+        if kind and stored not in (kind, None):
+            raise BadOption(
+                f"--base-precision {kind}: {self.name} is stored in {stored}",
+                "omit it, or give the checkpoint that this one was quantized from with --model",
+            )
+        return replace(self, base_precision=stored or kind)
+
+    def load(self, *, shard: bool = False) -> Qwen2:
+        """The frozen model in eval mode, with `shard` this rank's part of it; BadOption if it does
+        not fit into the device's memory.
+        """
         try:
-            return load_model(self.folder, dtype=DTYPES[self.precision], device=self.device)
+            return load_model(
+                self.folder, dtype=DTYPES[self.precision], device=self.device,
+                base_precision=self.base_precision, shard=shard,
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise BadOption(
                 f"the weights of {self.name} in {self.precision} do not fit into the memory of"
                 f" {describe(self.device)}",
-                "use a smaller base, a smaller --precision, or --device cpu",
+                "use a smaller base, a smaller --precision, --base-precision nf4, or --device cpu",
             ) from error
 
     @property
@@ -153,9 +171,12 @@ class Base:
         identity = {
             "base_commit": self.commit,
             "base_sha256": self.hashing.result().sha256,
-            "base_sizes": asdict(self.config),
+            # What a Qwen2 does not have is left out, as in runs from before Qwen3.
+            "base_sizes": {k: v for k, v in asdict(self.config).items() if v is not None},
             "precision": self.precision,
         }
+        if self.base_precision:
+            identity["base_precision"] = self.base_precision
         template = self.chat.template.fingerprint()
         return identity | ({"chat_template_sha256": template} if template else {})
 
@@ -174,7 +195,8 @@ class Base:
             f"base {self.name} at {self.commit or self.folder}",
             *(f"  {remark}" for remark in remarks(self.folder, self.config)),
             *self.chat.template.lines(),
-            f"device {describe(self.device)}; precision {self.precision}: {self.precision_reason}",
+            f"device {describe(self.device)}; precision {self.precision}: {self.precision_reason}"
+            + f"; layers of the base in {self.base_precision}" * bool(self.base_precision),
         ]
 
 

@@ -22,8 +22,10 @@ DATASETS = {  # of the built-in tasks
     "arc-challenge": "allenai/ai2_arc", "mmlu": "cais/mmlu", "hellaswag": "Rowan/hellaswag",
 }  # fmt: skip
 # Bases with Apache-2.0 weights; of the others, the licence is left to the person who publishes.
-APACHE = tuple(f"Qwen/Qwen2-{size}" for size in ("0.5B", "1.5B", "7B")) + tuple(
-    f"Qwen/Qwen2.5-{size}" for size in ("0.5B", "1.5B", "7B", "14B", "32B")
+APACHE = (
+    *(f"Qwen/Qwen2-{size}" for size in ("0.5B", "1.5B", "7B")),
+    *(f"Qwen/Qwen2.5-{size}" for size in ("0.5B", "1.5B", "7B", "14B", "32B")),
+    "Qwen/Qwen3-",
 )
 VLLM_RANK = 16  # vLLM's default --max-lora-rank
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those it accepts
@@ -153,6 +155,8 @@ def _training(lora: LoRAConfig, run: Run, progress: Mapping[str, Any]) -> str:
     names = [_without_folder(name) for name in run.options.get("data", [])]
     data = printable(", ".join(names)) or "data that is not recorded here"
     text = f"Trained on {data}: {lora}."
+    if kind := run.identity.get("base_precision"):
+        text += f" The layers of the base were held in {kind}."
     if progress.get("best_loss") is not None:
         text += f" Best at step {progress['best_step']}, with a validation loss of"
         text += f" {progress['best_loss']:.4f} nats per supervised token"

@@ -153,6 +153,17 @@ def total_memory_gb(device: torch.device) -> float:
         return float("nan")
 
 
+def free_memory_gb(device: torch.device) -> float:
+    """Free memory of the device with CUDA, else of the machine; NaN where that is not reported."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) / 1e9
+    info = Path("/proc/meminfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    free = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return float(next(free, "nan")) * 1024 / 1e9
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory so far: allocated on the device with CUDA, else the process's resident set.
 

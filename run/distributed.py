@@ -16,13 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from errors import TrainingFailed
+from errors import BadOption, TrainingFailed, listed
+from model.shard import Lockstep
 
 # How long a rank waits for another one that is alive. The longest work between two exchanges is to
 # answer for an exact-match validation: 1,319 answers take ten minutes on two CPU cores. NCCL's
 # default of ten minutes would end such a run. A rank that dies closes its connections, which the
 # others see at once with Gloo.
 PATIENCE = timedelta(hours=1)
+LOST = ("gloo", "Gloo", "NCCL", "Connection", "Broken pipe")  # in what a lost connection raises
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    lockstep: Lockstep | None = None  # with a sharded base
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +49,7 @@ class World:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with _lost_ranks_reported():
+        with self._exchange():
             dist.all_reduce(total)
             return total.tolist()
 
@@ -61,7 +64,7 @@ class World:
         parameters = list(parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.flatten() for g in grads])
-        with _lost_ranks_reported():
+        with self._exchange():
             dist.all_reduce(flat)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad = grad.view_as(p)
@@ -69,20 +72,43 @@ class World:
     def wait(self) -> None:
         """Return once every rank has called this."""
         if self.size > 1:
-            with _lost_ranks_reported():
+            with self._exchange():
                 dist.barrier()
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around an exchange: with a sharded base, the others first get the gathers they need."""
+        with lost_ranks_reported():
+            if self.lockstep:
+                self.lockstep.finish()
+            yield
 
 
 @contextlib.contextmanager
-def _lost_ranks_reported() -> Iterator[None]:
-    """Raise TrainingFailed if another rank dies during the exchange; it reports its own cause."""
+def lost_ranks_reported() -> Iterator[None]:
+    """Raise TrainingFailed if another rank dies during an exchange; it reports its own cause."""
     try:
         yield
     except RuntimeError as error:
+        if not dist.is_initialized() or not any(word in str(error) for word in LOST):
+            raise
         raise TrainingFailed(
             f"rank {dist.get_rank()} lost another rank and stops: {str(error)[:100]}",
             "see the other rank's error; rerun the command to resume",
         ) from error
+
+
+def check_shard(other_options: dict[str, bool]) -> None:
+    """Raise BadOption where `--shard` cannot be used; flags that exclude it -> whether given."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise BadOption(
+            "--shard spreads the base over ranks, and this is the only one",
+            "start several: torchrun --nproc-per-node N train.py ..., or omit --shard",
+        )
+    if given := [flag for flag, is_given in other_options.items() if is_given]:
+        raise BadOption(
+            f"--shard does not work with {listed(given)}", f"omit {listed(given)}, or omit --shard"
+        )
 
 
 def local_rank() -> int:

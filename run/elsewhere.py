@@ -57,6 +57,8 @@ NAMES = {  # option here -> names elsewhere
     "precision": DTYPES,
     "dtype": DTYPES,
     "device": ("device_map", "accelerator"),
+    "checkpoint_activations": ("gradient_checkpointing", "use_gradient_checkpointing",
+                               "grad_checkpoint", "activation_checkpointing"),
     "compile": ("torch_compile", "use_compile"),
     "track": ("report_to", "wandb", "tensorboard", "trackio", "with_tracking"),
     "shots": ("num_fewshot", "n_shot", "few_shot", "num_shots"),
@@ -65,7 +67,7 @@ NAMES = {  # option here -> names elsewhere
     "chat_template": ("template", "chat_template_path", "prompt_template"),
 }  # fmt: skip
 ADVICE = {  # what to do -> names elsewhere: no option here is the same
-    "leave it out: the base is not quantised, and --precision sets its dtype":
+    "use --base-precision nf4 or int8; --precision sets the dtype that it is computed in":
         ("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "qlora", "use_4bit",
          "bnb_4bit_compute_dtype", "bits", "quant_bits"),
     "use --precision bf16": ("bf16", "bfloat16"),
@@ -84,14 +86,12 @@ ADVICE = {  # what to do -> names elsewhere: no option here is the same
     "leave it out: every step is logged to metrics.jsonl in the run's folder":
         ("logging_steps", "logging_strategy", "log_interval", "wandb_project",
          "steps_per_report", "plot_loss"),
-    "leave it out; a smaller --batch-size with more --grad-accum saves memory":
-        ("gradient_checkpointing", "use_gradient_checkpointing", "grad_checkpoint"),
     "leave it out: only LoRA adapters are trained, on the assistant's answers":
         ("finetuning_type", "fine_tune_type", "train_type", "sft_type", "use_peft", "use_lora",
          "stage", "do_train", "train"),
     "leave it out: all layers get adapters, and --targets chooses the projections":
         ("num_layers", "lora_layers"),
-    "use torchrun --nproc-per-node N train.py":
+    "use torchrun --nproc-per-node N train.py, with --shard to spread the base over the ranks":
         ("deepspeed", "fsdp", "num_gpus", "num_processes", "nproc_per_node"),
     "leave it out: the kind of attention follows from the device":
         ("flash_attn", "attn_implementation", "use_flash_attention_2"),

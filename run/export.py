@@ -29,7 +29,9 @@ from files import make_folder, publish
 from lora.config import LoRAConfig
 from lora.inject import bake_scale, merge, unwrapped_state
 from lora.peft_format import read_adapter, save_adapter
+from model.bitsandbytes import stored_kind
 from model.checkpoint import Checkpoint, read_config, read_eos_ids, remarks
+from model.foreign import read_object
 from model.load import load_model
 from model.qwen2 import Qwen2
 from run.base import check_base_of_adapter, checkpoint_of_adapter, hash_base
@@ -108,12 +110,27 @@ def main(argv: list[str] | None = None) -> None:
         print(f"the base's chat template and eos ids are kept as they are: {error.cause}")
         chat = None
 
+    if not config.portable and stored_kind(read_object(checkpoint.folder / "config.json")):
+        raise BadOption(
+            f"quantised weights, as in {checkpoint.folder}, cannot hold an adapter's change",
+            "give the checkpoint that they were quantised from with --model",
+        )
+
     # 2. The model with its adapters, and what it computes.
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
     source = ExportInput(config, checkpoint, read_adapter(Path(config.adapter), model), chat)
     expected = probe(model)  # (T, V)
+    if kind := Run.of_adapter(config.adapter).identity.get("base_precision"):
+        held = load_model(checkpoint.folder, dtype=expected.dtype, base_precision=kind)
+        read_adapter(Path(config.adapter), held)
+        apart = (expected.float() - probe(held).float()).abs().max().item()
+        print(
+            f"trained on the base in {kind}, exported for the base in full precision: logits of"
+            f" {len(PROBE)} tokens differ by at most {apart:.2g}"
+        )
+        del held
 
     # 3. The export, under another name; compared; renamed.
     new = out.with_name(out.name + ".new")

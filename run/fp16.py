@@ -48,7 +48,7 @@ def overflows(base: Base, rows: list[Problem], max_length: int) -> bool:
     if not examples:
         return False
     model, batch = base.load(), flat_batch(examples, base.device)
-    first = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()  # all layers are between
+    first = model.model.layers[0].input_layernorm.weight.requires_grad_()  # all layers are between
     hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
     nats, _ = linear_cross_entropy(hidden, model.head_weight, batch.targets, batch.supervised_rows)
     (grad,) = torch.autograd.grad(nats / max(1, len(batch.supervised_rows)), first)

@@ -1,4 +1,5 @@
-"""One GGUF file of a Qwen2 checkpoint, for llama.cpp and Ollama: what its converter writes.
+"""One GGUF file of a Qwen2 or Qwen3 checkpoint, for llama.cpp and Ollama, as its converter
+writes it.
 
 Matrices have the dtype of the checkpoint; norms and biases are fp32. `tokenizer.ggml.pre` qwen2
 stands for Qwen2's pipeline, which `ChatFormat` has checked. Rows of the embedding that have no
@@ -38,7 +39,7 @@ def write_gguf(folder: Path, path: Path) -> None:
     gguf = check_gguf()
     config = read_config(folder)
     raw = json.loads((folder / "config.json").read_text("utf-8"))
-    writer = gguf.GGUFWriter(path, "qwen2")
+    writer = gguf.GGUFWriter(path, "qwen3" if config.is_qwen3 else "qwen2")
     writer.add_type("model")
     writer.add_name(path.stem)
     writer.add_block_count(config.num_hidden_layers)
@@ -47,6 +48,9 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    if config.is_qwen3:
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     dtype = raw.get("dtype", raw.get("torch_dtype"))
@@ -81,7 +85,8 @@ def read_gguf(path: Path, config: Qwen2Config, dtype: torch.dtype) -> Qwen2:
 
 def _names(gguf: ModuleType, config: Qwen2Config) -> dict[str, str]:
     """Checkpoint's name -> GGUF's name of every tensor."""
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    kind = gguf.MODEL_ARCH.QWEN3 if config.is_qwen3 else gguf.MODEL_ARCH.QWEN2
+    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     with torch.device("meta"):
         names = Qwen2(config).state_dict()
     return {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}

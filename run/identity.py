@@ -24,10 +24,11 @@ PACKAGES = ("data", "evaluation", "lora", "model", "report", "run")
 SCRIPTS = ("train", "evaluate", "errors", "files", "hub", "progress_bar", "terminal", "typed")
 
 # Options that may differ when a run resumes: where it is, its length, how often it validates and
-# saves, --compile and --cuda-graphs, which only round differently.
+# saves, what changes no bit and only where it is held (--checkpoint-activations, --shard), and what
+# only rounds differently (--compile, --cuda-graphs).
 FREE = {"out", "fresh", "dry_run", "device", "epochs", "max_steps", "patience", "evals_per_epoch",
         "save_every", "max_minutes", "price_per_hour", "compile", "cuda_graphs",
-        "track"}  # fmt: skip
+        "checkpoint_activations", "shard", "track"}  # fmt: skip
 # What something is -> where it was found, which may differ if the content does not.
 PLACES = {
     "base_sha256": {"model", "revision", "base_commit"},

@@ -73,6 +73,46 @@ QWEN2_5 = r"""{%- if tools %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """  # noqa: E501
+# In Qwen3's layout: an answer after the last question begins with a thinking block, an empty one if
+# it has none; earlier answers lose theirs. Its part for tools is Qwen2.5's.
+QWEN3 = r"""{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is defined and message.reasoning_content is not none %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- elif '</think>' in message.content %}
+            {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+            {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""  # noqa: E501
 QWEN2_5_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 MATH_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 LLAMA_FACTORY = (  # `Template._get_jinja_template` for the template "qwen"
@@ -133,6 +173,7 @@ PUBLISHED = {
         LLAMA_FACTORY.replace("You are a helpful assistant.", 'Don\\\'t \\\\ "guess"'),
         'Don\'t \\ "guess"',
     ),
+    "Qwen3": (QWEN3, None),
     "Unsloth, qwen-2.5": (QWEN2_5, QWEN2_5_SYSTEM),
     "Unsloth, chatml": (UNSLOTH_CHATML, None),
     "TRL": (TRL, None),
