@@ -93,8 +93,8 @@ class SpeedConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Load, check that both do the same work, time their steps in turns, and report."""
-    config = parse(SpeedConfig, argv, f"Our training step compared with {PEER}'s.",
-                   groups={f"{PEER} (pip install -e '.[bench]')": "peer"})  # fmt: skip
+    groups = {f"{PEER} (pip install -e '.[bench]')": ("peer", "--peer-loss trl")}
+    config = parse(SpeedConfig, argv, f"Our training step compared with {PEER}'s.", groups=groups)
     base = Base.find(config.model, precision=config.precision, device=config.device)
     if config.compile:
         check_compiler(base.device, DTYPES[base.precision], dora=False)

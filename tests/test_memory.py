@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import train
 from data.batches import Schedule, Step, flat_batch
-from errors import BadOption, TrainingFailed
+from errors import BadOption
 from lora.inject import LoRAConfig, adapters, inject, seed_dropout, trained_parameters
 from model import attention, qwen2
 from model.compile import compile_layers
@@ -220,19 +220,6 @@ def test_the_estimate_is_printed_before_training_and_by_a_dry_run(
         assert train.main([*map(str, flags), *more]) == 0
         assert "GB free (weights 0.00, adapters" in capsys.readouterr().out
     assert "peak_memory" in (tmp_path / "run" / "metrics.jsonl").read_text()
-
-
-def test_a_dry_run_that_runs_out_of_memory_is_an_error_in_two_lines(
-    checkpoint, arithmetic, tmp_path, monkeypatch
-):
-    def forward_backward(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 160.00 MiB.")
-
-    monkeypatch.setattr(train, "forward_backward", forward_backward)
-    flags = ["--model", checkpoint, "--data", arithmetic, "--out", tmp_path / "run", "--dry-run"]
-    with pytest.raises(TrainingFailed, match="do not fit into memory") as failed:
-        train.main([*map(str, flags), "--device", "cpu", "--precision", "fp32"])
-    assert "--batch-size below 16" in failed.value.remedy
 
 
 def test_layers_are_recomputed_in_training_and_only_there(
