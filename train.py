@@ -290,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     if progress and not config.dry_run and (reason := progress.reason_finished(*goal)):
         run.check_finished_by_this_program()
         progress.stopped = reason
+        if changes:
+            run.report_page.unlink(missing_ok=True)  # such as another price per hour
         return finish(config, base, run, progress, world)
     halved, recompute = progress.halved if progress else 0, config.checkpoint_activations
     parts = world.size if config.shard else 1
@@ -428,14 +430,13 @@ def train(
                 sums += forward_backward(model, examples, step, seed=config.seed, scaler=scaler)
         except (RuntimeError, MemoryError, StopRequested) as error:
             given_up = why_given_up(error, [len(e.tokens) for e in examples])
-        too_large, stopping = world.any(*given_up)  # on one rank: all take the same step again
+
+        # Gradients: summed over ranks, unscaled, clipped. If one rank gave up, all repeat the step.
+        too_large, stopping = world.sum_gradients(parameters.values(), *given_up)
         if too_large or stopping:
             progress.halved += too_large
             optimizer.zero_grad()
             continue
-
-        # Gradients: summed over ranks, unscaled, clipped.
-        world.sum_gradients(parameters.values())
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
 
@@ -480,7 +481,8 @@ def train(
 def finish(config: TrainConfig, base: Base, run: Run, progress: Progress, world: World) -> int:
     """Report a finished run; returns its exit code, or raises TrainingFailed if no step counted."""
     if world.is_main:
-        print(f"report in {write_report(run.folder, config.price_per_hour)}")
+        if not run.report_page.exists():
+            print(f"report in {write_report(run.folder, config.price_per_hour)}")
         console.print_end(progress, run)
     check_trained(progress, base.precision)
     return 0
