@@ -44,8 +44,8 @@ TOKENS = 3200  # of the step that is counted: near the mean of 16 GSM8K rows
 CUT = 8  # tokens of a row, in host time
 SHORT, LONG = 8, 24  # tokens of the two generations
 
-# For 16 rows of 24 layers, as counted: lower these when a change saves some. Only the host's time is
-# a goal, which is not met yet.
+# For 16 rows of 24 layers, as counted: lower these when a change saves some. Only the time of the
+# host is a goal, which is not met yet.
 TARGETS = {
     "train": {"waits": 1, "host_ms": 14},
     "decode": {"launches": 487, "waits": 1},
