@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.audit import audit_mixture
+from data.audit import Audit, audit_mixture
 from data.batches import Schedule, Step, flat_batch
 from data.encode import Example
 from data.mixture import (
+    WeightedSource,
     check_rounding,
     encode_mixture,
     load_mixture,
@@ -40,13 +41,11 @@ from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of, judged_problems
 from evaluation.teacher_forced import teacher_forced
 from lora.config import added_parameters
-from lora.inject import adapters, count, inject, seed_dropout, trained_parameters
+from lora.inject import count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options
 from lora.peft_format import check_adapter, read_adapter
 from lora.plus import rate_groups
-from model.compile import compile_layers
 from model.generate import Decoding
-from model.graphs import graph_training
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from report import write_report
@@ -54,20 +53,18 @@ from run import console, distributed
 from run.base import Base, check_not_replaced, hash_adapter
 from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
-from run.compiling import REPAID_AFTER, check_compiler, check_graphs, settle_compile
+from run.compiling import REPAID_AFTER, check_compiler, check_graphs, settle_layers
 from run.device import (
     DTYPES,
     changed_conditions,
     check_trained,
-    conditions,
-    describe,
     no_finite_gradient,
     out_of_memory_reported,
     peak_memory_gb,
     pick_device,
     pick_precision,
+    session_facts,
     total_memory_gb,
-    versions,
     why_given_up,
 )
 from run.distributed import World
@@ -215,7 +212,8 @@ class Data:
 
     schedule: Schedule
     validation: dict[str, list[Example]]  # by source
-    held_out: list[Problem]  # the validation rows whose gold the judge can read, to be answered
+    held_out: list[Problem]  # the validation rows as problems
+    answerable: list[Problem]  # those of them whose gold the judge can read
     judge: Judge  # how an answer to them is judged
 
 
@@ -286,6 +284,68 @@ def main(argv: list[str] | None = None) -> int:
     # 4. What will happen: the options, the data in numbers, the steps.
     if world.is_main:
         console.print_start(config, base, mixture, lora)
+    data, audit = prepare_data(config, mixture, base, world)
+    schedule, progress = data.schedule, run.read_progress()
+    goal = (schedule.total_steps, config.patience, config.stop_on)
+    if progress and not config.dry_run and (reason := progress.reason_finished(*goal)):
+        run.check_finished_by_this_program()
+        progress.stopped = reason
+        if changes:
+            run.report_page.unlink(missing_ok=True)  # such as another price per hour
+        return finish(config, base, run, progress, world)
+    halved, recompute = progress.halved if progress else 0, config.checkpoint_activations
+    parts = world.size if config.shard else 1
+    memory = MemoryModel(network, lora, DTYPES[base.precision], device, base.base_precision, parts)
+    needed = check_memory(memory, schedule, recompute=recompute, halved=halved)
+
+    # 5. The model, with adapters.
+    model = base.load(shard=config.shard)
+    world = replace(world, lockstep=model.lockstep if config.shard else None)
+    if adapter:
+        read_adapter(adapter, model, dropout=config.dropout)
+        check_not_replaced(adapter, adapter_files)
+    else:
+        inject(model, lora, seed=config.seed)
+    model.model.checkpoint_activations = recompute
+    compile = False if config.shard else config.compile
+    compiled = settle_layers(
+        model, base, compile=compile, cuda_graphs=config.cuda_graphs, dora=lora.dora,
+        steps=schedule.total_steps,
+    )  # fmt: skip
+    if world.is_main:
+        console.print_sizes(trainable, count(network)[1], schedule)
+        print("\n".join(filter(None, (needed, compiled))))
+    if config.dry_run:
+        dry_run(config, schedule, base, model)
+        world.wait()
+        return 0
+    if world.is_main:
+        lock(run.folder)  # makes a new folder, now that everything has been read
+        facts = {"base": base.name, "base_folder": base.place} | session_facts(device)
+        facts["changed_options"] = [*changed_options(config)]
+        if changes is not None:
+            changes += changed_conditions(run.config.get("conditions"), facts["conditions"])
+        rows = [problem.row() for problem in data.held_out]
+        run.write_start(saved | facts, changes or [], asdict(audit), rows)
+        console.print_changes(changes or [])
+
+    # 6. Training, and the report.
+    smaller = "rerun the command with half the --batch-size and twice the --grad-accum to resume"
+    with Stop(config.max_minutes) as stop, out_of_memory_reported(smaller):
+        progress = train(config, data, base, model, run, world, stop)
+    base.check_unchanged()
+    if progress.stopped:
+        return finish(config, base, run, progress, world)
+    if world.is_main:
+        print(f"{stop.reason}: stopped after step {progress.cursor} of {schedule.total_steps};"
+              " rerun the command to resume")  # fmt: skip
+    return stop.exit_code
+
+
+def prepare_data(
+    config: TrainConfig, mixture: list[WeightedSource], base: Base, world: World
+) -> tuple[Data, Audit]:
+    """The rows as examples, split and scheduled for this rank, and their statistics, printed."""
     sources = encode_mixture(
         mixture, base.chat, limit=config.limit, validation_share=config.validation_share,
         max_length=config.max_length,
@@ -300,83 +360,12 @@ def main(argv: list[str] | None = None) -> int:
     validation = {source.name: source.validation for source in sources}
     judge = judge_of(held_out, [*validation], generated=True)
     answerable, golds = judged_problems(judge, held_out)
-    data = Data(schedule, validation, answerable, judge)
     audit = audit_mixture(sources)
     if world.is_main:
         console.print_audit(audit)
         if config.stop_on == "exact-match":
             print(f"exact match: judged as {judge.name}" + f"; {golds}" * bool(golds))
-    progress = run.read_progress()
-    goal = (schedule.total_steps, config.patience, config.stop_on)
-    if progress and not config.dry_run and (reason := progress.reason_finished(*goal)):
-        run.check_finished_by_this_program()
-        progress.stopped = reason
-        if world.is_main:
-            if changes or not (run.folder / "report.html").exists():
-                write_report(run.folder, config.price_per_hour)
-            console.print_end(progress, run)
-        check_trained(progress, base.precision)
-        return 0
-
-    halved = progress.halved if progress else 0
-    parts = world.size if config.shard else 1
-    memory = MemoryModel(network, lora, DTYPES[base.precision], device, base.base_precision, parts)
-    estimate = check_memory(
-        memory, schedule, recompute=config.checkpoint_activations, halved=halved
-    )  # BadOption if it cannot fit into a GPU
-    if world.is_main:
-        print(estimate)
-
-    # 5. The model, with adapters.
-    model = base.load(shard=config.shard)
-    world = replace(world, lockstep=model.lockstep if config.shard else None)
-    if adapter:
-        read_adapter(adapter, model, dropout=config.dropout)
-        check_not_replaced(adapter, adapter_files)
-    else:
-        inject(model, lora, seed=config.seed)
-    model.model.checkpoint_activations = config.checkpoint_activations
-    wanted = False if config.shard else config.compile
-    compiled, why = settle_compile(wanted, base, dora=lora.dora, steps=schedule.total_steps)
-    if compiled:
-        compile_layers(model)
-    if world.is_main:
-        console.print_sizes(trainable, count(network)[1], schedule)
-        if why:
-            print(why)
-    if config.dry_run:
-        dry_run(config, schedule, base, model)
-        world.wait()
-        return 0
-    if world.is_main:
-        lock(run.folder)  # makes a new folder, now that everything has been read
-        facts = {"base": base.name, "base_folder": base.place, "device": describe(device)}
-        facts |= {"versions": versions(), "changed_options": [*changed_options(config)]}
-        facts["conditions"] = conditions(device)
-        if changes is not None:
-            changes += changed_conditions(run.config.get("conditions"), facts["conditions"])
-        rows = [problem.row() for problem in held_out]
-        run.write_start(saved | facts, changes or [], asdict(audit), rows)
-        console.print_changes(changes or [])
-
-    if config.cuda_graphs:
-        graph_training(model, [layer.dropout for layer in adapters(model)])
-
-    # 6. Training, and the report.
-    smaller = "rerun the command with half the --batch-size and twice the --grad-accum to resume"
-    with Stop(config.max_minutes) as stop, out_of_memory_reported(smaller):
-        progress = train(config, data, base, model, run, world, stop)
-    base.check_unchanged()
-    if world.is_main and progress.stopped:
-        print(f"report in {write_report(run.folder, config.price_per_hour)}")
-        console.print_end(progress, run)
-    elif world.is_main:
-        print(f"{stop.reason}: stopped after step {progress.cursor} of {schedule.total_steps};"
-              " rerun the command to resume")  # fmt: skip
-    if not progress.stopped:
-        return stop.exit_code
-    check_trained(progress, base.precision)
-    return 0
+    return Data(schedule, validation, held_out, answerable, judge), audit
 
 
 def train(
@@ -441,14 +430,13 @@ def train(
                 sums += forward_backward(model, examples, step, seed=config.seed, scaler=scaler)
         except (RuntimeError, MemoryError, StopRequested) as error:
             given_up = why_given_up(error, [len(e.tokens) for e in examples])
-        too_large, stopping = world.any(*given_up)  # on one rank: all take the same step again
+
+        # Gradients: summed over ranks, unscaled, clipped. If one rank gave up, all repeat the step.
+        too_large, stopping = world.sum_gradients(parameters.values(), *given_up)
         if too_large or stopping:
             progress.halved += too_large
             optimizer.zero_grad()
             continue
-
-        # Gradients: summed over ranks, unscaled, clipped.
-        world.sum_gradients(parameters.values())
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip)
 
@@ -488,6 +476,16 @@ def train(
     screen.close()
     log.close()
     return progress
+
+
+def finish(config: TrainConfig, base: Base, run: Run, progress: Progress, world: World) -> int:
+    """Report a finished run; returns its exit code, or raises TrainingFailed if no step counted."""
+    if world.is_main:
+        if not run.report_page.exists():
+            print(f"report in {write_report(run.folder, config.price_per_hour)}")
+        console.print_end(progress, run)
+    check_trained(progress, base.precision)
+    return 0
 
 
 def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -> None:
@@ -552,7 +550,7 @@ def validate(
         if len(sums) > 1:
             found["val_loss_by_source"] = {k: nats / n for k, (nats, _, n) in sums.items()}
         if config.stop_on == "exact-match":
-            sample = data.held_out[: config.exact_match_problems]
+            sample = data.answerable[: config.exact_match_problems]
             decoding = Decoding(
                 config.max_new_tokens, base.eos_ids, base.chat.vocab_size, batch_size
             )

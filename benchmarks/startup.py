@@ -52,7 +52,7 @@ PARTS = {
     "train:publish_best": "publish the first best/",
 }
 # What the first step begins and ends with: taking its rows, and writing its line of the log.
-STEP_BEGINS, STEP_ENDS = "train:Schedule.step", "train:JsonLines.write"
+STEP_BEGINS, STEP_ENDS = "train:Schedule.step", "train:RunLog.write"
 HEAVY = ("torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor", "pyarrow",
          "matplotlib", "huggingface_hub", "transformers")  # fmt: skip
 

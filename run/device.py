@@ -226,6 +226,12 @@ def changed_conditions(old: Any, new: dict[str, Any]) -> list[str]:
     return [f"{NOT_BIT_FOR_BIT}: {', '.join(changed)}"] if changed else []
 
 
+def session_facts(device: torch.device) -> dict[str, Any]:
+    """What a run's config.json says about where its newest session runs."""
+    where = {"device": describe(device), "versions": versions()}
+    return where | {"conditions": conditions(device)}
+
+
 def versions() -> dict[str, str]:
     """Versions of what a run's results depend on."""
     return {

@@ -53,21 +53,23 @@ class World:
             dist.all_reduce(total)
             return total.tolist()
 
-    def any(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any rank."""
-        return [count > 0 for count in self.sum(*flags)]
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], *flags: bool) -> list[bool]:
+        """Sum every gradient over all ranks; returns whether each flag is set on any rank.
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum every gradient over all ranks, in one message; a rank without rows adds zeros."""
+        Both travel in one message. A rank without rows adds zeros.
+        """
         if self.size == 1:
-            return
+            return list(flags)
         parameters = list(parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.flatten() for g in grads])
+        raised = grads[0].new_tensor(flags)  # (flags,)
+        flat = torch.cat([g.flatten() for g in grads] + [raised])
         with self._exchange():
             dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        *grads, raised = flat.split([p.numel() for p in parameters] + [len(flags)])
+        for p, grad in zip(parameters, grads):
             p.grad = grad.view_as(p)
+        return [count > 0 for count in raised.tolist()]
 
     def wait(self) -> None:
         """Return once every rank has called this."""

@@ -154,6 +154,7 @@ class Run:
         self.folder = Path(folder)
         self.best = self.folder / "best"
         self.log_file = self.folder / "metrics.jsonl"
+        self.report_page = self.folder / "report.html"
         self.held_out_file = self.folder / "validation.jsonl"
 
     @classmethod
@@ -389,7 +390,7 @@ class Run:
             now = datetime.now(timezone.utc)
             kept = {"id": secrets.token_hex(8), "started": f"{now:%Y-%m-%d %H:%M} UTC"}
         all_changes = earlier.get("changes", []) + changes
-        (self.folder / "report.html").unlink(missing_ok=True)  # describes an earlier end
+        self.report_page.unlink(missing_ok=True)  # describes an earlier end
         write_json(path, {"format": FORMAT, **kept, **config, **program(), "changes": all_changes})
         write_json(self.folder / "audit.json", audit)
         rows = "".join(json.dumps(row) + "\n" for row in held_out)

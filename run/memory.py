@@ -47,7 +47,7 @@ class Memory:
         return sum(astuple(self)) / 1e9
 
     def __str__(self) -> str:
-        parts = zip(("weights", "adapters and optimizer", "activations", "buffers"), astuple(self))
+        parts = zip(("weights", "adapters", "activations", "buffers"), astuple(self))
         return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts)
 
 
@@ -165,7 +165,8 @@ def check_memory(
     need = memory.of_a_step(tokens, supervised, recompute=recompute)
     free_gb = free_memory_gb(memory.device)
     if not need.gb > free_gb:
-        return f"memory of {tokens:,} tokens: about {need.gb:.2f} of {free_gb:.1f} GB free ({need})"
+        whole = f"about {need.gb:.2f} of {free_gb:.1f} GB free"
+        return f"memory      {whole}, for a micro-batch of {tokens:,} tokens\n            {need}"
     smaller = replace(memory, base_precision=memory.base_precision or "nf4")
     flags = fitting_flags(memory, schedule, free_gb) or [
         f"--base-precision nf4 {flag}".strip() for flag in fitting_flags(smaller, schedule, free_gb)

@@ -208,7 +208,7 @@ def test_a_choice_that_tuning_made_right_is_fixed_and_not_broken(monkeypatch, tm
     contexts = {"base": nullcontext, "tuned": nullcontext}
     task = SimpleNamespace(problems=[], judge=None)
     result = evaluate.measure_choices(
-        evaluate.EvalConfig(adapter="x"), SimpleNamespace(chat=None),
+        evaluate.EvalConfig(adapter="x", batch_size=8), SimpleNamespace(chat=None),
         evaluate.Models(None, contexts), task, tmp_path,
     )  # fmt: skip
     difference = result["difference"]

@@ -141,7 +141,7 @@ def test_without_a_compiler_a_run_is_refused_before_it_creates_its_folder(tmp_pa
 
 def test_compiled_and_plain_runs_have_equal_losses(monkeypatch, tmp_path, checkpoint, arithmetic):
     monkeypatch.setattr(train, "check_compiler", lambda *_, **__: None)
-    monkeypatch.setattr(train, "compile_layers", partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(compiling, "compile_layers", partial(compile_layers, backend="eager"))
     flags = ["--model", checkpoint, "--data", arithmetic, "--device", "cpu", "--precision", "fp32",
              "--max-steps", 2, "--batch-size", 4, "--limit", 20]  # fmt: skip
     losses = []

@@ -24,7 +24,7 @@ from data.custom import load_path
 from data.encode import IGNORE, encode_problems
 from data.rows import Message, Problem, parse_row, read_problems
 from data.split import split_problems
-from errors import BadCheckpoint, BadData
+from errors import BadCheckpoint, BadData, BadOption
 from tests import toys
 from tests.published import COMPLETE, GSM8K, REAL_TOKENIZER
 from tests.toys import some_examples, write_lines
@@ -344,7 +344,7 @@ def test_a_folder_has_training_and_test_rows_and_a_file_only_training_rows(tmp_p
 def test_a_source_that_does_not_exist_is_refused_by_name(tmp_path):
     (tmp_path / "rows.csv").write_text("question,answer\n")
     for name in ("rows.csv", "", "missing", "n" * 300, "~nobody-of-that-name/rows.jsonl"):
-        with pytest.raises(BadData, match=name[:20] or str(tmp_path)):
+        with pytest.raises((BadData, BadOption), match=name[:20] or str(tmp_path)):
             tasks.load_source(str(tmp_path / name) if not name.startswith("~") else name)
     write_lines(tmp_path / "t.jsonl", [GOOD])
     with pytest.raises(BadData, match="--data-revision"):

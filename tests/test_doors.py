@@ -158,6 +158,8 @@ def test_a_training_whose_output_cannot_be_written_is_not_lost(short, expected, 
 
 # Ctrl-C in the first seconds
 
+# A shell starts background jobs with SIGINT ignored, and Python leaves it so.
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 INTERRUPT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 MOMENTS = {
     "importing": f"""
@@ -184,5 +186,5 @@ run.base.load_model = load_model
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_in_the_first_seconds_ends_with_130_and_without_a_traceback(short, tmp_path, moment):
-    ended = script("train.py", [*short, "--out", tmp_path / "run"], before=MOMENTS[moment])
+    ended = script("train.py", [*short, "--out", tmp_path / "run"], before=LISTEN + MOMENTS[moment])
     assert ended.returncode in (130, -2) and ended.stderr == "interrupted\n"

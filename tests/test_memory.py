@@ -182,7 +182,7 @@ def test_a_run_that_cannot_fit_is_refused_with_flags_that_make_it_fit(card):
 def test_a_run_is_refused_only_if_it_cannot_fit_in_spite_of_the_estimates_error(card):
     schedule = schedule_of(LENGTHS, 16)
     need = card(1.0).of_a_step(*largest_micro_batch(schedule), recompute=False).gb
-    assert "GB free (" in check_memory(card(need), schedule, recompute=False)
+    assert "GB free, for" in check_memory(card(need), schedule, recompute=False)
     said = check_memory(card(need * 0.95), schedule, recompute=False)
     assert "memory may not suffice" in said and "use --batch-size 8 --grad-accum 2" in said
     with pytest.raises(BadOption):
@@ -218,7 +218,7 @@ def test_the_estimate_is_printed_before_training_and_by_a_dry_run(
              "--device", "cpu", "--precision", "fp32"]  # fmt: skip
     for more in (["--dry-run"], ["--max-steps", "1"]):
         assert train.main([*map(str, flags), *more]) == 0
-        assert "GB free (weights 0.00, adapters" in capsys.readouterr().out
+        assert "\n            weights 0.00, adapters" in capsys.readouterr().out
     assert "peak_memory" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 

@@ -61,7 +61,8 @@ def test_a_step_exchanges_two_messages_gradients_and_sums(
     messages = sent[before + 1 : after]
     weights = load_file(tmp_path / "run" / "best" / "adapter_model.safetensors")
     gradients = sum(tensor.numel() for tensor in weights.values())
-    assert messages == [gradients, 4] * steps
+    flags = 2  # whether a rank has given up the step, for lack of memory or time
+    assert messages == [gradients + flags, 4] * steps
 
 
 def test_ranks_wait_for_each_other_longer_than_a_validation_takes(monkeypatch):
