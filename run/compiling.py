@@ -58,8 +58,14 @@ def settle_compile(
     return True, f"layers are compiled, which {REPAID_AFTER:,} steps or more repay"
 
 
-def check_compiler(device: torch.device, dtype: torch.dtype, *, dora: bool) -> None:
-    """Raise BadOption, for a run with --compile, if there is a `compiler_problem`."""
+def check_compiler(
+    device: torch.device, dtype: torch.dtype, *, dora: bool, recompute: bool = False
+) -> None:
+    """Raise BadOption, for a run with --compile, if there is a `compiler_problem`, or with
+    `recompute`: in half precision, a compiled layer is not recomputed as it was computed.
+    """
+    if recompute:
+        raise BadOption("--compile does not work with --checkpoint-activations", "omit one of them")
     if problem := compiler_problem(device, dtype, dora=dora):
         cause, remedy = problem
         raise BadOption(f"--compile: {cause}", f"{remedy}, or omit --compile")
