@@ -227,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     config = replace(config, **lora_options(lora))  # with --from-adapter, as the adapter has them
     device = pick_device(config.device, distributed.local_rank())
     if config.compile:
-        check_compiler(device, DTYPES[pick_precision(config.precision, device)[0]], dora=lora.dora)
+        dtype = DTYPES[pick_precision(config.precision, device)[0]]
+        check_compiler(device, dtype, dora=lora.dora, recompute=config.checkpoint_activations)
     if config.cuda_graphs:
         check_graphs(device)
     check_tracker(config.track)
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         inject(model, lora, seed=config.seed)
     model.model.checkpoint_activations = recompute
-    compile = False if config.shard else config.compile
+    compile = False if config.shard or recompute else config.compile
     compiled = settle_layers(
         model, base, compile=compile, cuda_graphs=config.cuda_graphs, dora=lora.dora,
         steps=schedule.total_steps,

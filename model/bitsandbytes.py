@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import BadCheckpoint
+from model.quant import QuantizedLinear
 
 # The tensors that it adds for X.weight: X.weight.absmax and others in 4 bits, X.SCB in 8 bits.
 PARTS = re.compile(
@@ -43,6 +44,7 @@ def from_bitsandbytes(model: nn.Module, name: str, parts: dict[str, Tensor]) -> 
     """
     place = name.removesuffix("weight")
     layer = model.get_submodule(place[:-1])
+    assert isinstance(layer, QuantizedLinear)
     try:
         if layer.kind == "int8":
             scales = parts[f"{place}SCB"].float()

@@ -10,6 +10,7 @@ values.
 """
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,10 +18,13 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+
+    jit = triton.jit
 except ImportError:  # no build for CUDA
-    triton, tl = None, SimpleNamespace(constexpr=int)
+    triton, tl, jit = cast(Any, None), SimpleNamespace(constexpr=int), lambda function: function
 
 
+@jit
 def normalize_kernel(x, weight, y, normal, scale, channels, eps, BLOCK: tl.constexpr):
     """y = weight * normal, where normal = x * scale and scale = 1 / sqrt(mean(x^2) + eps)."""
     token = tl.program_id(0).to(tl.int64)
@@ -35,6 +39,7 @@ def normalize_kernel(x, weight, y, normal, scale, channels, eps, BLOCK: tl.const
     tl.store(scale + token, factor)
 
 
+@jit
 def normalize_backward_kernel(grad, weight, normal, scale, out, channels, BLOCK: tl.constexpr):
     """out = (inner - normal * mean(inner * normal)) * scale, where inner = grad * weight."""
     token = tl.program_id(0).to(tl.int64)
@@ -47,6 +52,7 @@ def normalize_backward_kernel(grad, weight, normal, scale, out, channels, BLOCK:
     tl.store(out + at, (inner - value * along) * tl.load(scale + token), mask=inside)
 
 
+@jit
 def rotate_kernel(x, y, cos, sin, pairs, half, sign, BLOCK: tl.constexpr):
     """(a, b) = (a cos - b sin, b cos + a sin) for all `pairs` of a token, `half` in each head."""
     token = tl.program_id(0).to(tl.int64)
@@ -61,6 +67,7 @@ def rotate_kernel(x, y, cos, sin, pairs, half, sign, BLOCK: tl.constexpr):
     tl.store(y + first + half, b * c + a * s, mask=inside)
 
 
+@jit
 def swiglu_kernel(gate, up, out, count):
     """out = silu(gate) * up, for `count` values."""
     at = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
@@ -70,6 +77,7 @@ def swiglu_kernel(gate, up, out, count):
     tl.store(out + at, g / (1 + tl.exp(-g)) * u, mask=inside)
 
 
+@jit
 def swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, count):
     """Gradients of both; silu(g) = g s has the derivative s (1 + g (1 - s)), s = sigmoid(g)."""
     at = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
@@ -80,14 +88,6 @@ def swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, count):
     s = 1 / (1 + tl.exp(-g))
     tl.store(grad_gate + at, d * u * s * (1 + g * (1 - s)), mask=inside)
     tl.store(grad_up + at, d * g * s, mask=inside)
-
-
-if triton is not None:
-    normalize_kernel = triton.jit(normalize_kernel)
-    normalize_backward_kernel = triton.jit(normalize_backward_kernel)
-    rotate_kernel = triton.jit(rotate_kernel)
-    swiglu_kernel = triton.jit(swiglu_kernel)
-    swiglu_backward_kernel = triton.jit(swiglu_backward_kernel)
 
 
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,8 @@ def graph_training(model: Qwen2, keyed: Sequence[Keyed], record: Record | None =
     Call it once the trainable parameters exist; they must be updated in place. All of `keyed` read
     the same keys. The graphs need about as much memory again as the activations of a micro-batch.
     """
-    model.forward = GraphedForward(model, keyed, record or CudaRecorder())
+    # As `model.forward = ...`, which mypy forbids: a class defines it as a method.
+    vars(model)["forward"] = GraphedForward(model, keyed, record or CudaRecorder())
 
 
 class CudaRecorder:
@@ -81,6 +82,7 @@ class GraphedForward:
             return self.plain(tokens, positions, lengths, cache)
         self.unfinished = True
         size, keys = padded_size(lengths), self.keyed[0].keys
+        assert keys is not None  # set before each micro-batch
         inputs = torch.stack((tokens, positions, keys))  # (3, T)
         if graph := self.graphs.get(size):
             graph.load(inputs, lengths)
@@ -102,20 +104,20 @@ class GraphedForward:
         self.graphs, self.given_up = {}, True
         torch.cuda.empty_cache()
 
-    def check(self, graph: "Graph", hidden: Tensor, found: Tensor, expected: list[Tensor]) -> None:
+    def check(self, graph: "Graph", found: list[Tensor], expected: list[Tensor]) -> None:
         """Use `graph` if it agrees with the plain pass; if not, give up all graphs.
 
-        `hidden (T, C)` and `found` are the graph's hidden states and gradients, `expected` the
-        plain gradients. If one of these is not finite, as when fp16 overflows, nothing is decided.
+        `found` are the graph's hidden states (T, C) and then its gradients, `expected` those of the
+        plain pass. If one of these is not finite, as when fp16 overflows, nothing is decided.
         """
-        pairs = [(hidden, graph.plain), *zip(self.split(found), expected)]
+        pairs = zip(found, expected)
         norms = [n for a, b in pairs for n in ((a - b).float().norm(), b.float().norm())]
         off, size = torch.stack(norms).view(-1, 2).cpu().unbind(1)
         if not size.isfinite().all():
             return
         error = torch.where(off == 0, 0.0, off / size).max().item()
         # In half precision, products of other sizes round differently.
-        if error < (0.2 if hidden.dtype in HALF_PRECISION else 1e-3):
+        if error < (0.2 if found[0].dtype in HALF_PRECISION else 1e-3):
             graph.checked = True
             if sum(g.checked for g in self.graphs.values()) == 1:
                 print(f"CUDA graphs are used: {graph.tokens:,} tokens differ by {error:.2g}")
@@ -150,14 +152,14 @@ class Graph:
         self.inputs = inputs.new_zeros(3, self.tokens)
         self.offsets = inputs.new_zeros(examples + 1, dtype=torch.int32)
         self.grad_hidden = weight.new_zeros(self.tokens, weight.shape[1])  # (S, C)
-        self.plain: Tensor | None = None  # hidden states to compare with
+        self.plain: Tensor | None = None  # hidden states to compare with, until `checked`
         self.checked = False
         self.load(inputs, lengths)
         self._forward()  # so that kernels are chosen and compiled before they are recorded
         self._backward()
         self.replay_forward = owner.record(self._forward)
         self.replay_backward = owner.record(self._backward)
-        self.hidden = self.hidden.detach()  # (S, C)
+        self.hidden: Tensor = self.hidden.detach()  # (S, C)
 
     def load(self, inputs: Tensor, lengths: list[int]) -> None:
         """Copy a micro-batch to where the graph reads it, filled up with an example of zeros."""
@@ -191,7 +193,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, owner: GraphedForward, graph: Graph, tokens: int, *parameters: Tensor):
         ctx.owner, ctx.graph, ctx.tokens = owner, graph, tokens
         graph.replay_forward()
-        return (graph.hidden[:tokens] if graph.checked else graph.plain).detach()
+        return (graph.hidden[:tokens] if graph.plain is None else graph.plain).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -199,10 +201,11 @@ class _Replay(torch.autograd.Function):
         owner, graph, T = ctx.owner, ctx.graph, ctx.tokens
         graph.grad_hidden.copy_(F.pad(grad, (0, 0, 0, graph.tokens - T)))
         graph.replay_backward()
-        found = graph.gradient.clone()  # one copy for all parameters: the next replay overwrites it
-        if graph.checked:
-            return None, None, None, *owner.split(found)
+        # One copy for all parameters: the next replay overwrites it.
+        found = owner.split(graph.gradient.clone())
+        if graph.plain is None:
+            return None, None, None, *found
         expected = torch.autograd.grad(graph.plain, owner.parameters, grad)
-        owner.check(graph, graph.hidden[:T], found, expected)
+        owner.check(graph, [graph.hidden[:T], *found], [graph.plain, *expected])
         graph.plain = None
         return None, None, None, *expected

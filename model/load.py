@@ -44,7 +44,7 @@ def load_model(
     if kind := stored_kind(read_object(folder / "config.json")) or base_precision:
         quantize_layers(model, kind, dtype, set(parts.values()))
     if shard:
-        shard_layers(model.requires_grad_(False), torch.device(device))
+        model.lockstep = shard_layers(model.requires_grad_(False), torch.device(device))
     parameters, packed = dict(model.named_parameters()), parts.keys() | parts.values()
     tensors: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}  # as bitsandbytes has it

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import FlatAttention
 from model.functions import rms_norm, rotate, swiglu
+from model.shard import Lockstep
 
 # attend(layer, q (T, H, D), k (T, G, D), v (T, G, D)) -> (T, H, D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -65,6 +66,8 @@ class Qwen2(nn.Module):
     The output embedding is applied by the caller (`loss.py`, `generate.py`), because it is the most
     expensive product: training needs it only at supervised tokens, decoding only at the last one.
     """
+
+    lockstep: Lockstep  # of a sharded base only
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -153,10 +156,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, kv, bias=biased)
         self.v_proj = nn.Linear(C, kv, bias=biased)
         self.o_proj = nn.Linear(q, C, bias=False)
-        if config.is_qwen3:
-            self.q_norm, self.k_norm = (RMSNorm(D, config.rms_norm_eps) for _ in range(2))
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.q_norm, self.k_norm = (
+            RMSNorm(D, config.rms_norm_eps) if config.is_qwen3 else nn.Identity() for _ in range(2)
+        )
 
     def queries_keys_values(
         self, x: Tensor, rotary: tuple[Tensor, Tensor]

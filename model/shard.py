@@ -19,27 +19,28 @@ from torch import Tensor, nn
 IDLE, FORWARD, BACKWARD = range(3)  # what a rank is about to do
 
 
-def shard_layers(model: nn.Module, device: torch.device) -> None:
-    """Shard the layers of `model`, a frozen Qwen2 on the meta device, over all ranks, and give it
-    its `lockstep`.
+def shard_layers(model: nn.Module, device: torch.device) -> "Lockstep":
+    """Shard the layers of `model`, a frozen Qwen2 on the meta device, over all ranks. Their
+    forward passes then follow the lockstep that is returned.
     """
     from torch.distributed.device_mesh import init_device_mesh  # takes half a second to import
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in model.model.layers:
+    for layer in model.get_submodule("model.layers").children():
         fully_shard(layer, mesh=mesh)
     whole = {p for p in model.parameters() if not is_sharded(p)}
     fully_shard(model, mesh=mesh, ignored_params=whole)  # gathers the next layer in advance
-    model.lockstep = Lockstep(model)
+    return Lockstep(model, device)
 
 
 def own_part(tensor: Tensor, parameter: Tensor) -> Tensor:
     """What this rank holds of `tensor`, as `parameter` is sharded: all of it if it is not."""
     if not is_sharded(parameter):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    assert isinstance(parameter, DTensor)
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)  # sends nothing
 
@@ -52,8 +53,8 @@ def is_sharded(parameter: Tensor) -> bool:
 class Lockstep:
     """Lets ranks make different numbers of forward passes through one sharded model."""
 
-    def __init__(self, model: nn.Module):
-        self.model, self.finishing = model, False
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.model, self.device, self.finishing = model, device, False
         model.register_forward_pre_hook(self._announce)
 
     def start(self) -> None:
@@ -74,7 +75,7 @@ class Lockstep:
 
     def _dummy(self, kind: int) -> None:
         """The gathers of a forward pass, and with BACKWARD those of a backward pass."""
-        zero = torch.zeros(1, dtype=torch.long, device=self.model.head_weight.device)
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
         with torch.inference_mode(False), torch.set_grad_enabled(kind == BACKWARD):
             hidden = self.model(zero, zero, [1])  # (1, C)
             if kind == BACKWARD:
@@ -86,6 +87,6 @@ class Lockstep:
 
     def _exchange(self, own: int) -> int:
         """The most that any rank is about to do."""
-        most = torch.tensor(own, device=self.model.head_weight.device)
+        most = torch.tensor(own, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most) if own == IDLE else own  # reading it waits for the device

@@ -139,6 +139,13 @@ def test_without_a_compiler_a_run_is_refused_before_it_creates_its_folder(tmp_pa
     assert "g++" in error.value.remedy and not (tmp_path / "run").exists()
 
 
+def test_compiling_and_recomputation_exclude_each_other(tmp_path):
+    flags = ["--compile", "--checkpoint-activations", "--device", "cpu", "--demo"]
+    with pytest.raises(BadOption, match="--compile does not work with --checkpoint-activations"):
+        train.main([*flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_compiled_and_plain_runs_have_equal_losses(monkeypatch, tmp_path, checkpoint, arithmetic):
     monkeypatch.setattr(train, "check_compiler", lambda *_, **__: None)
     monkeypatch.setattr(compiling, "compile_layers", partial(compile_layers, backend="eager"))

@@ -79,7 +79,7 @@ def test_a_step_waits_for_the_device_once(monkeypatch, tmp_path, model, scaled):
     monkeypatch.setattr(train, "save_checkpoint", lambda *_, **__: None)
     schedule = Schedule(examples(12), batch_size=2, grad_accum=2, epochs=1, seed=0)
     config = train.TrainConfig(epochs=1, evals_per_epoch=1)
-    data = train.Data(schedule, validation={}, held_out=[], judge=None)
+    data = train.Data(schedule, validation={}, held_out=[], answerable=[], judge=None)
     base = Base("", None, tmp_path, SIZES, None, (), META, "fp16" if scaled else "fp32", "")
     with Stop(None) as stop, Waits() as waits:
         train.train(config, data, base, model, Run(tmp_path), World(), stop)
