@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     (DOCS / "demo.json").write_text(
         json.dumps({"processor": processor(), "seeds": figures}, indent=2) + "\n", "utf-8"
     )
-    draw(Run(out / f"seed-{SEEDS[0]}").log()[0], figures, DOCS / "demo.svg")
+    log, names = Run(out / f"seed-{SEEDS[0]}").log()[0], [f"seed {seed}" for seed in SEEDS]
+    draw(log, figures, names, DOCS / "demo.svg")
 
 
 def script(name: str, *arguments: object) -> str:
@@ -78,8 +79,10 @@ def read_figures(run: Path) -> dict[str, int]:
     return {"problems": result["problems"]} | correct
 
 
-def draw(log: list[dict[str, Any]], figures: list[dict[str, int]], path: Path) -> None:
-    """Losses of the first seed; correct answers of all seeds with 95 % intervals."""
+def draw(
+    log: list[dict[str, Any]], figures: list[dict[str, int]], names: list[str], path: Path
+) -> None:
+    """Losses of the first run; correct answers of all runs, by name, with 95 % intervals."""
     style = {"svg.fonttype": "path", "svg.hashsalt": "demo", "font.size": 10,
              "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
     with matplotlib.rc_context(style):
@@ -101,12 +104,17 @@ def draw(log: list[dict[str, Any]], figures: list[dict[str, int]], path: Path) -
                 [max(0.0, s - 100 * low) for s, (low, _) in zip(shares, bounds)],
                 [max(0.0, 100 * high - s) for s, (_, high) in zip(shares, bounds)],
             ]
-            places = [seed + 0.36 * (i - 0.5) for seed in range(len(figures))]
+            highest = 100 * max(high for _, high in bounds)
+            places = [place + 0.36 * (i - 0.5) for place in range(len(figures))]
             right.bar(places, shares, 0.34, yerr=errors, capsize=3, color=color, label=name)
             for x, share, high in zip(places, shares, errors[1]):
-                right.annotate(f"{share:.1f}", (x, share + high + 1), ha="center", fontsize=9)
-        right.set_xticks(range(len(figures)), [f"seed {f['seed']}" for f in figures])
-        right.set(ylim=(0, 118), ylabel=f"% of {figures[0]['problems']} test problems correct")
+                right.annotate(
+                    f"{share:.1f}", (x, share + high + highest / 100), ha="center", fontsize=9
+                )
+        right.set_xticks(range(len(figures)), names)
+        right.set(
+            ylim=(0, 1.18 * highest), ylabel=f"% of {figures[0]['problems']} test problems correct"
+        )
         right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.14))
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
