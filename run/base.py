@@ -125,8 +125,13 @@ class Base:
 
     def load(self, *, shard: bool = False) -> Qwen2:
         """The frozen model in eval mode, with `shard` this rank's part of it; BadOption if it does
-        not fit into the device's memory.
+        not fit into the device's memory, or if this PyTorch cannot shard a quantized one.
         """
+        if shard and self.base_precision and torch.__version__ < (2, 13):  # codes are integers
+            raise BadOption(
+                f"PyTorch {torch.__version__} cannot shard a base in {self.base_precision}",
+                "install PyTorch 2.13, or omit --shard or --base-precision",
+            )
         try:
             return load_model(
                 self.folder, dtype=DTYPES[self.precision], device=self.device,

@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from errors import BadOption
+from run.base import Base
 from run.distributed import check_shard
-from tests import toys
+from tests import shard_ranks, toys
 from tests.evaluations import completions_of
 from tests.toys import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("None", "nf4", "recomputed")
+KINDS = [str(kind) for kind in shard_ranks.KINDS]
 
 
 def start(command: list, ranks: int) -> list[subprocess.Popen]:
@@ -67,6 +69,13 @@ def test_each_rank_holds_its_part_of_the_layers_and_no_more(found, kind):
     owned = [rank[kind]["own bytes"] for rank in found]
     whole = found[0][kind]["all bytes"]
     assert whole <= sum(owned) and max(owned) <= 1.1 * whole / len(owned)  # parts are padded
+
+
+def test_an_older_pytorch_shards_no_quantized_base(lively_checkpoint, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1+cpu"))
+    base = Base.find(str(lively_checkpoint), precision="fp32", device="cpu").held_in("nf4")
+    with pytest.raises(BadOption, match=r"2\.12\.1\+cpu cannot shard a base in nf4"):
+        base.load(shard=True)
 
 
 def test_a_sharded_run_of_two_ranks_resumed_by_three_equals_one_rank(
