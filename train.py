@@ -41,11 +41,13 @@ from evaluation.answers import GenerationSettings, exact_matches
 from evaluation.tasks import Judge, judge_of, judged_problems
 from evaluation.teacher_forced import teacher_forced
 from lora.config import added_parameters
-from lora.inject import count, inject, seed_dropout, trained_parameters
+from lora.inject import adapters, count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options
 from lora.peft_format import check_adapter, read_adapter
 from lora.plus import rate_groups
+from model.compile import compile_layers
 from model.generate import Decoding
+from model.graphs import graph_training
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from report import write_report
@@ -53,7 +55,7 @@ from run import console, distributed
 from run.base import Base, check_not_replaced, hash_adapter
 from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
-from run.compiling import REPAID_AFTER, check_compiler, check_graphs, settle_layers
+from run.compiling import check_compiler, check_graphs
 from run.device import (
     DTYPES,
     changed_conditions,
@@ -158,9 +160,7 @@ class TrainConfig:
     checkpoint_activations: bool = option(
         False, "keep each layer's input only and recompute the rest: less memory, slower"
     )
-    compile: bool | None = option(
-        None, f"torch.compile the layers (default: on a GPU, from {REPAID_AFTER:,} steps on)"
-    )
+    compile: bool = option(False, "torch.compile the layers, after a trial of their gradients")
     cuda_graphs: bool = option(
         False, "launch the network of a training step at once; not tried on a GPU yet"
     )
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     if progress and not config.dry_run and (reason := progress.reason_finished(*goal)):
         run.check_finished_by_this_program()
         progress.stopped = reason
-        if changes:
+        if changes and world.is_main:
             run.report_page.unlink(missing_ok=True)  # such as another price per hour
         return finish(config, base, run, progress, world)
     halved, recompute = progress.halved if progress else 0, config.checkpoint_activations
@@ -308,14 +308,13 @@ def main(argv: list[str] | None = None) -> int:
     else:
         inject(model, lora, seed=config.seed)
     model.model.checkpoint_activations = recompute
-    compile = False if config.shard or recompute else config.compile
-    compiled = settle_layers(
-        model, base, compile=compile, cuda_graphs=config.cuda_graphs, dora=lora.dora,
-        steps=schedule.total_steps,
-    )  # fmt: skip
+    if config.compile:
+        compile_layers(model)
+    if config.cuda_graphs:
+        graph_training(model, [layer.dropout for layer in adapters(model)])
     if world.is_main:
         console.print_sizes(trainable, count(network)[1], schedule)
-        print("\n".join(filter(None, (needed, compiled))))
+        print(needed)
     if config.dry_run:
         dry_run(config, schedule, base, model)
         world.wait()
@@ -385,7 +384,7 @@ def train(
     progress.stopped = progress.reason_finished(*goal)  # the options may allow more steps now
     log = RunLog(run, progress, tracker=config.track, enabled=world.is_main)
     validate_at = data.schedule.validation_steps(config.evals_per_epoch)
-    screen = console.Screen(run, progress, validate_at, enabled=world.is_main)
+    display = console.Display(run, progress, validate_at, enabled=world.is_main)
     seconds_before, started, saved = progress.seconds, time.perf_counter(), time.perf_counter()
     stopping = saving = False
     model.train()
@@ -404,7 +403,7 @@ def train(
                     publish_best(model, lora, base, run, progress)
                 epoch = data.schedule.epochs_in(progress.cursor)
                 log.write(step=progress.step, epoch=epoch, **found)
-                screen.show_validation(found, is_best)
+                display.show_validation(found, is_best)
 
         # Save what resuming needs, and leave the loop if the run is finished or must stop.
         stopping = stopping or progress.stopped is not None
@@ -461,7 +460,7 @@ def train(
         seconds = time.perf_counter() - step_started
         stop.record(seconds)
         train_loss, speed = nats / step.supervised_count, step.token_count / seconds
-        screen.show_step(train_loss, speed)
+        display.show_step(train_loss, speed)
         log.write(
             step=progress.step, epoch=data.schedule.epochs_in(progress.cursor),
             train_loss=train_loss, train_token_accuracy=correct / step.supervised_count,
@@ -474,7 +473,7 @@ def train(
             not math.isfinite(nats) or scaler.get_scale() <= 1
         ):
             raise no_finite_gradient(progress, step.row_ids, run.best, base.precision)
-    screen.close()
+    display.close()
     log.close()
     return progress
 

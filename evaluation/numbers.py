@@ -61,13 +61,8 @@ _PART = {"half": Fraction(1, 2), "third": Fraction(1, 3), "quarter": Fraction(1,
 _IS_PART = re.compile(r"(?i:\W*(?:an? )?(half|third|quarter)\W*)")
 
 
-def final_number(text: str, *, cut_off: bool = False) -> Fraction | None:
-    """The likeliest of `readings`, or None."""
-    return next(iter(readings(text, cut_off=cut_off)), None)
-
-
 def readings(text: str, *, cut_off: bool = False) -> Readings:
-    """The values that a completion's answer may mean; empty if it has none."""
+    """The values that a completion's answer may mean, the likeliest first; empty if it has none."""
     text = _before_run_on(text)
     marked = _marked(text)
     found = marked or _boxed(text) or ()

@@ -1,7 +1,8 @@
-"""Whether a run compiles its layers: on a GPU, if the run is long enough to repay it.
+"""Whether `--compile` and `--cuda-graphs` can be used here.
 
 Compiling is tried on a tiny network first, whose gradients are compared with the plain ones: a
-version of PyTorch that drops a gradient raises no error, and computes the right loss.
+version of PyTorch that drops a gradient raises no error, and computes the right loss. Layers are
+not compiled by default, since that saves next to no host time (docs/performance.md).
 """
 
 import copy
@@ -14,48 +15,10 @@ from lora.config import LoRAConfig
 from lora.inject import adapters, inject, seed_dropout, trained_parameters
 from model.attention import HALF_PRECISION
 from model.compile import compile_layers
-from model.graphs import graph_training
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
-from run.base import Base
-from run.device import DTYPES
 
 TINY = Qwen2Config(64, 96, 1, 4, 2, 128)  # a network of one layer, on which compiling is tried
-# Steps. Compiling and its trial took 50 s on one core. A step then launches 136 kernels fewer of
-# 2,414 and makes 120 more copies (counted): 16 calls fewer, which saves 0.035 ms at 2.2 us each.
-# What it saves on the device is not measured.
-REPAID_AFTER = 1_400_000
-
-
-def settle_layers(
-    model: Qwen2, base: Base, *, compile: bool | None, cuda_graphs: bool, dora: bool, steps: int
-) -> str:
-    """Compile the layers and record CUDA graphs, as requested or by default; returns what to print.
-
-    Call it once the adapters are there.
-    """
-    compiled, line = settle_compile(compile, base, dora=dora, steps=steps)
-    if compiled:
-        compile_layers(model)
-    if cuda_graphs:
-        graph_training(model, [layer.dropout for layer in adapters(model)])
-    return line
-
-
-def settle_compile(
-    requested: bool | None, base: Base, *, dora: bool, steps: int
-) -> tuple[bool, str]:
-    """(whether to compile the layers of a run of that many steps, what to print about it).
-
-    `requested` is the option; None leaves it to the device, the run's length, and a trial.
-    """
-    if requested is not None or base.device.type != "cuda":
-        return bool(requested), "layers are compiled, as requested" if requested else ""
-    if steps < REPAID_AFTER:
-        return False, f"layers are not compiled: only {REPAID_AFTER:,} steps or more repay it"
-    if problem := compiler_problem(base.device, DTYPES[base.precision], dora=dora):
-        return False, f"layers are not compiled: {problem[0]}"
-    return True, f"layers are compiled, which {REPAID_AFTER:,} steps or more repay"
 
 
 def check_compiler(

@@ -94,7 +94,7 @@ def show_example(source: Source, chat: ChatFormat) -> None:
     print(f"{len(encoded.tokens)} tokens, {sum(encoded.supervised_mask)} supervised (marked)")
 
 
-class Screen:
+class Display:
     """What the loop shows: a bar, and above it validations and how long the run will take."""
 
     def __init__(self, run: Run, progress: Progress, validate_at: set[int], *, enabled: bool):

@@ -26,8 +26,6 @@ def upgrade_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def rename_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """`upgrade_options` without a refusal: features that no longer exist keep their old names."""
     options = {name: x for name, x in options.items() if name not in GONE or x != GONE[name]}
-    if "cuda_graphs" not in options and not options.get("compile"):
-        options.pop("compile", None)  # False was the default, which today depends on the device
     if "r" in options:  # --rank and --alphas had only the entries by name then
         ranks, alphas = options.pop("rank", None), options.pop("alphas", None)
         options["rank"] = _joined(options.pop("r"), ranks)

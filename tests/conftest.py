@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import evaluate
 from data import multiple_choice
+from data.chat import ChatFormat
 from data.multiple_choice import CHOICE_TASKS
 from lora.inject import LoRAConfig, inject
 from lora.peft_format import save_adapter
@@ -68,6 +69,26 @@ def checkpoint(tmp_path_factory):
 def lively_checkpoint(tmp_path_factory):
     """A checkpoint with larger weights, whose greedy text does not repeat one token; read-only."""
     return toys.write_checkpoint(tmp_path_factory.mktemp("lively") / "tiny", tied=False, std=0.3)
+
+
+@pytest.fixture(scope="module")
+def model(lively_checkpoint):
+    """The network of that checkpoint in fp32; a test leaves it as it was."""
+    return load_model(lively_checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def chat(lively_checkpoint):
+    return ChatFormat.from_folder(lively_checkpoint)
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch):
+    """A current folder with a base and small sums."""
+    monkeypatch.chdir(tmp_path)
+    toys.write_checkpoint(tmp_path / "base")
+    toys.write_arithmetic(tmp_path / "sums", rows=30, test_rows=4)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

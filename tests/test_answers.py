@@ -8,10 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import evaluate
-from data.chat import ChatFormat
 from data.encode import encode_problems
 from data.problems import Choices, Source
 from data.rows import Message, Problem
@@ -25,18 +23,7 @@ from evaluation.summary import answer_metrics, breakdown
 from evaluation.tasks import judge_of, select_problems
 from evaluation.teacher_forced import teacher_forced, teacher_forced_metrics
 from evaluation.units import CONVERSIONS
-from model.load import load_model
 from tests.evaluations import settings
-
-
-@pytest.fixture(scope="module")
-def model(lively_checkpoint):
-    return load_model(lively_checkpoint, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def chat(lively_checkpoint):
-    return ChatFormat.from_folder(lively_checkpoint)
 
 
 def problems(count: int) -> list[Problem]:

@@ -5,33 +5,20 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
 import evaluate
-from data.chat import ChatFormat
 from data.rows import Message, Problem
 from evaluation import chat as chat_module
 from evaluation.answers import SEED_STRIDE, GenerationSettings, answers
 from evaluation.chat import Conversation, questions, show
 from model.cache import KVCache
 from model.generate import Decoding, generate
-from model.load import load_model
 from tests import toys
 from tests.evaluations import COMMON
 
 QUESTIONS = ("What is 3 + 4?", "And \u20ac5 \U0001f600?", "Why?")
 GREEDY = Decoding(24, (toys.IM_END,), vocab_size=toys.TOKENS, seed=3)
 SAMPLED = replace(GREEDY, temperature=1.0, top_k=50)
-
-
-@pytest.fixture(scope="module")
-def model(lively_checkpoint):
-    return load_model(lively_checkpoint, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def chat(lively_checkpoint):
-    return ChatFormat.from_folder(lively_checkpoint)
 
 
 def generated(model, chat, messages, decoding, turn) -> list[int]:

@@ -13,21 +13,12 @@ from data.batches import Schedule
 from errors import run_script
 from evaluation.summary import comparison_text, result_text, tasks_table
 from run import console
-from run.console import Screen, duration, print_plan
+from run.console import Display, duration, print_plan
 from run.folder import Progress, Run
 from tests import toys
 
 TRAIN = "--model base --data sums --out out --device cpu --precision fp32 --rank 2 --max-steps 9 "
 TRAIN += "--batch-size 4 --evals-per-epoch 2 --save-every 0"
-
-
-@pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """A current folder with a base and small sums."""
-    monkeypatch.chdir(tmp_path)
-    toys.write_checkpoint(tmp_path / "base")
-    toys.write_arithmetic(tmp_path / "sums", rows=30, test_rows=4)
-    return tmp_path
 
 
 @pytest.mark.parametrize("seconds, text", [
@@ -54,7 +45,7 @@ def test_a_plan_counts_the_tokens_of_every_step_and_scales_the_measured_time(cap
     assert f"{max_steps or 14} steps" in said
 
 
-def test_a_dry_run_that_runs_out_of_memory_says_so_in_two_lines(workspace, monkeypatch, capsys):
+def test_a_dry_run_that_runs_out_of_memory_says_so_in_two_lines(at_home, monkeypatch, capsys):
     def full(*args, **options):
         raise torch.OutOfMemoryError("out of memory: tried to allocate 2 GiB\nmore")
 
@@ -63,7 +54,7 @@ def test_a_dry_run_that_runs_out_of_memory_says_so_in_two_lines(workspace, monke
     first, second, *others = capsys.readouterr().err.splitlines()
     assert first == "error: memory ran out: out of memory: tried to allocate 2 GiB"
     assert second.startswith("  use a --batch-size below 4") and not others
-    assert not (workspace / "out").exists()
+    assert not (at_home / "out").exists()
 
 
 # During the run
@@ -84,7 +75,7 @@ def test_after_five_steps_the_time_left_is_that_of_the_median_step_and_of_the_va
 ):
     clock, progress, run = Clock(), Progress(cursor=20), Run(tmp_path)
     monkeypatch.setattr(console.time, "perf_counter", clock.perf_counter)
-    screen = Screen(run, progress, {0, 20, 40, 60}, enabled=True)
+    screen = Display(run, progress, {0, 20, 40, 60}, enabled=True)
     clock.now += 30
     screen.show_validation({"val_loss": 1.0, "val_token_accuracy": 0.5}, is_best=False)
     for seconds in (500, 2, 3, 4, 90):  # the first step includes warm-up, the last one a save
@@ -102,7 +93,7 @@ def training_lines(said: str) -> list[str]:
 
 
 def test_a_validation_has_the_mean_train_loss_since_the_last_one_also_after_a_resume(
-    workspace, capsys
+    at_home, capsys
 ):
     assert train.main(TRAIN.split()) == 0
     whole = capsys.readouterr().out
@@ -128,7 +119,7 @@ def test_a_validation_has_the_mean_train_loss_since_the_last_one_also_after_a_re
 
 
 def test_every_line_fits_80_columns_has_no_color_and_the_next_command_can_be_typed(
-    workspace, monkeypatch, capsys
+    at_home, monkeypatch, capsys
 ):
     monkeypatch.setattr(console, "command", lambda script: f".venv/bin/python {script}.py")
     place = "out put"
@@ -139,7 +130,7 @@ def test_every_line_fits_80_columns_has_no_color_and_the_next_command_can_be_typ
     evaluate.main(["--adapter", f"{place}/best", "--limit", "2", "--max-new-tokens", "4"])
     said += capsys.readouterr().out
     assert "answers correct" in said and "about " in said and " left for " in said
-    said = said.replace(str(workspace), ".")
+    said = said.replace(str(at_home), ".")
     wide = [line for line in said.splitlines() if len(line) > 80]
     assert wide == [] and "\x1b" not in said and "\r" not in said
 

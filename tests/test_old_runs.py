@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from run.earlier import upgrade_options
 from tests import toys
 from tests.campaign.harness import (
     SHORT,
@@ -95,15 +94,3 @@ def test_a_run_of_format_1_whose_weight_gives_whole_rows_resumes_to_the_same_res
     out = to_format_1(killed(flags, tmp_path / "run"))
     finish(flags, out)
     assert results(out) == results(tmp_path / "uninterrupted")
-
-
-@pytest.mark.parametrize(
-    "old, today",
-    [
-        ({"compile": False}, {}),  # nobody asked for it: it was the default
-        ({"compile": True}, {"compile": True}),
-        ({"compile": False, "cuda_graphs": False}, {"compile": False, "cuda_graphs": False}),
-    ],
-)
-def test_a_run_from_before_compile_had_a_default_by_device_did_not_refuse_it(old, today):
-    assert upgrade_options(old) == today

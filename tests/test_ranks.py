@@ -78,3 +78,17 @@ def test_ranks_wait_for_each_other_longer_than_a_validation_takes(monkeypatch):
         assert distributed.join(device) == distributed.World(1, 2, device)
         assert joined["backend"] == backend and joined["timeout"].total_seconds() >= 3600
     assert joined["device_id"] == torch.device("cuda", 1)
+
+
+def test_only_the_first_rank_replaces_the_report_of_a_finished_run(
+    tmp_path, checkpoint, arithmetic, monkeypatch
+):
+    flags = [*map(str, ("--model", checkpoint, "--data", arithmetic, "--out", tmp_path / "run"))]
+    flags += ["--precision", "fp32", "--device", "cpu", "--max-steps", "1"]
+    train.main([*flags, "--batch-size", "16"])
+    page = (tmp_path / "run" / "report.html").read_bytes()
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **_: None)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "join", lambda device: distributed.World(1, 2, device))
+    assert train.main([*flags, "--batch-size", "8", "--price-per-hour", "2"]) == 0
+    assert (tmp_path / "run" / "report.html").read_bytes() == page

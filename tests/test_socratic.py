@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 import evaluate
 from data.chat import ChatFormat
@@ -14,7 +13,6 @@ from data.socratic import parse_turns
 from data.split import split_problems
 from evaluation.answers import GenerationSettings, answers, next_turn
 from model.generate import generate
-from model.load import load_model
 from tests import toys
 from tests.evaluations import settings
 from tests.hub_stub import python
@@ -115,16 +113,6 @@ def test_only_its_own_configuration_is_fetched_from_the_hub(hub, tmp_path):
 
 
 # Asked turn by turn
-
-
-@pytest.fixture(scope="module")
-def model(lively_checkpoint):
-    return load_model(lively_checkpoint, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def chat(lively_checkpoint):
-    return ChatFormat.from_folder(lively_checkpoint)
 
 
 def conversation(turns: int, id: str) -> Problem:

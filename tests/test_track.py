@@ -18,15 +18,6 @@ TRAIN = "--model base --data sums --out out --device cpu --precision fp32 --rank
 TRAIN += "--batch-size 4 --evals-per-epoch 1 --save-every 0 --limit 40"
 
 
-@pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """A current folder with a base and small sums."""
-    monkeypatch.chdir(tmp_path)
-    toys.write_checkpoint(tmp_path / "base")
-    toys.write_arithmetic(tmp_path / "sums", rows=40, test_rows=4)
-    return tmp_path
-
-
 class Fake(ModuleType):
     """A package with the functions that wandb and Trackio share."""
 
@@ -71,7 +62,7 @@ def expected() -> list[tuple[int, dict]]:
 
 
 @pytest.mark.parametrize("fake", [("wandb", ""), ("trackio", "")], indirect=True)
-def test_a_tracker_gets_each_line_of_the_log_and_the_same_run_when_it_resumes(workspace, fake):
+def test_a_tracker_gets_each_line_of_the_log_and_the_same_run_when_it_resumes(at_home, fake):
     name = fake.__name__
     assert train.main([*TRAIN.split(), "--track", name, "--max-minutes", "1e-9"]) == 75
     assert fake.ended == 1
@@ -90,19 +81,19 @@ def test_a_tracker_gets_each_line_of_the_log_and_the_same_run_when_it_resumes(wo
     [(("wandb", "init"), 1), (("wandb", "log"), 2), (("trackio", "finish"), 10)],
     indirect=["fake"],
 )
-def test_a_tracker_that_fails_is_reported_once_and_changes_nothing(workspace, fake, calls, capsys):
+def test_a_tracker_that_fails_is_reported_once_and_changes_nothing(at_home, fake, calls, capsys):
     assert train.main([*TRAIN.split(), "--out", "plain"]) == 0
     assert train.main([*TRAIN.split(), "--track", fake.__name__]) == 0
     said = capsys.readouterr().out
     assert said.count(f"--track {fake.__name__} failed") == 1
     assert "  RuntimeError: no network" in said
     assert fake.calls == calls
-    assert results(workspace / "out") == results(workspace / "plain")
+    assert results(at_home / "out") == results(at_home / "plain")
 
 
 @pytest.mark.parametrize("name", track.TRACKERS)
 def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(
-    name, workspace, monkeypatch, capsys
+    name, at_home, monkeypatch, capsys
 ):
     monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: None)
     assert "is not installed" in refused(train.main, f"{TRAIN} --track {name}", capsys)
