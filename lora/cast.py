@@ -38,7 +38,7 @@ def remove_casts(model: nn.Module, inputs: Any, outputs: Any) -> None:
 
 
 def _dtype(base_layer: nn.Linear) -> torch.dtype:
-    """Of its weight, which a quantised layer would dequantise if it were asked for it."""
+    """Of its weight, which a quantized layer would dequantize if it were asked for it."""
     return getattr(base_layer, "dtype", None) or base_layer.weight.dtype
 
 

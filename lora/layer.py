@@ -97,7 +97,7 @@ class LoRALinear(nn.Module):
         """
         assert not self.merged, "the adapter is already merged"
         weight = self.base_layer.weight
-        assert isinstance(weight, nn.Parameter), "a quantised weight cannot hold the update"
+        assert isinstance(weight, nn.Parameter), "a quantized weight cannot hold the update"
         self.unmerged_weight = weight.data
         rounded = (weight.data.float() + self.delta()).to(dtype or weight.dtype)  # (out, in)
         weight.data = rounded.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes has quantised to nf4 or int8, read as they are stored.
+"""Checkpoints that bitsandbytes has quantized to nf4 or int8, read as they are stored.
 
 Formats: `quantization_config` in `config.json`, and the tensors of bitsandbytes 0.50: in 4 bits
 those of `QuantState.as_dict`, in 8 bits those of `Linear8bitLt`. The codes are as in `quant.py`.
@@ -39,7 +39,7 @@ def stored_parts(names: Iterable[str]) -> dict[str, str]:
 def from_bitsandbytes(model: nn.Module, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Codes and absmax of the weight `name`, by name, from what bitsandbytes stored.
 
-    With double quantisation the scales are codes themselves, which are resolved here. Raises
+    With double quantization the scales are codes themselves, which are resolved here. Raises
     BadCheckpoint if a part is missing or does not have the shape of the others.
     """
     place = name.removesuffix("weight")

@@ -32,8 +32,8 @@ def load_model(
     """The checkpoint in `folder`, frozen and in eval mode, in `dtype` on `device`.
 
     On a CPU, and in the dtype of the files, the weights stay mapped from the files. With
-    `base_precision` nf4 or int8, each weight of the layers is quantised as soon as it is read; a
-    checkpoint that bitsandbytes has quantised stays as it is. With `shard`, each rank keeps its
+    `base_precision` nf4 or int8, each weight of the layers is quantized as soon as it is read; a
+    checkpoint that bitsandbytes has quantized stays as it is. With `shard`, each rank keeps its
     part of each weight of the layers. Raises BadCheckpoint if the files do not fit the config or
     hold NaN or infinity.
     """

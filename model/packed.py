@@ -24,7 +24,7 @@ class PackedWeights:
 
     def __init__(self, model: nn.Module, head_weight: Tensor):
         """`head_weight (V, C)` is what `logits` multiplies the hidden states with."""
-        plain = (m for m in model.modules() if type(m) is nn.Linear)  # none that are quantised
+        plain = (m for m in model.modules() if type(m) is nn.Linear)  # none that are quantized
         linear = [m for m in plain if type(m.weight) is nn.Parameter]  # and none sharded
         self.layers = {m: pack(m.weight) for m in linear if can_pack(m.weight)}
         self.logits: Callable[[Tensor], Tensor] = functools.partial(F.linear, weight=head_weight)

@@ -1,9 +1,9 @@
-"""A base held in 4 or 8 bits: linear layers whose weights are dequantised for each product.
+"""A base held in 4 or 8 bits: linear layers whose weights are dequantized for each product.
 
     W = scale of its block * value of its code        NF4: 16 values; int8: code / 127
 
 A block is 64 consecutive weights, and its scale is the largest magnitude in it, in fp32: 4.5 or 8.5
-bits per weight. The product dequantises, and its gradient dequantises again, so that no more than
+bits per weight. The product dequantizes, and its gradient dequantizes again, so that no more than
 one of these weights is in full precision at any time. Only x gets a gradient: the base is
 frozen. Embedding, norms, biases and output embedding keep the base's precision.
 
@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Linear):
     """`nn.Linear` with its weight as `codes` (out, in / 2) uint8 or (out, in) int8, and `absmax`
     (b,) fp32; the bias (out,) stays in `dtype`. All three are frozen.
 
-    `weight` is dequantised whenever it is read, so that DoRA computes with it; it cannot be set.
+    `weight` is dequantized whenever it is read, so that DoRA computes with it; it cannot be set.
     """
 
     def __init__(self, layer: nn.Linear, kind: str, block: int, dtype: torch.dtype):
@@ -100,7 +100,7 @@ def nf4_pairs(device: torch.device) -> Tensor:
 def quantize_layers(model: nn.Module, kind: str, dtype: torch.dtype, stored: set[str]) -> None:
     """Replace the linear layers of `model`, on the meta device, except the output embedding.
 
-    `stored`, unless it is empty, names the weights that bitsandbytes has quantised: only these are
+    `stored`, unless it is empty, names the weights that bitsandbytes has quantized: only these are
     replaced. Its int8 has one scale for each row.
     """
     for name, layer in list(model.named_modules()):
@@ -112,7 +112,7 @@ def quantize_layers(model: nn.Module, kind: str, dtype: torch.dtype, stored: set
 
 
 def held(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor of a checkpoint as `model` holds it: by name, quantised if its layer is."""
+    """A tensor of a checkpoint as `model` holds it: by name, quantized if its layer is."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if not (isinstance(owner, QuantizedLinear) and name.endswith(".weight")):
         return {name: tensor}

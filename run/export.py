@@ -34,7 +34,7 @@ from model.checkpoint import Checkpoint, read_config, read_eos_ids, remarks
 from model.foreign import read_object
 from model.load import load_model
 from model.qwen2 import Qwen2
-from run.base import check_base_of_adapter, checkpoint_of_adapter, hash_base
+from run.base import check_base_of_adapter, checkpoint_of_adapter, hash_adapter, hash_base
 from run.best import copy_tokenizer
 from run.card import adapter_card, merged_card, readers
 from run.device import DTYPES
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = checkpoint_of_adapter(config.adapter, config.model)
     files, given = hash_base(checkpoint.folder), config.model is not None
     check_base_of_adapter(checkpoint, files, Path(config.adapter), given=given)
+    hash_adapter(Path(config.adapter))  # BadAdapter if it is not as its folder says
     base = read_config(checkpoint.folder)
     for remark in remarks(checkpoint.folder, base):
         print(remark)
@@ -112,8 +113,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if not config.portable and stored_kind(read_object(checkpoint.folder / "config.json")):
         raise BadOption(
-            f"quantised weights, as in {checkpoint.folder}, cannot hold an adapter's change",
-            "give the checkpoint that they were quantised from with --model",
+            f"quantized weights, as in {checkpoint.folder}, cannot hold an adapter's change",
+            "give the checkpoint that they were quantized from with --model",
         )
 
     # 2. The model with its adapters, and what it computes.

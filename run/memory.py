@@ -80,7 +80,7 @@ class MemoryModel:
         layer = tokens * self.layer_bytes() + added / layers * b * (b < 4)  # A and B are cast
         ends = tokens * (2 * C * b + 4 * config.head_size + 64)  # norm, rotary table, ids
         backward = tokens * (3 * F * b + C * (8 + b)) + recompute * layer
-        backward += C * F * (8 + b) * bool(self.base_precision)  # one weight is dequantised
+        backward += C * F * (8 + b) * bool(self.base_precision)  # one weight is dequantized
         return Memory(
             weights=self.weight_bytes(),
             adapters=16 * added,

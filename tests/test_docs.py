@@ -1,6 +1,7 @@
 """What the documents tell a reader to type exists, and what they quote is what the program says."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -161,3 +162,19 @@ def test_a_page_opens_with_a_title_and_what_it_answers(page):
     title, blank, opening, *_ = TEXTS[page].splitlines()
     assert title.startswith("# ") and not blank
     assert opening[0].isalpha()
+
+
+def test_the_figures_of_the_real_run_are_those_of_its_result():
+    result = json.loads((HOUSE / "docs/real-run/result.json").read_text("utf-8"))
+    n, d = result["problems"], result["difference"]
+    shares = {name: sum(m["outcomes"]) / n for name, m in result["models"].items()}
+    loss, accuracy = ([m[key] for m in result["models"].values()]
+                      for key in ("loss", "token_accuracy"))  # fmt: skip
+    cell = " → ".join(f"{100 * shares[name]:.1f} %" for name in ("base", "tuned"))
+    fell = f"the loss fell by {100 * (1 - loss[1] / loss[0]):.0f} %"
+    rose = "rose from {:.0f} to {:.0f} %".format(*(100 * x for x in accuracy))
+    assert cell in README and fell in README and rose in README
+    page = (HOUSE / "docs/results.md").read_text("utf-8")
+    changed = f"{d['fixed']} problems fixed, {d['broke']} broken"
+    interval = f"between −{-d['low_points']:.1f} and +{d['high_points']:.1f}"
+    assert changed in page and interval in page and f"All {n:,} test problems" in page

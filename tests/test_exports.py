@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from errors import BadOption
+from errors import BadAdapter, BadOption
 from lora.config import LoRAConfig
 from lora.inject import adapters
 from lora.peft_format import CONFIG, WEIGHTS, save_adapter
@@ -256,3 +256,13 @@ def test_a_card_reports_only_evaluations_of_exactly_this_adapter(base):
     weights = run.best / WEIGHTS
     weights.write_bytes(weights.read_bytes() + b"x")
     assert line not in card.adapter_card("demo", LoRAConfig(), run, {}, run.best)
+
+
+def test_an_adapter_that_is_not_as_it_was_written_is_not_exported(base):
+    folder = base.parent / "adapter"
+    config = LoRAConfig(r=4, alpha=8, dropout=0.0)
+    save_adapter(adapted(base), folder, config, base=str(base), revision=None)
+    (folder / "origin.json").write_text('{"adapter_sha256": ["another"]}')
+    with pytest.raises(BadAdapter, match="is not as it was written"):
+        export.main(["--adapter", str(folder), "--out", str(base.parent / "out")])
+    assert not (base.parent / "out").exists()

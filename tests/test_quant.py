@@ -76,7 +76,7 @@ def test_a_weight_takes_as_many_bits_as_documented(kind, bits):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_a_quantised_layer_computes_with_its_dequantised_weight(kind, with_bias):
+def test_a_quantized_layer_computes_with_its_dequantized_weight(kind, with_bias):
     bias = torch.arange(6.0) if with_bias else None
     layer, x = layer_of(a_weight(), kind, bias), torch.randn(5, 128, requires_grad=True)
     expected = F.linear(x, plain_quantized(a_weight(), kind), bias)
@@ -91,7 +91,7 @@ def test_the_product_passes_gradcheck(kind):
     assert torch.autograd.gradcheck(layer, torch.randn(2, 64).double().requires_grad_())
 
 
-def test_a_product_keeps_no_dequantised_weight_for_the_backward_pass():
+def test_a_product_keeps_no_dequantized_weight_for_the_backward_pass():
     layer, x, kept = layer_of(a_weight(), "nf4", None), torch.randn(5, 128), []
     keep = lambda t: kept.append(t) or t  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -110,7 +110,7 @@ def test_blocks_are_smaller_where_64_does_not_divide_a_weight():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_layers_are_quantised_and_each_as_its_own_weight(tmp_path, kind):
+def test_only_the_layers_are_quantized_and_each_as_its_own_weight(tmp_path, kind):
     folder = toys.write_checkpoint(tmp_path / "base", tied=False)
     plain = load_model(folder, dtype=torch.float32)
     model = load_model(folder, dtype=torch.float32, base_precision=kind)
@@ -128,15 +128,15 @@ def test_only_the_layers_are_quantised_and_each_as_its_own_weight(tmp_path, kind
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_on_a_quantised_base_equal_those_on_its_dequantised_weights(tmp_path, kind, dora):
+def test_adapters_on_a_quantized_base_equal_those_on_its_dequantized_weights(tmp_path, kind, dora):
     folder = toys.write_checkpoint(tmp_path / "base")
-    quantised = load_model(folder, dtype=torch.float32, base_precision=kind)
+    quantized = load_model(folder, dtype=torch.float32, base_precision=kind)
     plain, results = load_model(folder, dtype=torch.float32), []
-    for name, module in quantised.named_modules():
+    for name, module in quantized.named_modules():
         if isinstance(module, QuantizedLinear):
             plain.get_submodule(name).weight.copy_(module.weight)
     tokens, positions = torch.arange(12) * 7 % toys.TOKENS, torch.arange(12)
-    for model in (quantised, plain):
+    for model in (quantized, plain):
         inject(model, LoRAConfig(r=4, alpha=8, targets=("all-linear",), dora=dora))
         generator = torch.Generator().manual_seed(1)
         for name, p in trained_parameters(model).items():
@@ -151,11 +151,11 @@ def test_adapters_on_a_quantised_base_equal_those_on_its_dequantised_weights(tmp
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_quantised_weight_cannot_be_merged_into(tmp_path):
+def test_a_quantized_weight_cannot_be_merged_into(tmp_path):
     folder = toys.write_checkpoint(tmp_path / "base")
     model = load_model(folder, dtype=torch.float32, base_precision="nf4")
     inject(model, LoRAConfig(r=4, alpha=8))
-    with pytest.raises(AssertionError, match="quantised"):
+    with pytest.raises(AssertionError, match="quantized"):
         model.model.layers[0].self_attn.q_proj.merge()
 
 
@@ -175,7 +175,7 @@ def test_no_weight_of_the_layers_is_whole_while_the_others_are_read(tmp_path, mo
     assert len(layers) == 14 and all(d == [torch.uint8, torch.float32] for d in layers)
 
 
-# Checkpoints that bitsandbytes has quantised
+# Checkpoints that bitsandbytes has quantized
 
 
 def bitsandbytes_checkpoint(folder, kind: str, nested: bool = False):
@@ -220,7 +220,7 @@ def bitsandbytes_checkpoint(folder, kind: str, nested: bool = False):
 
 
 @pytest.mark.parametrize(("kind", "nested"), [("nf4", False), ("nf4", True), ("int8", False)])
-def test_a_checkpoint_that_bitsandbytes_quantised_has_the_weights_it_stands_for(
+def test_a_checkpoint_that_bitsandbytes_quantized_has_the_weights_it_stands_for(
     tmp_path, kind, nested
 ):
     folder, meaning = bitsandbytes_checkpoint(tmp_path / "base", kind, nested)
@@ -268,7 +268,7 @@ def test_codes_and_values_are_those_of_bitsandbytes(nested):
 # Runs
 
 
-def test_a_run_on_a_quantised_base_is_evaluated_on_it_and_exported_for_the_whole_one(
+def test_a_run_on_a_quantized_base_is_evaluated_on_it_and_exported_for_the_whole_one(
     tmp_path, lively_checkpoint, arithmetic, capsys
 ):
     flags = ["--model", lively_checkpoint, "--data", arithmetic, "--out", tmp_path / "run",
