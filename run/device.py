@@ -190,10 +190,9 @@ def decoded_rows(
         return DECODED_ROWS, ""
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size
     row = slot * dtype.itemsize * (PROMPT_TOKENS + max_new_tokens)  # bytes
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    rows = next((n for n in MOST_ROWS if n * row <= free / 2), MOST_ROWS[-1])
-    return rows, f"their cache takes {rows * row / 1e9:.1f} of {free / 1e9:.1f} GB that are free"
+    free = free_memory_gb(device)
+    rows = next((n for n in MOST_ROWS if n * row / 1e9 <= free / 2), MOST_ROWS[-1])
+    return rows, f"their cache takes {rows * row / 1e9:.1f} of {free:.1f} GB that are free"
 
 
 def synchronize(device: torch.device) -> None:
