@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from data.rows import Message, Problem
 from evaluation.answers import GenerationSettings
 from evaluation.generative import SCORERS, Completion, had_format
 from evaluation.mistakes import KINDS, classify
+from evaluation.numbers import readings
 from lora.inject import LoRAConfig, adapters, inject
 from lora.peft_format import save_adapter
 from model.generate import Decoding
@@ -152,3 +154,8 @@ def assert_random_completions_are_judged(seeds: range) -> None:
         assert kind in KINDS
         assert (kind in ("correct", "format only")) == correct["numeric-equal"]
         assert had_format(text) or not (correct["strict-match"] or correct["openai"]), seed
+
+
+def final_number(text: str, cut_off: bool = False) -> Fraction | None:
+    """The likeliest value of an answer, or None."""
+    return next(iter(readings(text, cut_off=cut_off)), None)

@@ -14,7 +14,6 @@ from data.custom import load_path
 from evaluation.answers import answers
 from evaluation.generative import NUMBERS, SCORERS, Completion
 from evaluation.log import read_log
-from evaluation.numbers import final_number
 from evaluation.summary import answer_metrics, result_text
 from model.load import load_model
 from terminal import Screen
@@ -25,6 +24,7 @@ from tests.evaluations import (
     completion,
     completions_of,
     evaluated,
+    final_number,
     problem,
     settings,
 )

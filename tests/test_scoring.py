@@ -27,12 +27,8 @@ from evaluation.generative import (
 from evaluation.golds import ends_in_number, gold_number, gold_text, gold_value, in_digits
 from evaluation.numbers import readings
 from evaluation.numerals import MAX_DIGITS, numbers_in
+from tests.evaluations import final_number
 from tests.published import COMPLETE, GSM8K, SHARED
-
-
-def final_number(text, cut_off=False):
-    return next(iter(readings(text, cut_off=cut_off)), None)
-
 
 # text → its numbers; bars between cases; \n is a line end, \t a tab, N is MAX_DIGITS ones
 NUMBERS = r"""
