@@ -80,8 +80,8 @@ def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and return its exit code; a user's error is printed in two lines.
 
     A full disk or memory is reported in the same way. What is printed goes through a `Screen`; if
-    some of it could not be written, the code of a finished script is 141 for a closed pipe, as of a
-    process that SIGPIPE ended, and else 1.
+    some of it could not be written, a script that finished returns 141 for a closed pipe, as a
+    process does that SIGPIPE ends, and otherwise 1.
     """
     open_screens()
     try:

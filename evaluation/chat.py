@@ -95,7 +95,7 @@ def questions() -> Iterator[str]:
 
 
 def converse(conversation: Conversation, name: str) -> None:
-    """Answer questions until there is none; Ctrl-C stops an answer, which stays as it is."""
+    """Answer questions until they end; Ctrl-C stops an answer, which stays as it is."""
     print(f"chat with the {name} model: Ctrl-C stops an answer, an empty line or Ctrl-D ends")
     for question in questions():
         show(conversation, question)
