@@ -1,8 +1,8 @@
 """The model card of an adapter or a merged model: `README.md`, with the Hub's YAML front matter.
 
 Format: huggingface.co/docs/hub/model-cards. The Hub refuses a `base_model` that is not one of its
-ids, so the field is left out for a base from a local folder. Its path is not written either, since it
-is of no use to others and may be private.
+ids, so the field is left out for a base from a local folder. Its path is not written either: it is
+of no use to others and may be private.
 """
 
 from collections.abc import Mapping
