@@ -181,18 +181,20 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def decoded_rows(
     device: torch.device, config: Qwen2Config, dtype: torch.dtype, max_new_tokens: int
-) -> tuple[int, str]:
-    """(sequences to decode in parallel, why); with CUDA, as many as free memory allows.
+) -> int:
+    """Sequences to decode in parallel; with CUDA, as many as free memory allows, printed.
 
     Half of it is left to the prompts' activations, and to the copy that a growing cache makes.
     """
     if device.type != "cuda":
-        return DECODED_ROWS, ""
+        return DECODED_ROWS
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size
     row = slot * dtype.itemsize * (PROMPT_TOKENS + max_new_tokens)  # bytes
     free = free_memory_gb(device)
     rows = next((n for n in MOST_ROWS if n * row / 1e9 <= free / 2), MOST_ROWS[-1])
-    return rows, f"their cache takes {rows * row / 1e9:.1f} of {free:.1f} GB that are free"
+    taken = f"their cache takes {rows * row / 1e9:.1f} of {free:.1f} GB that are free"
+    print(f"{rows} sequences are decoded in parallel: {taken}")
+    return rows
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from errors import BadRun
-from files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "evaluation", "lora", "model", "report", "run")
@@ -108,34 +107,6 @@ def check_result(what: str, record: Mapping[str, Any]) -> None:
         "add --fresh to do it anew with this code in a numbered folder, or go back to the other"
         " code to keep this result",
     )
-
-
-def folder_of_program(folder: Path, *, fresh: bool) -> tuple[Path, list[str]]:
-    """(folder for an evaluation by this program, other programs that began it, for people).
-
-    It is `folder`, or if `fresh` the first of folder, folder-2, folder-3, ... without a result and
-    without answers by other code. Answers that other code began are kept, and a line says so;
-    raises BadRun if `folder` holds a whole result of other code.
-    """
-
-    def settings(candidate: Path) -> dict[str, Any]:
-        path = candidate / "settings.json"
-        return read_json(path, BadRun, f"delete {candidate}") if path.exists() else {}
-
-    def is_taken(candidate: Path) -> bool:
-        found = settings(candidate)
-        return bool(found) and ((candidate / "result.json").exists() or not is_same_program(found))
-
-    folder = numbered(folder, is_taken) if fresh else folder
-    found = settings(folder)
-    earlier = found.get("earlier_programs", [])
-    if not found or is_same_program(found):
-        return folder, earlier
-    if (folder / "result.json").exists():
-        check_result(f"the result in {folder} was made", found)
-    print(f"resuming in {folder}, although the code was {program_text(found)},"
-          f" is {program_text(program())}")  # fmt: skip
-    return folder, [*earlier, program_text(found)]
 
 
 def numbered(folder: Path, is_taken: Callable[[Path], bool]) -> Path:
