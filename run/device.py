@@ -24,7 +24,6 @@ from run.stopping import StopRequested
 
 NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0")  # with an NVIDIA driver on Linux
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-NOT_BIT_FOR_BIT = "no longer bit for bit"
 DECODED_ROWS, MOST_ROWS = 128, (512, 256, 128, 64, 32)  # in parallel on a CPU, on a GPU
 PROMPT_TOKENS = 1024  # for which a row of the cache has room: five solved GSM8K problems fit
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -218,13 +217,6 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-
-
-def changed_conditions(old: Any, new: dict[str, Any]) -> list[str]:
-    """A line if a run continues in other `conditions`; none where the old ones are not known."""
-    known = old if isinstance(old, dict) else {}
-    changed = [f"{k} {known[k]} -> {v}" for k, v in new.items() if known.get(k, v) != v]
-    return [f"{NOT_BIT_FOR_BIT}: {', '.join(changed)}"] if changed else []
 
 
 def session_facts(device: torch.device) -> dict[str, Any]:

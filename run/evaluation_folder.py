@@ -15,9 +15,16 @@ import torch
 
 from errors import BadRun
 from files import read_json, write_json
-from run.device import changed_conditions, conditions
+from run.device import conditions
 from run.folder import check_place
-from run.identity import check_result, is_same_program, numbered, program, program_text
+from run.identity import (
+    changed_conditions,
+    check_result,
+    is_same_program,
+    numbered,
+    program,
+    program_text,
+)
 
 
 def folder_of_settings(home: Path, kind: str, settings: dict[str, Any]) -> Path:

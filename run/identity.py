@@ -36,6 +36,7 @@ PLACES = {
     "chat_template_sha256": {"chat_template"},
 }
 STEP = ("batch_size", "grad_accum", "ranks")  # their product is the number of sequences of a step
+NOT_BIT_FOR_BIT = "no longer bit for bit"
 UNSPOKEN = {"base_commit", "data_commit", "data_sha256"}  # follow from others, or are not readable
 
 
@@ -140,6 +141,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[st
     text = {key: f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(different)}
     refused = [text[key] for key in text if key not in free]
     return refused, [text[key] for key in text if key in free and key not in UNSPOKEN]
+
+
+def changed_conditions(old: Any, new: Any) -> list[str]:
+    """A line if a run continues in other `conditions`; none where the old ones are not known."""
+    known = old if isinstance(old, dict) else {}
+    changed = [f"{k} {known[k]} -> {v}" for k, v in (new or {}).items() if known.get(k, v) != v]
+    return [f"{NOT_BIT_FOR_BIT}: {', '.join(changed)}"] if changed else []
 
 
 def _sequences(values: Mapping[str, Any]) -> float:
