@@ -26,7 +26,7 @@ from data.rows import fingerprint
 from data.tasks import TASKS
 from errors import BadOption
 from evaluation.answers import GenerationSettings
-from evaluation.chat import Conversation, converse, show
+from evaluation.chat import talk
 from evaluation.measure import Models, measure
 from evaluation.rejection import check_new_file, check_tasks
 from evaluation.results import read_result
@@ -182,7 +182,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.shard and not distributed.join(base.device).is_main:
         return base.load(shard=True).lockstep.finish()  # gathers whatever the first rank computes
     if config.ask or config.chat:
-        return talk(config, base)
+        print("\n".join(base.lines()))
+        models, one_by_one = load_models(config, base), replace(config, batch_size=1)
+        talk(models, base.chat, decoding(one_by_one, base), config.ask, chatting=config.chat)
+        return models.finish()
 
     # 2. What is measured: tasks, each with a judge, its settings and a results folder.
     evaluations = find_evaluations(config, base, files)
@@ -230,8 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         refresh_card(run)
         price = run.options.get("price_per_hour")
         print(f"report in {write_report(parent.parent, price)}")
-    if config.shard:
-        models.network.lockstep.finish()  # with which the other ranks end
+    models.finish()
 
 
 # What is asked for.
@@ -389,26 +391,6 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
     if config.temperature and not config.top_k and config.top_p == 1:
         advice = ", ".join(f"{k} {v:g}" for k, v in read_sampling(base.folder).items())
         print(f"sampling from all tokens; the checkpoint recommends {advice or 'nothing'}")
-
-
-# Instead of an evaluation.
-
-
-def talk(config: EvalConfig, base: Base) -> None:
-    """Print each model's answer to one question, or talk with the last of the models."""
-    print("\n".join(base.lines()))
-    models, config = load_models(config, base), replace(config, batch_size=1)
-    for name, context in models.contexts.items():
-        conversation = Conversation(models.network, base.chat, decoding(config, base))
-        if config.ask:
-            print(f"\n{name}: ", end="", flush=True)
-            with context():
-                show(conversation, config.ask)
-    if config.chat:
-        with context():
-            converse(conversation, name)
-    if config.shard:
-        models.network.lockstep.finish()
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 5. The model, with adapters.
     model = base.load(shard=config.shard)
-    world = replace(world, lockstep=model.lockstep if config.shard else None)
+    world = replace(world, lockstep=model.lockstep)
     if adapter:
         read_adapter(adapter, model, dropout=config.dropout)
         check_not_replaced(adapter, adapter_files)

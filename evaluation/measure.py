@@ -42,6 +42,11 @@ class Models:
             del contexts["base"]
         return cls(network, contexts)
 
+    def finish(self) -> None:
+        """End the ranks that hold parts of a sharded base, and have followed this one."""
+        if self.network.lockstep:
+            self.network.lockstep.finish()
+
 
 def measure(
     models: Models,
