@@ -241,11 +241,8 @@ def _chinese(numeral: str) -> Fraction | None:
         elif c in _CHINESE_SCALES:
             section, digit = section + (digit or 1) * _CHINESE_SCALES[c], 0
         else:
-            total, section, digit = (
-                (total + section + digit or 1) * (10**4 if c == "万" else 10**8),
-                0,
-                0,
-            )
+            total = (total + section + digit or 1) * (10**4 if c == "万" else 10**8)
+            section = digit = 0
     return Fraction(total + section + digit)
 
 
@@ -259,7 +256,7 @@ def _joined(text: str, found: list[Quantity]) -> list[Quantity]:
         if joined and q.readings:
             last = joined[-1]
             gap = text[last.end : q.start]
-            words = [w for w in words_of(gap)] if len(gap) < 30 else ["?"]
+            words = words_of(gap) if len(gap) < 30 else ["?"]
             if words[-1:] == ["and"]:
                 words.pop()
             large = words[0] if words else "dollar" if "$" in text[last.start : last.end] else ""

@@ -23,7 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.chat import ChatFormat
+from data.chat import ChatFormat, read_tokenizer
 from errors import BadCheckpoint, BadOption, UserError, listed
 from files import make_folder, publish
 from lora.config import LoRAConfig
@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         adapter = Path(config.adapter)
         chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size, adapter=adapter)
     except BadCheckpoint as error:  # merging needs no chat
+        if config.gguf:
+            read_tokenizer(checkpoint.folder, base.vocab_size)  # GGUF says that it is Qwen2's
         print(f"the base's chat template and eos ids are kept as they are: {error.cause}")
         chat = None
 

@@ -2,7 +2,7 @@
 writes it.
 
 Matrices have the dtype of the checkpoint; norms and biases are fp32. `tokenizer.ggml.pre` qwen2
-stands for Qwen2's pipeline, which `ChatFormat` has checked. Rows of the embedding that have no
+stands for Qwen2's pipeline, which `read_tokenizer` has checked. Rows of the embedding that have no
 token are named `[PAD...]`.
 Source: llama.cpp's convert_hf_to_gguf.py; the names of tensors and fields are from the package
 `gguf`, which is imported only when it is used.
@@ -21,8 +21,7 @@ from errors import BadOption
 from model.checkpoint import read_config, read_eos_ids
 from model.qwen2 import Qwen2, Qwen2Config
 from model.tensor_files import tensor_files
-
-TEMPLATE = "chat_template.jinja"
+from run.best import TEMPLATE
 
 
 def check_gguf() -> ModuleType:

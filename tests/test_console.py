@@ -150,6 +150,10 @@ def test_the_verdict_is_above_the_table():
     assert text.index("tuned against base: ") < text.index("choices correct, x")
     both = comparison_text(result({"base": before}), result({"base": after}, base="c"), 0)
     assert both.index("B against A: ") < both.index("choices correct, x")
+    assert "base: b against c\n" in both
+    second = result({"base": after})
+    second["settings"]["shots"] = 5
+    assert "shots: None against 5\n" in comparison_text(result({"base": before}), second, 0)
     summary = evaluate.task_summary(one | {"task": "sums", "folder": "f"})
     table = tasks_table([summary, summary | {"task": "others"}])
     assert table.index("others, x: ") < table.index("correct, by task")
