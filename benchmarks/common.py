@@ -35,7 +35,8 @@ from model.generate import Decoding, generate
 from model.graphs import graph_training
 from model.qwen2 import Qwen2
 from run.base import Base
-from run.device import DTYPES, synchronize
+from run.device import DTYPES, describe, synchronize
+from run.options import to_json
 from train import TrainConfig, forward_backward
 
 T = TypeVar("T")
@@ -513,8 +514,11 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     return found
 
 
-def write_result(path: str | None, result: dict[str, Any]) -> None:
-    """Write the figures and the machine as JSON; without a path, nothing."""
-    if path:
-        text = json.dumps(result | {"machine": machine()}, indent=2)
-        Path(path).write_text(text + "\n")
+def write_result(config: Any, result: dict[str, Any], base: Base | None = None) -> None:
+    """Write the figures, the options, and where they were measured to the file `--json`, if any."""
+    if config.json is None:
+        return
+    result = result | {"options": to_json(config), "machine": machine()}
+    if base:
+        result |= {"device": describe(base.device), "precision": base.precision}
+    Path(config.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")

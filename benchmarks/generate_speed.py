@@ -43,7 +43,7 @@ from model.packed import PackedWeights
 from model.qwen2 import Qwen2
 from run.base import Base
 from run.device import DTYPES, describe
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 PEER = "generate()"
 PREFILL_TOKENS = 1024  # in a product, when a prompt's products are timed
@@ -51,7 +51,7 @@ CHECK_PROMPTS, CHECK_TOKENS = 4, 24  # of the equal-work check
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class GenerateConfig:
     model: str = option("Qwen/Qwen2-0.5B-Instruct", "folder or Hub id of the base model")
     data: str = option("gsm8k", "a task, or a folder with test.jsonl")
     problems: int = option(256, "number of test problems to answer", least=1)
@@ -91,7 +91,7 @@ class Job:
 
 def main(argv: list[str] | None = None) -> None:
     """Load, check that both give the same tokens, time both in turns, and report."""
-    config = parse(SpeedConfig, argv, "Our generation against transformers' generate().")
+    config = parse(GenerateConfig, argv, "Our generation against transformers' generate().")
     sizes = [int(size) for size in config.peer_batch_sizes if size.isdigit() and int(size)]
     if len(sizes) < len(config.peer_batch_sizes):
         raise BadOption("--peer-batch-sizes must be integers above 0", "--peer-batch-sizes 8,32")
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
           f" at most {max(job.lengths)} per answer")  # fmt: skip
     if config.choosing:
         result = choosing(base.load(), job, config.batch_size)
-        return write_result(config.json, result | {"options": to_json(config)})
+        return write_result(config, result, base)
     has_peer = config.peer and is_installed(PEER, ("transformers",))
     if has_peer:
         check_equal_work(job)
@@ -127,11 +127,10 @@ def main(argv: list[str] | None = None) -> None:
         floor.measure()
     result = summary(job, seconds, speeds, floor)
     print(table(result))
-    write_result(config.json, result | {"options": to_json(config), "device": describe(base.device),
-                 "precision": base.precision, "peer": versions(("transformers",))})  # fmt: skip
+    write_result(config, result | {"peer": versions(("transformers",))}, base)
 
 
-def prepare_job(config: SpeedConfig, base: Base) -> Job:
+def prepare_job(config: GenerateConfig, base: Base) -> Job:
     """The first test problems as chat prompts; BadData if there are too few."""
     prompts, lengths = problem_prompts(base, config.data, config.problems)
     if len(prompts) < config.problems:
@@ -243,10 +242,8 @@ class Floor:
         head_weight = model.head_weight[: job.base.chat.vocab_size]
         self.weights = PackedWeights(model, head_weight)
         self.linear = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
-        self.bytes = head_weight.nbytes + sum(m.weight.nbytes for m in self.linear)
         self.step: list[float] = []  # seconds of a step of `batch_size` sequences
         self.prompt: list[float] = []  # seconds per prompt token
-        self.bandwidth: list[float] = []  # bytes per second, read and written
 
     @torch.inference_mode()
     def measure(self) -> None:
@@ -255,9 +252,6 @@ class Floor:
             layers = self._products(self.batch_size)
             self.step.append(layers + self._fastest(lambda: self.weights.logits(hidden)))
             self.prompt.append(self._products(PREFILL_TOKENS) / PREFILL_TOKENS)
-        a = self._random(2**28 // self.job.dtype.itemsize)
-        b = torch.empty_like(a)
-        self.bandwidth.append(2 * a.nbytes / self._fastest(lambda: b.copy_(a)))
 
     def _products(self, tokens: int) -> float:
         inputs = {n: self._random(tokens, n) for n in {m.in_features for m in self.linear}}
@@ -294,8 +288,6 @@ def summary(
         "batch_size": floor.batch_size,
         "step_ms": spread([s * 1e3 for s in floor.step]),
         "prompt_token_ms": spread([s * 1e3 for s in floor.prompt]),
-        "bytes_per_step": floor.bytes,
-        "bandwidth_gb_per_second": spread([b / 1e9 for b in floor.bandwidth]),
         "seconds": seconds,
         "new_tokens": tokens,
         "prompt_tokens": sum(map(len, job.prompts)),
@@ -315,15 +307,12 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"{name:<40}{speed['median']:>10.1f}{speed['min']:>12.1f}{speed['max']:>12.1f}"
         )
-    size, bandwidth = result["bytes_per_step"] / 1e9, result["bandwidth_gb_per_second"]["median"]
     lines += [
         f"floor's time as a fraction of ours: {shown(result['share_of_floor'], '.1%')}",
         "",
         f"floor, matrix products alone: {result['step_ms']['median']:.1f} ms per step of"
         f" {result['batch_size']} sequences,"
         f" {result['prompt_token_ms']['median']:.2f} ms per prompt token",
-        f"reading the weights of a step, {size:.2f} GB at {bandwidth:.0f} GB/s:"
-        f" {size / bandwidth * 1e3:.1f} ms",
     ]
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ import gc
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from lora.peft_format import save_adapter
 from model.generate import Decoding, generate
 from model.loss import linear_cross_entropy
 from run.base import Base
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(RealConfig, argv, "This code and its oracles on published weights.")
     base = Base.find(config.model, precision="fp32", device="cpu")
     source = load_source(config.data)
-    result: dict[str, Any] = {"options": to_json(config)}
+    result: dict[str, Any] = {}
     if config.rows and is_installed("transformers and PEFT", ("transformers", "peft")):
         rows = list(range(config.rows))
         examples, _ = encode_problems(source.train[: config.rows], rows, base.chat, max_length=2048)
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         result["harness"] = compare_answers(
             base, source.test[: config.harness], config.max_new_tokens
         )
-    write_result(config.json, result)
+    write_result(config, result, base)
 
 
 # Forward: logits in fp32, divergence in bf16
@@ -182,16 +183,15 @@ def our_gradient(base: Base, examples: list[Example], adapter: Path) -> tuple[fl
     parameters = trained_parameters(model)
     randomize_B(parameters, std=0.02)
     save_adapter(model, adapter, LORA, base=str(base.folder), revision=None)
-    count, total = sum(example.supervised_count for example in examples), 0.0
-    for example in examples:
+
+    def nats(example: Example) -> Tensor:
         batch = flat_batch([example], base.device)
-        hidden = model(batch.tokens, batch.positions, batch.lengths)
-        nats, _ = linear_cross_entropy(
+        hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
+        return linear_cross_entropy(
             hidden, model.head_weight, batch.targets, batch.supervised_rows
-        )
-        (nats / count).backward()
-        total += nats.item()
-    return total / count, flat_gradient(parameters)
+        )[0]
+
+    return mean_loss(examples, nats), flat_gradient(parameters)
 
 
 def their_gradient(base: Base, examples: list[Example], adapter: Path) -> tuple[float, Tensor]:
@@ -199,14 +199,23 @@ def their_gradient(base: Base, examples: list[Example], adapter: Path) -> tuple[
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(transformers_model(base), adapter, is_trainable=True).eval()
-    count, total = sum(example.supervised_count for example in examples), 0.0
-    for example in examples:
+
+    def nats(example: Example) -> Tensor:
         logits = model(torch.as_tensor(example.tokens)[None].long()).logits[0]  # (T, V)
         targets = torch.as_tensor(example.targets).long()
-        nats = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+    return mean_loss(examples, nats), flat_gradient(peft_parameters(model))
+
+
+def mean_loss(examples: list[Example], nats_of: Callable[[Example], Tensor]) -> float:
+    """The mean loss over all supervised tokens, backpropagated example by example."""
+    count, total = sum(example.supervised_count for example in examples), 0.0
+    for example in examples:
+        nats = nats_of(example)
         (nats / count).backward()
         total += nats.item()
-    return total / count, flat_gradient(peft_parameters(model))
+    return total / count
 
 
 # The base in 4 and 8 bits

@@ -54,7 +54,7 @@ from errors import BadData, BadOption, run_script
 from run.base import Base
 from run.compiling import check_compiler
 from run.device import DTYPES, describe
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 PEER = "TRL + PEFT"
 PEER_PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets")
@@ -111,9 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     result = measure(config, base, steps, has_peer)
     print(table(result, config))
     result |= {"equal_work": checks, "row_ids": [step.row_ids for step in steps]}
-    result |= {"options": to_json(config), "device": describe(base.device)}
-    result |= {"precision": base.precision, "peer_versions": versions(PEER_PACKAGES)}
-    write_result(config.json, result)
+    result |= {"peer_versions": versions(PEER_PACKAGES)}
+    write_result(config, result, base)
 
 
 def with_defaults(config: SpeedConfig, base: Base) -> SpeedConfig:

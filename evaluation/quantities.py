@@ -35,7 +35,7 @@ _CHARACTERS = {
     )},
     ord("⁄"): "/", ord("≈"): "=", ord("·"): "*", ord("×"): "*", ord("÷"): "/", ord("。"): ". ",
 }  # fmt: skip
-_LATEX = [
+_LATEX = [(re.compile(pattern), text) for pattern, text in (
     (r"\\!|\\left(?![a-z])|\\right(?![a-z])|\{\}|\\displaystyle", ""),
     (r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|\{,\}", ","),
     (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed|fbox|bm) ?\{", " {"),
@@ -48,11 +48,10 @@ _LATEX = [
     (r"\\[()\[\],;: ]|\\quad|\\qquad|\^ ?\{?\\circ\}?|(?<![0-9])\*\*|\*\*(?![0-9])|__|`", " "),
     (r"(?<=[0-9])\*\*(?=[0-9])", "^"),
     (r"(?<=-) +(?=[0-9]{1,9}/[0-9])", ""),
-]
+)]  # fmt: skip
 _TYPESET = frozenset("\\*{_`")
-_LATEX = [(re.compile(pattern), text) for pattern, text in _LATEX]
 _GROUPS = r"(?<![0-9.,])[1-9][0-9]{0,2}"
-_ALWAYS = [
+_ALWAYS = [(re.compile(pattern), text) for pattern, text in (
     (r"(?<=[0-9])[_'’](?=[0-9]{3}(?![0-9]))", ","),  # 1_000, 1'000
     (r"(?<=[a-zA-Z}])\^\{?[0-9]\}?|(?<=\bcm|\bkm|\bft)[23]\b|:\.[0-9]f\b", ""),  # cm^2
     # 1.234,56 and 1.234.567 and 4,50 €: a comma is the decimal point
@@ -62,8 +61,7 @@ _ALWAYS = [
     (r"(?<=€)[0-9]{1,6},[0-9]{2}(?![0-9,])", "swap"),
     # 1 234 567 and 12 000: groups of three digits that are not numbers of their own
     (_GROUPS + r"(?:(?: [0-9]{3}){2,6}| 000)(?!,?[0-9]| ?/)", "join"),
-]
-_ALWAYS = [(re.compile(pattern), text) for pattern, text in _ALWAYS]
+)]  # fmt: skip
 _REWRITE = {
     "swap": lambda match: match[0].translate({ord("."): ",", ord(","): "."}),
     "join": lambda match: match[0].replace(" ", ""),

@@ -166,11 +166,8 @@ def _front_matter(base: str, run: Run, library: str) -> str:
 
 
 def _training(lora: LoRAConfig, run: Run, progress: Mapping[str, Any]) -> str:
-    data = (
-        printable(", ".join(map(_without_folder, _sources(run))))
-        or "data that is not recorded here"
-    )
-    text = f"Trained on {data}: {lora}."
+    data = printable(", ".join(map(_without_folder, _sources(run))))
+    text = f"Trained on {data or 'data that is not recorded here'}: {lora}."
     if kind := run.identity.get("base_precision"):
         text += f" The layers of the base were held in {kind}."
     if fits(progress.get("best_loss"), float) and fits(progress.get("best_step"), int):

@@ -39,7 +39,7 @@ from run.best import copy_tokenizer
 from run.card import adapter_card, merged_card, readers
 from run.device import DTYPES
 from run.folder import Run, check_place
-from run.gguf_file import check_gguf, read_gguf, write_gguf
+from run.gguf_file import gguf_package, read_gguf, write_gguf
 from run.options import option, parse
 
 # Files of the base that belong to the merged checkpoint. Other files in the base's folder,
@@ -169,7 +169,7 @@ def check(config: ExportConfig, out: Path) -> None:
     if config.portable and config.gguf:
         raise BadOption("--portable writes an adapter, --gguf a merged file", "give one of them")
     if config.gguf:
-        check_gguf()
+        gguf_package()
         if out.suffix != ".gguf":
             raise BadOption(f"--out {out}: --gguf writes one file", f"give --out {out}.gguf")
 

@@ -24,7 +24,7 @@ from model.tensor_files import tensor_files
 from run.best import TEMPLATE
 
 
-def check_gguf() -> ModuleType:
+def gguf_package() -> ModuleType:
     """The package `gguf`; BadOption if it is not installed."""
     try:
         import gguf
@@ -35,7 +35,7 @@ def check_gguf() -> ModuleType:
 
 def write_gguf(folder: Path, path: Path) -> None:
     """Convert the checkpoint in `folder` to the GGUF file `path`."""
-    gguf = check_gguf()
+    gguf = gguf_package()
     config = read_config(folder)
     raw = json.loads((folder / "config.json").read_text("utf-8"))
     writer = gguf.GGUFWriter(path, "qwen3" if config.is_qwen3 else "qwen2")
@@ -69,7 +69,7 @@ def write_gguf(folder: Path, path: Path) -> None:
 
 def read_gguf(path: Path, config: Qwen2Config, dtype: torch.dtype) -> Qwen2:
     """The network with the tensors of the GGUF file `path`, which must be complete, in `dtype`."""
-    gguf = check_gguf()
+    gguf = gguf_package()
     ours = {theirs: name for name, theirs in _names(gguf, config).items()}
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     state = {}

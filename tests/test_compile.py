@@ -24,6 +24,7 @@ from model import functions
 from model.compile import compile_layers
 from model.generate import Decoding, generate
 from model.loss import linear_cross_entropy
+from model.quant import quantize_layers
 from model.qwen2 import Qwen2, Qwen2Config
 from run import compiling
 from run.compiling import (
@@ -170,6 +171,18 @@ def test_the_trial_compares_the_gradients_of_adapters_in_fp32_and_in_the_bases_d
     assert try_compiler(BF16, dora) is None
 
 
+@pytest.mark.parametrize("held", ["nf4", "int8"])
+def test_the_trial_holds_its_layers_as_those_of_the_base_are_held(monkeypatch, held):
+    torch._dynamo.reset()
+    kinds = []
+    monkeypatch.setattr(
+        compiling, "quantize_layers",
+        lambda model, kind, *a, **k: kinds.append(kind) or quantize_layers(model, kind, *a, **k),
+    )  # fmt: skip
+    assert compiler_problem(CPU, BF16, dora=False, held=held, backend="aot_eager") is None
+    assert kinds == [held, held]
+
+
 def test_a_compiler_that_drops_a_gradient_is_refused(monkeypatch):
     swiglu = functions._SwiGLU.backward  # as PyTorch 2.11 did: the MLP's gradient is dropped
     monkeypatch.setattr(
@@ -178,7 +191,7 @@ def test_a_compiler_that_drops_a_gradient_is_refused(monkeypatch):
             g * (not torch.compiler.is_compiling()) for g in swiglu(ctx, grad)
         )),
     )  # fmt: skip
-    monkeypatch.setattr(compiling, "compiler_problem", lambda _, dtype, dora: try_compiler(dtype))
+    monkeypatch.setattr(compiling, "compiler_problem", lambda _, dtype, **__: try_compiler(dtype))
     with pytest.raises(BadOption, match="^--compile: .*gradients that differ from the plain"):
         check_compiler(CPU, BF16, dora=False)
 
