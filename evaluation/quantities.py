@@ -89,7 +89,7 @@ _NOT_ONE = re.compile(  # "one" as a pronoun, before and after it
 _ONE_OF = re.compile(r"(?i: (?:of|way|by|can|day|who|another|is|has)\b)")
 _IN_WORDS = re.compile(
     rf"(?<![\w-])(?:(?:a|an) (?=(?:{'|'.join(SCALES)}|dozen)\b))?"
-    rf"((?:{_WORD})(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and )(?:{_WORD})){{0,12}})(?!\w)"
+    rf"((?:{_WORD})(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and )(?:{_WORD})){{0,30}})(?!\w)"
     rf"( and a half(?!\w)|[ -](?:{'|'.join(_PARTS)})(?!\w))?",
     re.IGNORECASE,
 )
@@ -238,6 +238,8 @@ def _chinese(numeral: str) -> Fraction | None:
             digit = _CHINESE_DIGITS[c]
         elif c in _CHINESE_SCALES:
             section, digit = section + (digit or 1) * _CHINESE_SCALES[c], 0
+        elif c == "万" and section + digit:  # 一亿二千万: of the last section only
+            total, section, digit = total + (section + digit) * 10**4, 0, 0
         else:
             total = (total + section + digit or 1) * (10**4 if c == "万" else 10**8)
             section = digit = 0
