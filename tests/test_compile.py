@@ -24,11 +24,11 @@ from model import functions
 from model.compile import compile_layers
 from model.generate import Decoding, generate
 from model.loss import linear_cross_entropy
-from model.quant import quantize_layers
 from model.qwen2 import Qwen2, Qwen2Config
 from run import compiling
 from run.compiling import (
     check_compiler,
+    check_execution,
     compiler_problem,
     gradient_error,
 )
@@ -173,14 +173,12 @@ def test_the_trial_compares_the_gradients_of_adapters_in_fp32_and_in_the_bases_d
 
 @pytest.mark.parametrize("held", ["nf4", "int8"])
 def test_the_trial_holds_its_layers_as_those_of_the_base_are_held(monkeypatch, held):
-    torch._dynamo.reset()
-    kinds = []
-    monkeypatch.setattr(
-        compiling, "quantize_layers",
-        lambda model, kind, *a, **k: kinds.append(kind) or quantize_layers(model, kind, *a, **k),
-    )  # fmt: skip
-    assert compiler_problem(CPU, BF16, dora=False, held=held, backend="aot_eager") is None
-    assert kinds == [held, held]
+    tried = []
+    monkeypatch.setattr(compiling, "compile_layers", lambda model, _: tried.append(model))
+    options = train.TrainConfig(compile=True, base_precision=held, precision="bf16", device="cpu")
+    check_execution(options, CPU, dora=False)
+    layers = [next(adapters(model)).base_layer for model in tried]
+    assert [layer.kind for layer in layers] == [held, held]  # in fp32 and in bf16
 
 
 def test_a_compiler_that_drops_a_gradient_is_refused(monkeypatch):
