@@ -58,8 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     precision, _ = pick_precision(config.precision, device)
     print(f"{describe(device)}, {precision}")
     print(f"{'base':<6}{'tokens':>8}{'recomputed':>12}{'estimate':>10}{'peak':>8}   difference")
+    ways = [False] if config.compile else [False, True]  # recomputed
     found = [
-        line for size in config.sizes for recompute in (False, True)[: 2 - config.compile]
+        line for size in config.sizes for recompute in ways
         if (line := compare(config, size, DTYPES[precision], device, recompute=recompute))
     ]  # fmt: skip
     write_result(config.json, {"options": to_json(config), "device": describe(device),

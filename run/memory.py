@@ -144,8 +144,8 @@ def fitting_flags(memory: MemoryModel, schedule: Schedule, free_gb: float) -> li
     """Flags that make a step fit into `free_gb` and change neither steps nor losses: the largest
     micro-batch that fits, without and with recomputation, which excludes `--compile`.
     """
-    found = []
-    for recompute, flag in ((False, ""), (True, "--checkpoint-activations"))[: 2 - memory.compiled]:
+    found, ways = [], [("", False), ("--checkpoint-activations", True)]
+    for flag, recompute in ways[:1] if memory.compiled else ways:
         for parts in (n for n in range(1, schedule.batch_size + 1) if schedule.batch_size % n == 0):
             size, grad_accum = schedule.batch_size // parts, schedule.grad_accum * parts
             tried = replace(schedule, batch_size=size, grad_accum=grad_accum)
