@@ -205,10 +205,10 @@ prepare(torch.device("cpu"))
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Malloc
 weight, used = torch.ones(256, 256, dtype=torch.bfloat16), []
-for tokens in range(100, 340):
+for tokens in range(100, 400):
     torch.zeros(tokens, 256, dtype=torch.bfloat16) @ weight
     used.append(libc.mallinfo2().used)
-print(used[-1] - used[119])
+print(used[-1] - used[199])
 """
 
 
@@ -218,7 +218,7 @@ def test_products_of_ever_new_token_counts_do_not_fill_a_cpus_memory():
     clean = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
     environment = clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     grown = subprocess.check_output([sys.executable, "-c", RAGGED], env=environment, text=True)
-    assert int(grown) < 5e6  # bytes; 67 million on a CPU whose products are compiled by shape
+    assert int(grown) < 5e6  # bytes; 55 million on a CPU whose products are compiled by shape
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
