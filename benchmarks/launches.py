@@ -31,7 +31,7 @@ from benchmarks.common import (
     answer,
     problem_prompts,
     training_steps,
-    trust_kernels_if_counting,
+    trust_if_counting,
     write_result,
 )
 from data.batches import Step
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise BadOption("launches are counted on a CUDA device, and there is none",
                         "run this on a machine with a GPU")  # fmt: skip
-    trust_kernels_if_counting()
+    trust_if_counting()
     base = Base.find(config.model, precision=config.precision, device="cuda")
     print(f"{describe(base.device)}, sm_{''.join(map(str, torch.cuda.get_device_capability()))},"
           f" {base.precision}{', compiled' * config.compile}"
