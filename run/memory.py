@@ -22,7 +22,7 @@ from data.batches import Schedule
 from errors import BadOption
 from lora.config import LoRAConfig, added_parameters, layer_ranks
 from model.attention import HALF_PRECISION
-from model.loss import DEVICE_PROBABILITIES_BYTES, LOGITS_BYTES, PROBABILITIES_BYTES
+from model.loss import LOGITS_BYTES, PROBABILITIES_BYTES
 from model.qwen2 import Qwen2
 from run.device import describe, free_memory_gb
 
@@ -121,12 +121,13 @@ class MemoryModel:
 
     def loss_bytes(self, supervised: int) -> float:
         """Hidden states and their gradient, logits of a chunk, and probabilities of a block."""
-        config, b, on_cpu = self.network.config, self.dtype.itemsize, self.device.type == "cpu"
+        config, b = self.network.config, self.dtype.itemsize
         C, V = config.hidden_size, config.vocab_size
-        size = PROBABILITIES_BYTES if on_cpu else DEVICE_PROBABILITIES_BYTES
         chunk = max(1, min(supervised, LOGITS_BYTES // (V * b)))
-        block = max(1, min(chunk, size // (V * 4)))
+        block = max(1, min(chunk, PROBABILITIES_BYTES // (V * 4)))
         copies = 2 if self.dtype == torch.bfloat16 else 1  # softmax reads only fp16 without a copy
+        if self.device.type == "cuda":
+            copies = 0  # a Triton kernel holds no probabilities
         return supervised * 2 * C * b + V * (chunk * b + block * 4 * copies)
 
 
