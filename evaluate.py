@@ -47,8 +47,10 @@ from evaluation.summary import (
 )
 from evaluation.tasks import Selection, Task, find_tasks
 from evaluation.teacher_forced import teacher_forced_metrics
-from files import HashedFiles, read_json, write_json
-from lora import disabled, read_adapter
+from files import read_json, write_json
+from lora import disabled
+from lora.peft_folder import AdapterFolder
+from lora.peft_format import inject_adapter
 from model.checkpoint import read_sampling
 from model.generate import Decoding
 from model.qwen2 import Qwen2
@@ -57,9 +59,8 @@ from run import distributed
 from run.base import (
     Base,
     check_base_of_adapter,
-    check_not_replaced,
+    checked_adapter,
     checkpoint_of_adapter,
-    hash_adapter,
 )
 from run.card import refresh_card
 from run.device import (
@@ -201,20 +202,18 @@ def main(argv: list[str] | None = None) -> None:
         a, b = (read_result(Path(path)) for path in config.compare)
         return print(comparison_text(a, b, config.seed))
     base = find_base(config)
-    files = check_models(config, base)
+    adapter = check_models(config, base)
     if config.shard and not distributed.join(base.device).is_main:
         return base.load(shard=True).lockstep.finish()  # gathers whatever the first rank computes
     if config.ask or config.chat:
-        return talk(config, base)
+        return talk(config, base, adapter)
 
     # 2. What is measured: tasks, each with a judge, its settings and a results folder.
-    evaluations = find_evaluations(config, base, files)
+    evaluations = find_evaluations(config, base, adapter)
     print_start(config, base, evaluations)
 
     # 3. The models, on one network.
-    models = load_models(config, base)
-    if files:
-        check_not_replaced(Path(config.adapter), files)
+    models = load_models(config, base, adapter)
     config = with_batch_size(config, base)
 
     # 4. Each task: answers are generated, or choices scored; then they are judged and compared.
@@ -294,13 +293,13 @@ def find_base(config: EvalConfig) -> Base:
     return base.held_in(None if kind == "full" else kind)
 
 
-def check_models(config: EvalConfig, base: Base) -> HashedFiles | None:
-    """The adapter's files, hashed; BadAdapter if it was trained on another base than `base`."""
+def check_models(config: EvalConfig, base: Base) -> AdapterFolder | None:
+    """The adapter, which was read; BadAdapter if it was trained on another base than `base`."""
     if not config.adapter:
         return None
     adapter, given = Path(config.adapter), config.model is not None
     check_base_of_adapter(base, base.hashing.result(), adapter, given=given)
-    return hash_adapter(adapter)
+    return checked_adapter(adapter)
 
 
 def decoding(config: EvalConfig, base: Base) -> Decoding:
@@ -325,7 +324,9 @@ def select_tasks(config: EvalConfig) -> list[Task]:
     return find_tasks(selection, run.options | run.identity, run.held_out_file)
 
 
-def find_evaluations(config: EvalConfig, base: Base, files: HashedFiles | None) -> list[Evaluation]:
+def find_evaluations(
+    config: EvalConfig, base: Base, adapter: AdapterFolder | None
+) -> list[Evaluation]:
     """The tasks with their settings and folders; BadOption where --keep-correct cannot be used."""
     tasks = select_tasks(config)
     if config.keep_correct:
@@ -338,7 +339,7 @@ def find_evaluations(config: EvalConfig, base: Base, files: HashedFiles | None) 
         )
     evaluations = []
     for task in tasks:
-        settings = evaluation_settings(config, base, files, task)
+        settings = evaluation_settings(config, base, adapter, task)
         place = results_folder(config, task, settings)
         folder, earlier = folder_of_program(place, fresh=config.fresh)
         settings |= program() | ({"earlier_programs": earlier} if earlier else {})
@@ -361,7 +362,7 @@ def record_session(evaluation: Evaluation, base: Base) -> None:
 
 
 def evaluation_settings(
-    config: EvalConfig, base: Base, files: HashedFiles | None, task: Task
+    config: EvalConfig, base: Base, adapter: AdapterFolder | None, task: Task
 ) -> dict[str, Any]:
     """Everything that an answer depends on, apart from the program."""
     if task.judge.generated:
@@ -378,7 +379,7 @@ def evaluation_settings(
         "base": base.name,
         **models,
         "adapter": config.adapter,
-        "adapter_sha256": files.sha256 if files else None,
+        "adapter_sha256": adapter.sha256 if adapter else None,
         "data": task.description,
         "problems": len(task.problems),
         "problems_sha256": fingerprint(task.problems),
@@ -399,12 +400,12 @@ def results_folder(config: EvalConfig, task: Task, settings: dict[str, Any]) -> 
 # The models, and measuring them.
 
 
-def load_models(config: EvalConfig, base: Base) -> Models:
+def load_models(config: EvalConfig, base: Base, adapter: AdapterFolder | None) -> Models:
     """The base, and with an adapter the tuned model (with --keep-correct, the tuned one alone)."""
     network = base.load(shard=config.shard)
     contexts: dict[str, Callable] = {"base": contextlib.nullcontext}
-    if config.adapter:
-        read_adapter(Path(config.adapter), network)
+    if adapter:
+        inject_adapter(adapter, network)
         network.eval()
         contexts = {"base": lambda: disabled(network), "tuned": contextlib.nullcontext}
     if config.keep_correct:
@@ -506,10 +507,10 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
 # Instead of an evaluation.
 
 
-def talk(config: EvalConfig, base: Base) -> None:
+def talk(config: EvalConfig, base: Base, adapter: AdapterFolder | None) -> None:
     """Print each model's answer to one question, or talk with the last of the models."""
     print("\n".join(base.lines()))
-    models, config = load_models(config, base), replace(config, batch_size=1)
+    models, config = load_models(config, base, adapter), replace(config, batch_size=1)
     for name, context in models.contexts.items():
         conversation = Conversation(models.network, base.chat, decoding(config, base))
         if config.ask:

@@ -69,13 +69,13 @@ def test_ranks_wait_for_each_other_longer_than_a_validation_takes(monkeypatch):
     joined = {}
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: joined.update(k, backend=a[0]))
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "rendezvous", lambda *a, **k: iter([("store", 1, 2)]))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
     for kind, backend in (("cpu", "gloo"), ("cuda", "nccl")):
         device = torch.device(kind, 1) if kind == "cuda" else torch.device(kind)
-        assert distributed.join(device) == distributed.World(1, 2, device)
+        world = distributed.join(device)
+        assert (world.rank, world.size, world.device, world.notice.store) == (1, 2, device, "store")
         assert joined["backend"] == backend and joined["timeout"].total_seconds() >= 3600
     assert joined["device_id"] == torch.device("cuda", 1)
 
