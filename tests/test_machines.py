@@ -24,6 +24,7 @@ from run.device import decoded_rows, pick_device, prepare
 from run.folder import OWNER, lock
 from run.fp16 import overflows, settle_fp16
 from tests import toys
+from tests.campaign.harness import run
 from tests.scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,9 +184,9 @@ def test_fp16_that_was_requested_and_overflows_is_refused_before_the_run_has_a_f
     overflowing, flags, tmp_path
 ):
     asked = ["--model", overflowing, *flags[2:4], "--device", "cpu", "--precision", "fp16"]
-    done = script("train.py", [*asked, "--out", tmp_path / "run"])
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
-    assert "not finite" in done.stderr and "--precision bf16" in done.stderr
+    ended = run(asked, tmp_path / "run")
+    assert ended.code == 2 and "not finite" in ended.two_line_error()
+    assert "--precision bf16" in ended.err
     assert not (tmp_path / "run").exists()
 
 

@@ -43,23 +43,20 @@ def signalled_at_the_first_call_of(module, name: str, number: int = signal.SIGTE
     return fault
 
 
-@pytest.mark.parametrize(
-    "flags, module, name, sessions",
-    [
-        # Of 2 validations with 4 batches each; the last batch of all ends the run.
-        ([], evaluation.teacher_forced, "flat_batch", 7),
-        (["--stop-on", "exact-match", "--max-new-tokens", 3], evaluation.answers, "Completion", 13),
-    ],
-)
-def test_a_run_stopped_in_every_validation_comes_to_an_end_with_the_same_results(
-    tiny, tmp_path, flags, module, name, sessions
-):
-    command = [*tiny, *ONE_EPOCH, *flags]
-    fault, codes = signalled_at_the_first_call_of(module, name), []
+def test_a_run_stopped_in_every_validation_comes_to_an_end_with_the_same_results(tiny, tmp_path):
+    """In every batch and every answer of two validations; the last of all ends the run."""
+    command = [*tiny, *ONE_EPOCH, "--validation-share", 0.1, "--stop-on", "exact-match"]
+    command += ["--exact-match-problems", 2, "--max-new-tokens", 3]
+
+    def fault():
+        signalled_at_the_first_call_of(evaluation.teacher_forced, "flat_batch")()
+        signalled_at_the_first_call_of(evaluation.answers, "Completion")()
+
+    codes = []
     while not codes or codes[-1] == 143:
         codes.append(run(command, tmp_path / "stopped", fault=fault).code)
         assert len(codes) <= 20
-    assert codes == [143] * sessions + [0]
+    assert codes == [143] * 7 + [0]
     finish(command, tmp_path / "whole")
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
 
