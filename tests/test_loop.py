@@ -172,6 +172,32 @@ def test_a_dry_run_multiplies_the_time_of_a_token_by_all_tokens(capsys):
     assert "15 steps, 3,000 tokens, about 6 min 0 s" in capsys.readouterr().out
 
 
+def test_a_dry_run_measures_steps_in_training_mode(tiny, monkeypatch):
+    modes = []
+
+    def forward(model, *_, **__):
+        modes.append(model.training)
+        return torch.zeros(2)
+
+    monkeypatch.setattr(train, "forward_backward", forward)
+    train.main([*map(str, tiny), "--dry-run"])
+    assert modes and all(modes)
+
+
+def test_the_seconds_of_a_save_count_as_work_between_two_polls(tiny, tmp_path, monkeypatch):
+    clock, save, recorded = [0.0], train.save_checkpoint, []
+
+    def tick(seconds=1.0):
+        clock[0] += seconds
+        return clock[0]
+
+    monkeypatch.setattr(time, "perf_counter", tick)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *a: save(*a) or tick(1000.0))
+    monkeypatch.setattr(Stop, "record", lambda self, seconds: recorded.append(seconds))
+    run(tmp_path / "run", tiny, "--max-steps", 1)
+    assert max(recorded) > 1000
+
+
 def test_the_initial_adapters_are_those_of_the_seed(tiny, tmp_path):
     run(tmp_path / "run", tiny, "--seed", 5, "--learning-rate", 0, "--max-steps", 1)
     model = load_model(Path(tiny[1]), dtype=torch.float32)
