@@ -184,7 +184,7 @@ def test_ctrl_c_while_hashing_or_loading_ends_with_130_and_without_a_traceback(
     def interrupted():
         def interrupt(*_, **__):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(seconds)  # in a thread, for which the script does not wait
+            time.sleep(seconds)  # in the thread that hashes
 
         setattr(run_base, function, interrupt)
 
