@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sizes
 from evaluate import EvalConfig
 from report.__main__ import ReportConfig
 from run.export import ExportConfig
@@ -178,3 +179,7 @@ def test_the_figures_of_the_real_run_are_those_of_its_result():
     changed = f"{d['fixed']} problems fixed, {d['broke']} broken"
     interval = f"between −{-d['low_points']:.1f} and +{d['high_points']:.1f}"
     assert changed in page and interval in page and f"All {n:,} test problems" in page
+
+
+def test_the_memory_of_each_size_in_the_documents_is_the_estimate_of_the_program():
+    assert sizes.table() in TEXTS["docs/scaling.md"]
