@@ -149,6 +149,24 @@ def test_a_progress_bar_in_a_log_file_writes_whole_lines(capfd):
     assert len(lines) >= 4 and all(line.startswith("x:") and "\r" not in line for line in lines)
 
 
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_inside_each_other_share_one_line_for_a_notebook_cannot_move_the_cursor(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    with progress_bar(total=2, desc="outer", mininterval=0) as outer:
+        outer.update()
+        for _ in progress_bar(range(3), desc="inner", mininterval=0, leave=False):
+            outer.write("a line", file=screen)
+    drawn = screen.getvalue()
+    assert "inner: 100%" in drawn and "outer:  50%" in drawn
+    assert "\x1b" not in drawn and drawn.count("\n") == 3 + 1  # the lines, and the end
+
+
 # fp16, on GPUs without bf16 units
 
 

@@ -217,6 +217,13 @@ def test_commands_are_printed_as_the_program_was_started(
     assert command(script) == expected
 
 
+def test_the_help_of_an_installed_package_names_its_commands(monkeypatch, capsys):
+    monkeypatch.setattr(cli.sys, "argv", ["plain-lora", "--help"])
+    cli.main()
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.split("\n\n")[1].splitlines()] == [*cli.SCRIPTS]
+
+
 @pytest.mark.parametrize("name", cli.SCRIPTS)
 def test_the_installed_program_names_itself_in_its_help(name):
     code = "import cli, sys; sys.argv = ['plain-lora', *sys.argv[1:]]; cli.main()"
