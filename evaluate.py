@@ -17,41 +17,30 @@ when the command is repeated.
 from errors import run_script  # first: from here on, Ctrl-C ends without a traceback
 
 # isort: split
-import contextlib
-import hashlib
-import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.gsm8k import EXAMPLES
 from data.rows import fingerprint
 from data.tasks import TASKS
-from errors import BadOption, BadRun
-from evaluation.answers import GenerationSettings, answer_all
-from evaluation.chat import Conversation, converse, show
-from evaluation.choices import choice_metrics, score_all
-from evaluation.rejection import check_new_file, check_tasks, keep
+from errors import BadOption
+from evaluation.answers import GenerationSettings
+from evaluation.chat import talk
+from evaluation.measure import Models, measure
+from evaluation.rejection import check_new_file, check_tasks
 from evaluation.results import read_result
 from evaluation.summary import (
-    answer_metrics,
     comparison_text,
-    difference,
     result_text,
     task_summary,
     tasks_table,
-    transcripts,
 )
 from evaluation.tasks import Selection, Task, find_tasks
-from evaluation.teacher_forced import teacher_forced_metrics
-from files import HashedFiles, read_json, write_json
-from lora import disabled, read_adapter
+from files import HashedFiles, write_json
+from lora import read_adapter
 from model.checkpoint import read_sampling
 from model.generate import Decoding
-from model.qwen2 import Qwen2
 from report import write_report
 from run import distributed
 from run.base import (
@@ -64,17 +53,13 @@ from run.base import (
 from run.card import refresh_card
 from run.device import (
     DTYPES,
-    changed_conditions,
-    conditions,
     decoded_rows,
     out_of_memory_reported,
     pick_device,
 )
-from run.folder import Run, check_place, lock
-from run.identity import folder_of_program, program
+from run.evaluation_folder import begin, folder_of_settings, record_session
+from run.folder import Run, lock
 from run.options import changed_options, in_two_columns, option, parse
-
-FORWARD_BATCH = 16  # texts per forward pass without generation; more are not faster
 
 
 @dataclass(frozen=True)
@@ -183,14 +168,6 @@ class Evaluation:
     folder: Path
 
 
-@dataclass(frozen=True)
-class Models:
-    """The models compared. They share one network, which is each of them within its context."""
-
-    network: Qwen2
-    contexts: dict[str, Callable[[], AbstractContextManager]]  # by name: base, tuned
-
-
 @distributed.lost_ranks_reported()
 def main(argv: list[str] | None = None) -> None:
     """Find the tasks and the models, measure each task, and write the results."""
@@ -205,7 +182,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.shard and not distributed.join(base.device).is_main:
         return base.load(shard=True).lockstep.finish()  # gathers whatever the first rank computes
     if config.ask or config.chat:
-        return talk(config, base)
+        print("\n".join(base.lines()))
+        models, one_by_one = load_models(config, base), replace(config, batch_size=1)
+        talk(models, base.chat, decoding(one_by_one, base), config.ask, chatting=config.chat)
+        return models.finish()
 
     # 2. What is measured: tasks, each with a judge, its settings and a results folder.
     evaluations = find_evaluations(config, base, files)
@@ -215,7 +195,10 @@ def main(argv: list[str] | None = None) -> None:
     models = load_models(config, base)
     if files:
         check_not_replaced(Path(config.adapter), files)
-    config = with_batch_size(config, base)
+    if config.batch_size is None:
+        dtype = DTYPES[base.precision]
+        rows = decoded_rows(base.device, base.config, dtype, config.max_new_tokens)
+        config = replace(config, batch_size=rows)
 
     # 4. Each task: answers are generated, or choices scored; then they are judged and compared.
     results = []
@@ -224,12 +207,17 @@ def main(argv: list[str] | None = None) -> None:
         if len(evaluations) > 1:
             print(f"\n{task.description}")
         lock(folder)
-        record_session(evaluation, base)
-        measure = measure_answers if task.judge.generated else measure_choices
-        result = {"settings": evaluation.settings, "problems": len(task.problems)}
+        settings = record_session(folder, evaluation.settings, base.device)
+        asking = GenerationSettings(
+            decoding(config, base), config.prompt, task.shots, config.samples
+        )
         with out_of_memory_reported("rerun the command with a smaller --batch-size to resume"):
-            result |= measure(config, base, models, task, folder)
+            found = measure(
+                models, base.chat, task, asking, folder,
+                teacher_forced=config.teacher_forced, keep_correct=config.keep_correct,
+            )  # fmt: skip
         base.check_unchanged()
+        result = {"settings": settings, "problems": len(task.problems), **found}
         write_json(folder / "result.json", result)
         print(f"{result_text(result)}\n\nresults in {folder}")
         results.append(result | {"task": task.name, "folder": str(folder)})
@@ -245,8 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         refresh_card(run)
         price = run.options.get("price_per_hour")
         print(f"report in {write_report(parent.parent, price)}")
-    if config.shard:
-        models.network.lockstep.finish()  # with which the other ranks end
+    models.finish()
 
 
 # What is asked for.
@@ -336,28 +323,16 @@ def find_evaluations(config: EvalConfig, base: Base, files: HashedFiles | None) 
             f"--cot, --samples and --temperature do not apply to {', '.join(scored)}: choices are"
             " scored, not generated"
         )
+    default = Path("out") / Path(config.model or "").name.lower()
+    home = Path(config.out or (Path(config.adapter).parent if config.adapter else default))
     evaluations = []
     for task in tasks:
         settings = evaluation_settings(config, base, files, task)
-        place = results_folder(config, task, settings)
-        folder, earlier = folder_of_program(place, fresh=config.fresh)
-        settings |= program() | ({"earlier_programs": earlier} if earlier else {})
+        kind = config.split if task.judge.generated else f"{task.name}-{config.split}"
+        folder = folder_of_settings(home, kind, settings)
+        folder, settings = begin(folder, settings, fresh=config.fresh)
         evaluations.append(Evaluation(task, settings, folder))
-        check_place(evaluations[-1].folder)
     return evaluations
-
-
-def record_session(evaluation: Evaluation, base: Base) -> None:
-    """Write the settings, and print what has changed since an earlier session."""
-    path, now = evaluation.folder / "settings.json", conditions(base.device)
-    earlier = read_json(path, BadRun, f"delete {evaluation.folder}") if path.exists() else {}
-    changes = changed_conditions(earlier.get("conditions"), now)
-    for change in changes:
-        print(f"resuming, {change}")
-    known = earlier.get("changes", [])
-    evaluation.settings["conditions"] = now
-    evaluation.settings["changes"] = [*(known if isinstance(known, list) else []), *changes]
-    write_json(path, evaluation.settings)
 
 
 def evaluation_settings(
@@ -386,94 +361,16 @@ def evaluation_settings(
     }
 
 
-def results_folder(config: EvalConfig, task: Task, settings: dict[str, Any]) -> Path:
-    """A folder for these settings alone, so that the same command finds its earlier answers."""
-    model = Path(config.model or "").name.lower()
-    home = Path(config.adapter).parent if config.adapter else Path("out") / model
-    named = {k: v for k, v in settings.items() if k not in ("base", "base_commit", "adapter")}
-    code = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
-    kind = config.split if task.judge.generated else f"{task.name}-{config.split}"
-    return Path(config.out or home) / "evaluation" / f"{kind}-{code}"
-
-
-# The models, and measuring them.
+# The models.
 
 
 def load_models(config: EvalConfig, base: Base) -> Models:
     """The base, and with an adapter the tuned model (with --keep-correct, the tuned one alone)."""
     network = base.load(shard=config.shard)
-    contexts: dict[str, Callable] = {"base": contextlib.nullcontext}
     if config.adapter:
         read_adapter(Path(config.adapter), network)
-        network.eval()
-        contexts = {"base": lambda: disabled(network), "tuned": contextlib.nullcontext}
-    if config.keep_correct:
-        contexts = dict([contexts.popitem()])
-    return Models(network, contexts)
-
-
-def with_batch_size(config: EvalConfig, base: Base) -> EvalConfig:
-    """`config` with a batch size, which is chosen and printed if none was given."""
-    if config.batch_size:
-        return config
-    dtype = DTYPES[base.precision]
-    rows, why = decoded_rows(base.device, base.config, dtype, config.max_new_tokens)
-    if why:
-        print(f"{rows} sequences are decoded in parallel: {why}")
-    return replace(config, batch_size=rows)
-
-
-def measure_answers(
-    config: EvalConfig, base: Base, models: Models, task: Task, folder: Path
-) -> dict[str, Any]:
-    """Let each model generate its answers; returns metrics, comparison, transcripts, examples."""
-    generation = GenerationSettings(
-        decoding(config, base), config.prompt, task.shots, config.samples
-    )
-    completions, metrics = {}, {}
-    for name, context in models.contexts.items():
-        with context():
-            log = folder / f"{name}.jsonl"
-            answers = answer_all(models.network, base.chat, task, generation, log)
-            metrics[name] = answer_metrics(task.judge, task.problems, answers)
-            if not config.keep_correct:  # the loss of training rows would say little
-                metrics[name] |= teacher_forced_metrics(
-                    models.network, base.chat, task.problems[: config.teacher_forced],
-                    min(FORWARD_BATCH, config.batch_size),
-                )  # fmt: skip
-            completions[name] = answers
-    result = {"models": metrics}
-    if config.keep_correct:
-        (answers,) = completions.values()
-        keep(Path(config.keep_correct), task.problems, answers)
-    elif config.adapter:
-        outcomes = {name: m["outcomes"] for name, m in metrics.items()}
-        result |= difference(outcomes["base"], outcomes["tuned"], config.seed)
-        result["transcripts"] = transcripts(task.problems, completions, outcomes)
-    result["examples"] = [
-        {"question": p.question, "gold": p.answer}
-        | {name: answers[p.id][0].text for name, answers in completions.items()}
-        for p in EXAMPLES
-    ]
-    return result
-
-
-def measure_choices(
-    config: EvalConfig, base: Base, models: Models, task: Task, folder: Path
-) -> dict[str, Any]:
-    """Score each choice by its likelihood under each model; returns metrics and comparison."""
-    metrics = {}
-    for name, context in models.contexts.items():
-        with context():
-            batch_size = min(FORWARD_BATCH, config.batch_size)
-            log = folder / f"{name}.jsonl"
-            scored = score_all(models.network, base.chat, task.problems, batch_size, log)
-        metrics[name] = choice_metrics(task.judge, task.problems, scored)
-    result = {"models": metrics, "examples": []}
-    if config.adapter:
-        base_outcomes, tuned_outcomes = (m["outcomes"] for m in metrics.values())
-        result |= difference(base_outcomes, tuned_outcomes, config.seed)
-    return result
+    tuned_alone = config.adapter is not None and config.keep_correct is not None
+    return Models.of(network, adapted=config.adapter is not None, tuned_alone=tuned_alone)
 
 
 # What is printed.
@@ -483,14 +380,7 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
     """The options given, the tasks and how they are judged, the base and the device."""
     print(in_two_columns(changed_options(config)))
     for evaluation in evaluations:
-        task, judge = evaluation.task, evaluation.task.judge
-        print(
-            f"data {task.description}\n"
-            f"  {len(task.problems):,} problems; prompt {evaluation.settings['prompt']}; judged as"
-            f" {judge.name}, by {judge.headline}"
-        )
-        if task.golds:
-            print(f"  {task.golds}")
+        print("\n".join(evaluation.task.lines(evaluation.settings["prompt"])))
     validations = Run.of_adapter(config.adapter).validation_count()
     if config.split == "validation" and validations:
         print(
@@ -501,26 +391,6 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
     if config.temperature and not config.top_k and config.top_p == 1:
         advice = ", ".join(f"{k} {v:g}" for k, v in read_sampling(base.folder).items())
         print(f"sampling from all tokens; the checkpoint recommends {advice or 'nothing'}")
-
-
-# Instead of an evaluation.
-
-
-def talk(config: EvalConfig, base: Base) -> None:
-    """Print each model's answer to one question, or talk with the last of the models."""
-    print("\n".join(base.lines()))
-    models, config = load_models(config, base), replace(config, batch_size=1)
-    for name, context in models.contexts.items():
-        conversation = Conversation(models.network, base.chat, decoding(config, base))
-        if config.ask:
-            print(f"\n{name}: ", end="", flush=True)
-            with context():
-                show(conversation, config.ask)
-    if config.chat:
-        with context():
-            converse(conversation, name)
-    if config.shard:
-        models.network.lockstep.finish()
 
 
 if __name__ == "__main__":

@@ -55,17 +55,14 @@ from run import console, distributed
 from run.base import Base, check_not_replaced, hash_adapter
 from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
-from run.compiling import check_compiler, check_graphs
+from run.compiling import check_execution
 from run.device import (
     DTYPES,
-    changed_conditions,
     check_trained,
     no_finite_gradient,
     out_of_memory_reported,
     peak_memory_gb,
     pick_device,
-    pick_precision,
-    session_facts,
     total_memory_gb,
     why_given_up,
 )
@@ -227,11 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     lora = lora_config(to_json(config))
     config = replace(config, **lora_options(lora))  # with --from-adapter, as the adapter has them
     device = pick_device(config.device, distributed.local_rank())
-    if config.compile:
-        dtype = DTYPES[pick_precision(config.precision, device)[0]]
-        check_compiler(device, dtype, dora=lora.dora, recompute=config.checkpoint_activations)
-    if config.cuda_graphs:
-        check_graphs(device)
+    check_execution(config, device, dora=lora.dora)
     check_tracker(config.track)
     out = Path(config.out or default_folder(config.model, source_names(config.data)))
     run = Run.choose(out, fresh=config.fresh)
@@ -247,10 +240,6 @@ def main(argv: list[str] | None = None) -> int:
         chat_template=config.chat_template,
     ).held_in(config.base_precision)  # fmt: skip
     base.start_hashing()
-    if config.shard:
-        fp16 = base.precision == "fp16"  # tried on the whole base
-        others = {"--compile": config.compile, "--cuda-graphs": config.cuda_graphs}
-        distributed.check_shard(others | {"--dora": lora.dora, "--precision fp16": fp16})
     with torch.device("meta"):
         network = Qwen2(base.config)
     if adapter:
@@ -272,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     if adapter:
         adapter_files = hash_adapter(adapter)
         identity["from_adapter_sha256"] = adapter_files.sha256
-    saved = {"options": to_json(config), "identity": identity}
+    saved = {"options": to_json(config), "identity": identity, **base.facts()}
+    saved["changed_options"] = [*changed_options(config)]
     changes = run.check(saved, to_json(TrainConfig()), upgrade_options)  # None: a new run
     if run.format == 1:
         check_rounding(run.audit())
@@ -302,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 5. The model, with adapters.
     model = base.load(shard=config.shard)
-    world = replace(world, lockstep=model.lockstep if config.shard else None)
+    world = replace(world, lockstep=model.lockstep)
     if adapter:
         read_adapter(adapter, model, dropout=config.dropout)
         check_not_replaced(adapter, adapter_files)
@@ -322,12 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if world.is_main:
         lock(run.folder)  # makes a new folder, now that everything has been read
-        facts = {"base": base.name, "base_folder": base.place} | session_facts(device)
-        facts["changed_options"] = [*changed_options(config)]
-        if changes is not None:
-            changes += changed_conditions(run.config.get("conditions"), facts["conditions"])
         rows = [problem.row() for problem in data.held_out]
-        run.write_start(saved | facts, changes or [], asdict(audit), rows)
+        run.write_start(saved, changes or [], asdict(audit), rows)
         console.print_changes(changes or [])
 
     # 6. Training, and the report.

@@ -14,6 +14,7 @@ import torch
 from data.chat import ChatFormat
 from data.rows import Message
 from evaluation.answers import SEED_STRIDE
+from evaluation.measure import Models
 from model.cache import KVCache
 from model.generate import Decoding, decode
 from model.qwen2 import Qwen2
@@ -71,6 +72,21 @@ class Conversation:
             prefix = cache
         self._cached = tokens, prefix
         return prefix
+
+
+def talk(
+    models: Models, chat: ChatFormat, decoding: Decoding, question: str | None, *, chatting: bool
+) -> None:
+    """Print each model's answer to `question`; if `chatting`, then talk with the last of them."""
+    for name, context in models.contexts.items():
+        conversation = Conversation(models.network, chat, decoding)
+        with context():
+            if question:
+                print(f"\n{name}: ", end="", flush=True)
+                show(conversation, question)
+    if chatting:
+        with context():
+            converse(conversation, name)
 
 
 def questions() -> Iterator[str]:

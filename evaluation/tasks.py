@@ -37,6 +37,13 @@ class Task:
     judge: Judge
     golds: str = ""  # how many gold answers hold a number, and what follows from that, in words
 
+    def lines(self, prompt: str) -> list[str]:
+        """For people: what is measured, and how it is judged."""
+        found = f"  {len(self.problems):,} problems; prompt {prompt}"
+        judged = f"judged as {self.judge.name}, by {self.judge.headline}"
+        golds = [f"  {self.golds}"] if self.golds else []
+        return [f"data {self.description}", f"{found}; {judged}", *golds]
+
 
 @dataclass(frozen=True)
 class Selection:

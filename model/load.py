@@ -72,7 +72,7 @@ def load_model(
             tensors[key] = own_part(value, parameters[key])
     model.load_state_dict(tensors, strict=True, assign=True)
     model.requires_grad_(False).eval()
-    if shard:
+    if model.lockstep:
         model.lockstep.start()
     return model
 

@@ -67,7 +67,7 @@ class Qwen2(nn.Module):
     expensive product: training needs it only at supervised tokens, decoding only at the last one.
     """
 
-    lockstep: Lockstep  # of a sharded base only
+    lockstep: Lockstep | None = None  # of a sharded base only
 
     def __init__(self, config: Qwen2Config):
         super().__init__()

@@ -45,6 +45,7 @@ from run.device import (
     pick_device,
     pick_precision,
     prepare,
+    session_facts,
 )
 from run.folder import Run
 
@@ -170,6 +171,10 @@ class Base:
     def start_hashing(self) -> None:
         """Start `hashing` in the background, while other things are done."""
         _ = self.hashing
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's config.json says about the base, and about where this session runs."""
+        return {"base": self.name, "base_folder": self.place} | session_facts(self.device)
 
     def identity(self) -> dict[str, Any]:
         """What it is, by content, and how it will be computed; waits for `hashing`."""

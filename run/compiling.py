@@ -1,4 +1,4 @@
-"""Whether `--compile` and `--cuda-graphs` can be used here.
+"""Whether `--compile`, `--cuda-graphs` and `--shard` can be used here.
 
 Compiling is tried on a tiny network first, whose gradients are compared with the plain ones: a
 version of PyTorch that drops a gradient raises no error, and computes the right loss. Layers are
@@ -6,6 +6,7 @@ not compiled by default, since that saves next to no host time (docs/performance
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,27 +18,33 @@ from model.attention import HALF_PRECISION
 from model.compile import compile_layers
 from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2, Qwen2Config
+from run.device import DTYPES, pick_precision
+from run.distributed import check_shard
 
 TINY = Qwen2Config(64, 96, 1, 4, 2, 128)  # a network of one layer, on which compiling is tried
 
 
-def check_compiler(
-    device: torch.device, dtype: torch.dtype, *, dora: bool, recompute: bool = False
-) -> None:
-    """Raise BadOption, for a run with --compile, if there is a `compiler_problem`, or with
-    `recompute`: in half precision, a compiled layer is not recomputed as it was computed.
-    """
-    if recompute:
+def check_execution(options: Any, device: torch.device, *, dora: bool) -> None:
+    """Raise BadOption if the options of a run ask for an execution that is not possible here."""
+    precision, _ = pick_precision(options.precision, device)
+    if options.shard:
+        fp16 = precision == "fp16"  # is tried on the whole base
+        others = {"--compile": options.compile, "--cuda-graphs": options.cuda_graphs}
+        check_shard(others | {"--dora": dora, "--precision fp16": fp16})
+    if options.cuda_graphs and device.type != "cuda":
+        raise BadOption(f"--cuda-graphs: a {device.type} has none", "omit --cuda-graphs")
+    if options.compile and options.checkpoint_activations:
+        # In half precision, a compiled layer is not recomputed as it was computed.
         raise BadOption("--compile does not work with --checkpoint-activations", "omit one of them")
+    if options.compile:
+        check_compiler(device, DTYPES[precision], dora=dora)
+
+
+def check_compiler(device: torch.device, dtype: torch.dtype, *, dora: bool) -> None:
+    """Raise BadOption if there is a `compiler_problem`."""
     if problem := compiler_problem(device, dtype, dora=dora):
         cause, remedy = problem
         raise BadOption(f"--compile: {cause}", f"{remedy}, or omit --compile")
-
-
-def check_graphs(device: torch.device) -> None:
-    """Raise BadOption, for a run with --cuda-graphs, if the device has none."""
-    if device.type != "cuda":
-        raise BadOption(f"--cuda-graphs: a {device.type} has none", "omit --cuda-graphs")
 
 
 def compiler_problem(

@@ -18,8 +18,8 @@ from lora.peft_format import read_adapter_config
 from progress_bar import progress_bar
 from run.base import Base
 from run.card import readers
-from run.device import NOT_BIT_FOR_BIT
 from run.folder import Progress, Run
+from run.identity import NOT_BIT_FOR_BIT
 from run.options import changed_options, command, in_two_columns
 
 MEASURED = 5  # steps after which the time left is stated

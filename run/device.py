@@ -24,7 +24,6 @@ from run.stopping import StopRequested
 
 NVIDIA = ("/proc/driver/nvidia/version", "/dev/nvidia0")  # with an NVIDIA driver on Linux
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-NOT_BIT_FOR_BIT = "no longer bit for bit"
 DECODED_ROWS, MOST_ROWS = 128, (512, 256, 128, 64, 32)  # in parallel on a CPU, on a GPU
 PROMPT_TOKENS = 1024  # for which a row of the cache has room: five solved GSM8K problems fit
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -181,18 +180,20 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def decoded_rows(
     device: torch.device, config: Qwen2Config, dtype: torch.dtype, max_new_tokens: int
-) -> tuple[int, str]:
-    """(sequences to decode in parallel, why); with CUDA, as many as free memory allows.
+) -> int:
+    """Sequences to decode in parallel; with CUDA, as many as free memory allows, printed.
 
     Half of it is left to the prompts' activations, and to the copy that a growing cache makes.
     """
     if device.type != "cuda":
-        return DECODED_ROWS, ""
+        return DECODED_ROWS
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size
     row = slot * dtype.itemsize * (PROMPT_TOKENS + max_new_tokens)  # bytes
     free = free_memory_gb(device)
     rows = next((n for n in MOST_ROWS if n * row / 1e9 <= free / 2), MOST_ROWS[-1])
-    return rows, f"their cache takes {rows * row / 1e9:.1f} of {free:.1f} GB that are free"
+    taken = f"their cache takes {rows * row / 1e9:.1f} of {free:.1f} GB that are free"
+    print(f"{rows} sequences are decoded in parallel: {taken}")
+    return rows
 
 
 def synchronize(device: torch.device) -> None:
@@ -217,13 +218,6 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-
-
-def changed_conditions(old: Any, new: dict[str, Any]) -> list[str]:
-    """A line if a run continues in other `conditions`; none where the old ones are not known."""
-    known = old if isinstance(old, dict) else {}
-    changed = [f"{k} {known[k]} -> {v}" for k, v in new.items() if known.get(k, v) != v]
-    return [f"{NOT_BIT_FOR_BIT}: {', '.join(changed)}"] if changed else []
 
 
 def session_facts(device: torch.device) -> dict[str, Any]:

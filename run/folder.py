@@ -43,6 +43,7 @@ from files import (
     write_json,
 )
 from run.identity import (
+    changed_conditions,
     check_result,
     differences,
     is_same_program,
@@ -308,9 +309,10 @@ class Run:
     ) -> list[str] | None:
         """None if there is no run here yet; else the changed options of the run to resume.
 
-        `new` holds "options" and "identity". An option that the saved run did not know counts as
-        its default; `upgrade` translates options that have been renamed. Raises BadRun if the
-        folder holds parts of a run, or one that differs in more than what may change.
+        `new` holds "options", "identity", and the "conditions" of this session. An option that the
+        saved run did not know counts as its default; `upgrade` translates options that have been
+        renamed. Raises BadRun if the folder holds parts of a run, or one that differs in more than
+        what may change.
         """
         check_place(self.folder)
         if not self.config:
@@ -330,7 +332,7 @@ class Run:
         if not is_same_program(self.config):
             was, now = program_text(self.config), program_text(program())
             changes.append(f"the code was {was}, is {now}")
-        return changes
+        return changes + changed_conditions(self.config.get("conditions"), new.get("conditions"))
 
     def repair(self) -> None:
         """Remove what killed sessions left half done, and set damaged checkpoints aside.

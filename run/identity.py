@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from errors import BadRun
-from files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "evaluation", "lora", "model", "report", "run")
@@ -37,6 +36,7 @@ PLACES = {
     "chat_template_sha256": {"chat_template"},
 }
 STEP = ("batch_size", "grad_accum", "ranks")  # their product is the number of sequences of a step
+NOT_BIT_FOR_BIT = "no longer bit for bit"
 UNSPOKEN = {"base_commit", "data_commit", "data_sha256"}  # follow from others, or are not readable
 
 
@@ -110,34 +110,6 @@ def check_result(what: str, record: Mapping[str, Any]) -> None:
     )
 
 
-def folder_of_program(folder: Path, *, fresh: bool) -> tuple[Path, list[str]]:
-    """(folder for an evaluation by this program, other programs that began it, for people).
-
-    It is `folder`, or if `fresh` the first of folder, folder-2, folder-3, ... without a result and
-    without answers by other code. Answers that other code began are kept, and a line says so;
-    raises BadRun if `folder` holds a whole result of other code.
-    """
-
-    def settings(candidate: Path) -> dict[str, Any]:
-        path = candidate / "settings.json"
-        return read_json(path, BadRun, f"delete {candidate}") if path.exists() else {}
-
-    def is_taken(candidate: Path) -> bool:
-        found = settings(candidate)
-        return bool(found) and ((candidate / "result.json").exists() or not is_same_program(found))
-
-    folder = numbered(folder, is_taken) if fresh else folder
-    found = settings(folder)
-    earlier = found.get("earlier_programs", [])
-    if not found or is_same_program(found):
-        return folder, earlier
-    if (folder / "result.json").exists():
-        check_result(f"the result in {folder} was made", found)
-    print(f"resuming in {folder}, although the code was {program_text(found)},"
-          f" is {program_text(program())}")  # fmt: skip
-    return folder, [*earlier, program_text(found)]
-
-
 def numbered(folder: Path, is_taken: Callable[[Path], bool]) -> Path:
     """`folder`, or the first of folder-2, folder-3, ... that is not taken."""
     number, candidate = 1, folder
@@ -169,6 +141,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[st
     text = {key: f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(different)}
     refused = [text[key] for key in text if key not in free]
     return refused, [text[key] for key in text if key in free and key not in UNSPOKEN]
+
+
+def changed_conditions(old: Any, new: Any) -> list[str]:
+    """A line if a run continues in other `conditions`; none where the old ones are not known."""
+    known = old if isinstance(old, dict) else {}
+    changed = [f"{k} {known[k]} -> {v}" for k, v in (new or {}).items() if known.get(k, v) != v]
+    return [f"{NOT_BIT_FOR_BIT}: {', '.join(changed)}"] if changed else []
 
 
 def _sequences(values: Mapping[str, Any]) -> float:

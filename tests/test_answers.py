@@ -15,6 +15,7 @@ from data.problems import Choices, Source
 from data.rows import Message, Problem
 from data.split import split_problems
 from evaluation import answers as module
+from evaluation import measure
 from evaluation.answers import answers
 from evaluation.choices import Scored, acc_norm, choice_metrics, score
 from evaluation.generative import NUMBERS, Completion
@@ -190,13 +191,9 @@ def test_a_conversation_is_cut_off_if_any_of_its_answers_is(monkeypatch):
 
 def test_a_choice_that_tuning_made_right_is_fixed_and_not_broken(monkeypatch, tmp_path):
     found = iter([[False, False, True], [True, True, False]])  # of the base, of the tuned model
-    monkeypatch.setattr(evaluate, "score_all", lambda *_: None)
-    monkeypatch.setattr(evaluate, "choice_metrics", lambda *_: {"outcomes": next(found)})
-    contexts = {"base": nullcontext, "tuned": nullcontext}
-    task = SimpleNamespace(problems=[], judge=None)
-    result = evaluate.measure_choices(
-        evaluate.EvalConfig(adapter="x", batch_size=8), SimpleNamespace(chat=None),
-        evaluate.Models(None, contexts), task, tmp_path,
-    )  # fmt: skip
-    difference = result["difference"]
+    monkeypatch.setattr(measure, "score_all", lambda *_: None)
+    monkeypatch.setattr(measure, "choice_metrics", lambda *_: {"outcomes": next(found)})
+    models = measure.Models(None, {"base": nullcontext, "tuned": nullcontext})
+    task = SimpleNamespace(problems=[], judge=SimpleNamespace(generated=False))
+    difference = measure.measure(models, None, task, settings(3), tmp_path)["difference"]
     assert (difference["fixed"], difference["broke"]) == (2, 1)

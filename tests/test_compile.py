@@ -144,7 +144,7 @@ def test_compiling_and_recomputation_exclude_each_other(tmp_path):
 
 
 def test_compiled_and_plain_runs_have_equal_losses(monkeypatch, tmp_path, checkpoint, arithmetic):
-    monkeypatch.setattr(train, "check_compiler", lambda *_, **__: None)
+    monkeypatch.setattr(train, "check_execution", lambda *_, **__: None)
     monkeypatch.setattr(train, "compile_layers", partial(compile_layers, backend="eager"))
     flags = ["--model", checkpoint, "--data", arithmetic, "--device", "cpu", "--precision", "fp32",
              "--max-steps", 2, "--batch-size", 4, "--limit", 20]  # fmt: skip

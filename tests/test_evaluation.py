@@ -24,6 +24,7 @@ from lora.inject import merge
 from lora.peft_format import read_adapter
 from model.load import load_model
 from run.base import Base
+from run.evaluation_folder import folder_of_settings
 from tests.evaluations import (
     COMMON,
     completion,
@@ -465,13 +466,13 @@ def test_exact_matches_are_the_answers_that_the_judge_calls_correct(tuned):
 # Folders
 
 
-def test_an_evaluations_folder_is_named_by_what_its_base_and_adapter_are_and_not_by_their_places():
-    config = evaluate.EvalConfig(model="demo", data=("demo",), out="here", max_new_tokens=160)
+def test_an_evaluations_folder_is_named_by_what_its_models_are_and_not_by_their_places(tmp_path):
+    config = evaluate.EvalConfig(model="demo", data=("demo",), max_new_tokens=160)
     (task,) = evaluate.select_tasks(config)
     base = Base.find("demo", precision="bf16", device="cpu")
     settings = evaluate.evaluation_settings(config, base, None, task)
-    folder = evaluate.results_folder(config, task, settings)
+    folder = folder_of_settings(tmp_path, "test", settings)
     places = {"base": "copy/of/demo", "base_commit": "abc", "adapter": "elsewhere/best"}
-    assert evaluate.results_folder(config, task, settings | places) == folder
+    assert folder_of_settings(tmp_path, "test", settings | places) == folder
     for changed in ({"base_sha256": "b"}, {"adapter_sha256": "b"}, {"problems_sha256": "b"}):
-        assert evaluate.results_folder(config, task, settings | changed) != folder
+        assert folder_of_settings(tmp_path, "test", settings | changed) != folder
