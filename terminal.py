@@ -19,6 +19,11 @@ from typing import Any, TextIO
 DRAWING = re.compile(r"\r|(?:\x1b\[A)+|")
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """`97.5 %` for 0.975."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def printable(text: str, keep: str = "") -> str:
     """`text` with invisible characters as their escapes, except for those in `keep`.
 

@@ -175,7 +175,7 @@ class TrainConfig:
     )
     fresh: bool = option(
         False,
-        "use a new folder, OUT-2, OUT-3, ..., if OUT holds a finished run or one of other code",
+        "use a new folder, OUT-2, ..., if OUT holds a finished run or one of other code",
     )
     track: str | None = option(
         None, "show the log in this tracker too; its package must be installed", choices=TRACKERS

@@ -33,6 +33,7 @@ from evaluation.statistics import (
     wilson_interval,
 )
 from evaluation.steps import operations, reasoning_steps
+from terminal import percent
 
 TRANSCRIPTS = 5  # of each kind in a result
 
@@ -212,8 +213,8 @@ def models_table(result: dict[str, Any]) -> str:
         row("tokens per second", (per_second(m["tokens"], m["seconds"], 0) for m in columns))
     if first.get("loss") is not None:
         row("loss, nats per token", (f"{m['loss']:.4f}" for m in columns))
-        row("token accuracy (teacher-forced)", (f"{m['token_accuracy']:.1%}" for m in columns))
-        row("gold answers of these two", (str(m.get("loss_problems", n)) for m in columns))
+        row("token accuracy (teacher-forced)", (percent(m["token_accuracy"]) for m in columns))
+        row("both on gold answers", (str(m.get("loss_problems", n)) for m in columns))
     for kind in first.get("mistakes", ()):
         if any(m["mistakes"].get(kind) for m in columns):  # most kinds are rare
             row(f"classified as {kind}", (str(m["mistakes"].get(kind, "-")) for m in columns))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from report.records import Share
+from terminal import percent
 
 
 def known(formatter: Callable[..., str]) -> Callable[..., str | None]:
@@ -16,7 +17,7 @@ def known(formatter: Callable[..., str]) -> Callable[..., str | None]:
 nats = known(lambda value: f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}")
 count = known("{:,.0f}".format)
 two_digits = known("{:.2f}".format)
-share = known(lambda value, digits=1: f"{100 * value:.{digits}f} %")
+share = known(percent)
 
 
 def value(x: Any) -> str:

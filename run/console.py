@@ -21,6 +21,7 @@ from run.card import readers
 from run.folder import Progress, Run
 from run.identity import NOT_BIT_FOR_BIT
 from run.options import changed_options, command, in_two_columns
+from terminal import percent
 
 MEASURED = 5  # steps after which the time left is stated
 
@@ -44,7 +45,7 @@ def print_start(
 
 def print_sizes(trainable: int, total: int, schedule: Schedule) -> None:
     """How many parameters are trained, and how many sequences and steps there are."""
-    print(f"trainable   {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
+    print(f"trainable   {trainable:,} of {total:,} parameters ({percent(trainable / total, 2)})")
     factors = [counted(schedule.batch_size, "sequence"), counted(schedule.ranks, "rank")]
     factors.insert(1, counted(schedule.grad_accum, "micro-batch", "micro-batches"))
     print(f"batch       {schedule.examples_per_step} = {' x '.join(factors)}")
@@ -157,10 +158,10 @@ class Display:
 def validation_line(step: int, found: Mapping[str, Any], is_best: bool) -> str:
     """One validation; further figures, such as the loss of each source, on lines below."""
     line = f"step {step:>5}  val loss {found['val_loss']:.4f}"
-    line += f"  token accuracy (teacher-forced) {100 * found['val_token_accuracy']:.1f} %"
+    line += f"  token accuracy (teacher-forced) {percent(found['val_token_accuracy'])}"
     line += "  best" if is_best else ""
     if "val_exact_match" in found:
-        line += f"\n{'':12}answers correct {100 * found['val_exact_match']:.1f} %"
+        line += f"\n{'':12}answers correct {percent(found['val_exact_match'])}"
     for source, loss in found.get("val_loss_by_source", {}).items():
         line += f"\n{'':12}val loss {loss:.4f}  {source[-45:]}"
     return line
@@ -184,9 +185,8 @@ def print_end(progress: Progress, run: Run) -> None:
     print(f"best of {run.validation_count()} validations: at step {progress.best_step}, validation"
           f" loss {progress.best_loss:.4f} nats per token")  # fmt: skip
     if progress.best_exact_match is not None:
-        print(
-            f"  {100 * progress.best_exact_match:.1f} % of the held-out sample answered correctly"
-        )
+        share = percent(progress.best_exact_match)
+        print(f"  {share} of the held-out sample answered correctly")
     if progress.best_step == 0:
         print("no validation was better than the one before the first step:\n"
               "  training did not help")  # fmt: skip

@@ -11,7 +11,7 @@ import evaluate
 import train
 from data.batches import Schedule
 from errors import run_script
-from evaluation.summary import comparison_text, result_text, tasks_table
+from evaluation.summary import comparison_text, difference, result_text, tasks_table
 from run import console
 from run.console import Display, duration, print_plan
 from run.folder import Progress, Run
@@ -144,7 +144,7 @@ def result(outcomes: dict[str, list[bool]], **others) -> dict:
 
 def test_the_verdict_is_above_the_table():
     before, after = [True, False, False, False], [True, True, True, False]
-    about = evaluate.difference(before, after, 0)
+    about = difference(before, after, 0)
     one = result({"base": before, "tuned": after}) | about
     text = result_text(one)
     assert text.index("tuned against base: ") < text.index("choices correct, x")

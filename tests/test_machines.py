@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import os
 import subprocess
 import sys

@@ -162,7 +162,7 @@ def test_help_names_every_option_with_its_default(capsys):
         assert flag in text and " ".join(field.metadata["help"].split()) in text
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else default
-        assert shown in (None, "") or f"(default: {shown})" in text
+        assert shown in (None, "", False) or f"(default: {shown})" in text
     assert "(default: None)" not in text
 
 
