@@ -173,10 +173,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file, as `write_file` does."""
     write_file(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
+    """A JSON value as the bytes of a file: indented, in UTF-8."""
     return json.dumps(value, indent=2).encode() + b"\n"
 
 

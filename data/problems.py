@@ -54,6 +54,7 @@ class Problem:
 
     @property
     def answer(self) -> str:
+        """The gold answer: the text of the last message."""
         return self.messages[-1].content
 
     @property

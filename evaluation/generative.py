@@ -70,9 +70,11 @@ class Judge:
 
     @property
     def headline(self) -> str:
+        """The name of the scorer that decides whether an answer is correct."""
         return next(iter(self.scorers))
 
     def is_correct(self, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:
+        """Whether the first scorer accepts `answer`."""
         return self.score(self.headline, answer, gold, cut_off=cut_off)
 
     def score(self, name: str, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:

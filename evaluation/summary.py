@@ -288,10 +288,12 @@ def wrapped(text: str, indent: str = "  ") -> str:
 
 
 def in_columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows as lines: a label of 33 characters, and cells of 22."""
     return "\n".join(f"{row[0]:<33}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows)
 
 
 def per_second(count: int, seconds: float, decimals: int) -> str:
+    """`count / seconds` with this many decimals."""
     return f"{count / max(seconds, 1e-9):.{decimals}f}"
 
 

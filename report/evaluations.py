@@ -59,6 +59,7 @@ def in_short(e: EvaluationRecord) -> Iterator[Block]:
 
 
 def setup(e: EvaluationRecord) -> str:
+    """How the evaluation was made, in sentences."""
     models = " and ".join(e.models)
     if e.has_choices:
         return (

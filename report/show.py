@@ -11,6 +11,7 @@ from terminal import percent
 
 
 def known(formatter: Callable[..., str]) -> Callable[..., str | None]:
+    """`formatter`, but None for None."""
     return lambda value, *more: None if value is None else formatter(value, *more)
 
 
@@ -43,6 +44,7 @@ def from_to(shares: Sequence[float]) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
+    """`+1.0` or `−1.0`, with a true minus sign."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
@@ -57,6 +59,7 @@ def duration(seconds: float) -> str:
 
 
 def cost(seconds: float | None, price_per_hour: float | None) -> str | None:
+    """The price of this time in dollars; None if either is not known."""
     if price_per_hour is None or seconds is None:
         return None
     dollars = price_per_hour * seconds / 3600

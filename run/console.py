@@ -85,6 +85,7 @@ def duration(seconds: float) -> str:
 
 
 def print_audit(audit: Audit) -> None:
+    """Print the statistics of the training data."""
     print("\n".join(audit_lines(audit)))
 
 
@@ -138,6 +139,7 @@ class Display:
 
     @property
     def steps_left(self) -> int:
+        """Steps until the last validation."""
         return max(self.validate_at) - self.progress.cursor
 
     def time_left(self) -> str:

@@ -179,6 +179,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The folder's own name, also for a path such as `.`."""
         return self.folder.resolve().name
 
     @property

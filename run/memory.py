@@ -44,6 +44,7 @@ class Memory:
 
     @property
     def gb(self) -> float:
+        """The sum, in GB of 10^9 bytes."""
         return sum(astuple(self)) / 1e9
 
     def __str__(self) -> str:
