@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from errors import BadOption, UserError, is_passing
 
 MANIFEST = "manifest.json"
-# Answers of file systems and systems on which a folder cannot be synced: CIFS, FUSE, Windows.
+# Errors of fsync where a folder cannot be synced: on CIFS, some FUSE mounts, Windows.
 FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
                       errno.EACCES, errno.EPERM)  # fmt: skip
 ODD_KINDS = ((stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"),

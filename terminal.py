@@ -96,7 +96,7 @@ def open_screens() -> None:
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if not isinstance(stream, Screen):
             with contextlib.suppress(AttributeError, ValueError, OSError):
-                stream.reconfigure(errors="backslashreplace")  # a terminal need not know them all
+                stream.reconfigure(errors="backslashreplace")  # for characters that it lacks
             setattr(sys, name, Screen(stream, bars=name == "stderr"))
 
 

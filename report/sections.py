@@ -147,7 +147,7 @@ def results(run: RunRecord) -> Iterator[Block]:
         yield page.paragraph(f"Unfinished evaluations, with answers so far: {names}.")
     if run.outdated:
         names = ", ".join(run.outdated)
-        yield page.paragraph(f"Not shown, as best/ has another adapter since: {names}.")
+        yield page.paragraph(f"Not shown, because best/ holds another adapter now: {names}.")
     if not run.evaluations:
         yield page.paragraph("This folder has no finished evaluation.")
 

@@ -19,10 +19,10 @@ from torch import nn
 from errors import BadOption, TrainingFailed, listed
 from model.shard import Lockstep
 
-# How long a rank waits for another one that is alive. The longest work between two exchanges is to
-# answer for an exact-match validation: 1,319 answers take ten minutes on two CPU cores. NCCL's
-# default of ten minutes would end such a run. A rank that dies closes its connections, which the
-# others see at once with Gloo.
+# How long a rank waits for another one that is alive. The longest work between two exchanges is
+# generating the answers of an exact-match validation: 1,319 take ten minutes on two CPU cores, and
+# NCCL's default timeout of ten minutes would end such a run. The death of a rank closes its
+# connections; with Gloo, the others notice that at once.
 PATIENCE = timedelta(hours=1)
 LOST = ("gloo", "Gloo", "NCCL", "Connection", "Broken pipe")  # in what a lost connection raises
 
