@@ -93,7 +93,7 @@ class Progress:
     def part_of_validation(self, part: str, batch_size: int, ranks: int) -> list[list[Any]]:
         """The figures of a part of the validation in progress, to which new ones are appended.
 
-        Batches of another size, and those of other ranks, have other rows: their list is empty.
+        The list is empty if batches have another size now, or are dealt to another number of ranks.
         """
         return self.validating.setdefault(f"{part}, {ranks} x {batch_size}", [])
 

@@ -654,7 +654,7 @@ def test_only_evaluations_of_the_adapter_in_best_are_shown(fresh_run):
         "→ 75.0" not in text and "Not shown, because best/ holds another adapter now: old." in text
     )
     (fresh_run / "best/adapter_model.safetensors").write_text("a later one")
-    assert "not measured" in markdown(fresh_run) and "since: new, old." in markdown(fresh_run)
+    assert "not measured" in markdown(fresh_run) and "now: new, old." in markdown(fresh_run)
 
 
 def test_among_equal_exact_matches_the_lower_loss_is_best_as_in_training(tmp_path):
