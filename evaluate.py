@@ -384,8 +384,8 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
     validations = Run.of_adapter(config.adapter).validation_count()
     if config.split == "validation" and validations:
         print(
-            f"these problems chose the adapter, the best of {validations} validations, which"
-            " flatters its figures here; --split test has other problems"
+            f"the adapter was chosen by these problems, as the best of {validations} validations,"
+            " so its figures here are optimistic; --split test has other problems"
         )
     print("\n".join(base.lines()))
     if config.temperature and not config.top_k and config.top_p == 1:
