@@ -35,5 +35,5 @@ def main() -> None:
         print(HELP.format(name=name))
     else:
         print(f"error: give one of {', '.join(SCRIPTS)}", file=sys.stderr)
-        print(f"  such as {name} train --demo; {name} --help explains them", file=sys.stderr)
+        print(f"  {name} --help explains them", file=sys.stderr)
         sys.exit(2)
