@@ -245,7 +245,7 @@ def _aligned(slots: int) -> int:
 def attend_slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention over the slots where `mask (B, 1, 1, S)` is True, at least one for each query.
 
-    If q, k and v have the same dtype, the mask may also be what is added to the scores, in it.
+    The mask may also be a bias that is added to the scores, if it has the dtype of q, k and v.
     (B, G, Q, D), (B, G, S, D), (B, G, S, D) -> (B, G, Q, D). Any mask that broadcasts to
     (B, G, Q, S) is allowed, and `q` and `k` may be wider than `v`.
     """

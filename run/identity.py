@@ -105,7 +105,7 @@ def check_result(what: str, record: Mapping[str, Any]) -> None:
         return
     raise BadRun(
         f"{what} by other code: {program_text(record)}; the code is now {program_text(program())}",
-        "add --fresh to do it anew with this code in a numbered folder, or go back to the other"
+        "add --fresh to repeat it with this code in a new folder, or go back to the other"
         " code to keep this result",
     )
 
