@@ -100,9 +100,7 @@ def over_steps(title: str, unit: str, curves: Iterable[Curve], scale: str) -> st
         points = [(x(step), y(value), step, value) for step, value in sample(curve.points)]
         path = " ".join(f"{across:.1f},{down:.1f}" for across, down, *_ in points)
         drawn.append(f'<polyline class="{curve.kind}" points="{path}"/>')
-        kind = (
-            curve.kind if len(points) < 40 else f"{curve.kind} unseen"
-        )  # only their titles are seen
+        kind = curve.kind if len(points) < 40 else f"{curve.kind} unseen"  # has a title only
         for across, down, step, value in points:
             drawn.append(dot(across, down, kind, f"step {step:,.6g}: {value:,.4g}"))
     legend = {curve.label: curve.kind for curve in curves if len(curves) > 1}
