@@ -46,15 +46,17 @@ def print_start(
 def print_sizes(trainable: int, total: int, schedule: Schedule) -> None:
     """How many parameters are trained, and how many sequences and steps there are."""
     print(f"trainable   {trainable:,} of {total:,} parameters ({percent(trainable / total, 2)})")
-    factors = [counted(schedule.batch_size, "sequence"), counted(schedule.ranks, "rank")]
-    factors.insert(1, counted(schedule.grad_accum, "micro-batch", "micro-batches"))
-    print(f"batch       {schedule.examples_per_step} = {' x '.join(factors)}")
+    factors = (
+        _counted(schedule.batch_size, "sequence", "sequences"),
+        _counted(schedule.grad_accum, "micro-batch", "micro-batches"),
+        _counted(schedule.ranks, "rank", "ranks"),
+    )
+    print(f"batch       {schedule.examples_per_step:,} = {' x '.join(factors)}")
     print(f"steps       {schedule.total_steps:,}, {schedule.steps_per_epoch:,} per epoch")
 
 
-def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def print_plan(
