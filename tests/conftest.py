@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def device(request):
-    """The device that the tests of the network, its adapters and its training are tested on."""
+    """The device that the laws of the network, its adapters and its training are tested on."""
     device = torch.device(request.config.getoption("--device"))
     prepare(device)
     return device
