@@ -73,11 +73,7 @@ def test_a_run_from_before_rounding_is_refused_only_if_rounding_changes_its_sche
         "a": {"weight": 1.0, "rows": {"train": 5}},
         "b": {"weight": weight, "rows": {"train": count}},
     }}  # fmt: skip
-    with (
-        pytest.raises(BadRun, match="rows of b, which is not a whole")
-        if is_fraction
-        else nullcontext()
-    ):
+    with pytest.raises(BadRun, match="rows of b, which") if is_fraction else nullcontext():
         check_rounding(audit)
 
 
