@@ -287,7 +287,8 @@ def main(argv: list[str] | None = None) -> int:
         return finish(config, base, run, progress, world)
     halved, recompute = progress.halved if progress else 0, config.checkpoint_activations
     parts = world.size if config.shard else 1
-    memory = MemoryModel(network, lora, DTYPES[base.precision], device, base.base_precision, parts)
+    held = base.base_precision, parts, config.compile
+    memory = MemoryModel(network, lora, DTYPES[base.precision], device, *held)
     needed = check_memory(memory, schedule, recompute=recompute, halved=halved)
 
     # 5. The model, with adapters.

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(DayConfig, argv, "What agrees on this GPU, and how fast it is.")
     if unknown := set(config.part) - set(PARTS):
         raise BadOption(f"--part: no {', '.join(sorted(unknown))}", f"parts: {', '.join(PARTS)}")
-    common.trust_kernels_if_counting()
+    common.trust_if_counting()
     day = Day(config, Base.find(config.model, device=config.device), Path(config.out).resolve())
     day.out.mkdir(parents=True, exist_ok=True)
     for name in config.part:
@@ -217,7 +217,7 @@ def network(day: Day) -> Figures:
 
 def outcome(day: Day, ours: Ours) -> list[Tensor]:
     """Logits of an example; the loss of a step of three examples; all adapters' gradients."""
-    common.randomize_B(ours)
+    common.randomize_B(ours.parameters)
     step = common.training_steps(day.base, day.config.data, 1, batch_size=3)[0]
     batch = flat_batch(step.micro_batches[0][:1], ours.device)
     with torch.inference_mode():

@@ -31,14 +31,14 @@ from benchmarks.common import (
     answer,
     problem_prompts,
     training_steps,
-    trust_kernels_if_counting,
+    trust_if_counting,
     write_result,
 )
 from data.batches import Step
 from errors import BadOption, run_script
 from run.base import Base
 from run.device import describe
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 TOKENS = 3200  # of the step that is counted: near the mean of 16 GSM8K rows
 CUT = 8  # tokens of a row, in host time
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise BadOption("launches are counted on a CUDA device, and there is none",
                         "run this on a machine with a GPU")  # fmt: skip
-    trust_kernels_if_counting()
+    trust_if_counting()
     base = Base.find(config.model, precision=config.precision, device="cuda")
     print(f"{describe(base.device)}, sm_{''.join(map(str, torch.cuda.get_device_capability()))},"
           f" {base.precision}{', compiled' * config.compile}"
@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.decode:
         found["decode"] = count_decoding(config, base)
     exceeded = [line for part in found for line in report(part, found[part], targets(config, base))]
-    write_result(config.json, found | {"options": to_json(config), "exceeded": exceeded,
-                 "device": describe(base.device), "precision": base.precision})  # fmt: skip
+    write_result(config, found | {"exceeded": exceeded}, base)
     return 1 if exceeded else 0
 
 

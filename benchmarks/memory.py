@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import LORA, Ours, trust_kernels_if_counting, write_result
+from benchmarks.common import LORA, Ours, trust_if_counting, write_result
 from benchmarks.sizes import SIZES
 from data.batches import Schedule
 from data.encode import IGNORE, Example
@@ -24,7 +24,7 @@ from errors import BadOption, run_script
 from model.qwen2 import Qwen2
 from run.device import DTYPES, describe, pick_precision
 from run.memory import MemoryModel
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 QWEN = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B")
 
@@ -38,6 +38,7 @@ class MemoryConfig:
     targets: tuple[str, ...] = option(("attention",), "layers to adapt")
     dora: bool = option(False, "adapters with DoRA")
     dropout: float = option(0.1, "dropout of the adapters", least=0, below=1)
+    compile: bool = option(False, "compile the layers, which cannot be recomputed then")
     json: str | None = option(None, "file to write the result to")
 
 
@@ -47,18 +48,18 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise BadOption("the peak is that of CUDA's allocator, and there is no CUDA device",
                         "run this on a machine with a GPU")  # fmt: skip
-    trust_kernels_if_counting()
+    trust_if_counting()
     device = torch.device("cuda", 0)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as run.device.prepare does
     precision, _ = pick_precision(config.precision, device)
     print(f"{describe(device)}, {precision}")
     print(f"{'base':<14}{'tokens':>8}{'recomputed':>12}{'estimate':>10}{'peak':>8}   difference")
+    ways = [False] if config.compile else [False, True]  # recomputed
     found = [
-        line for size in config.sizes for recompute in (False, True)
+        line for size in config.sizes for recompute in ways
         if (line := compare(config, size, DTYPES[precision], device, recompute=recompute))
     ]  # fmt: skip
-    write_result(config.json, {"options": to_json(config), "device": describe(device),
-                 "precision": precision, "found": found})  # fmt: skip
+    write_result(config, {"device": describe(device), "precision": precision, "found": found})
 
 
 def compare(
@@ -70,12 +71,12 @@ def compare(
         network = Qwen2(SIZES[size])
     schedule = Schedule(examples(config), config.batch_size, 1, epochs=1, seed=0)
     step = schedule.step(0)
-    memory = MemoryModel(network, lora, dtype, device).of_a_step(
+    memory = MemoryModel(network, lora, dtype, device, compiled=config.compile).of_a_step(
         step.token_count, step.supervised_count, recompute=recompute
     )
     model = network.to(dtype).requires_grad_(False)
     try:
-        ours = Ours(model.to_empty(device=device), lora)
+        ours = Ours(model.to_empty(device=device), lora, compile=config.compile)
         model.model.checkpoint_activations = recompute
         for _ in range(3):
             torch.cuda.reset_peak_memory_stats()

@@ -62,6 +62,7 @@ class MemoryModel:
     device: torch.device
     base_precision: str | None = None  # of `Base`
     parts: int = 1  # the ranks that the layers are spread over
+    compiled: bool = False  # `--compile`
 
     def weight_bytes(self) -> float:
         """The base as it is held; with several parts, also two layers that are gathered."""
@@ -111,7 +112,8 @@ class MemoryModel:
             others += r * b + self.lora.dora * 2 * out_features * b
             layer, _, last = name.rpartition(".")
             # Where dropout is a Triton kernel, the backward pass drops the input again.
-            if self.lora.dropout and (self.lora.dora or not on_cuda):  # a CPU keeps the mask too
+            kept = self.lora.dora or self.compiled or not on_cuda
+            if self.lora.dropout and kept:  # a CPU keeps the mask too
                 inputs[name] = in_features * (b + (not on_cuda))
             elif not (on_cuda and last == "o_proj"):  # there the result of attention, kept anyway
                 inputs[layer, SHARED_INPUT.get(last, last)] = in_features * b
@@ -147,10 +149,10 @@ def largest_micro_batch(schedule: Schedule, halved: int = 0) -> tuple[int, int]:
 
 def fitting_flags(memory: MemoryModel, schedule: Schedule, free_gb: float) -> list[str]:
     """Flags that make a step fit into `free_gb` and change neither steps nor losses: the largest
-    micro-batch that fits, without and with recomputation.
+    micro-batch that fits, without and with recomputation, which excludes `--compile`.
     """
-    found = []
-    for recompute, flag in ((False, ""), (True, "--checkpoint-activations")):
+    found, ways = [], [("", False), ("--checkpoint-activations", True)]
+    for flag, recompute in ways[:1] if memory.compiled else ways:
         for parts in (n for n in range(1, schedule.batch_size + 1) if schedule.batch_size % n == 0):
             size, grad_accum = schedule.batch_size // parts, schedule.grad_accum * parts
             tried = replace(schedule, batch_size=size, grad_accum=grad_accum)

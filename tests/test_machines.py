@@ -1,6 +1,7 @@
 """Tests of other systems: Windows, network file systems, narrow terminals, log files."""
 
 import ast
+import ctypes
 import errno
 import io
 import os
@@ -209,6 +210,34 @@ def test_fp16_that_was_requested_and_overflows_is_refused_before_the_run_has_a_f
 
 
 # Memory and devices
+
+
+RAGGED = """
+import ctypes, torch
+from run.device import prepare
+
+class Malloc(ctypes.Structure):  # struct mallinfo2 of glibc
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+prepare(torch.device("cpu"))
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Malloc
+weight, used = torch.ones(256, 256, dtype=torch.bfloat16), []
+for tokens in range(100, 400):
+    torch.zeros(tokens, 256, dtype=torch.bfloat16) @ weight
+    used.append(libc.mallinfo2().used)
+print(used[-1] - used[199])
+"""
+
+
+def test_products_of_ever_new_token_counts_do_not_fill_a_cpus_memory():
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("malloc does not say what is in use")
+    clean = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    environment = clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    grown = subprocess.check_output([sys.executable, "-c", RAGGED], env=environment, text=True)
+    assert int(grown) < 5e6  # bytes; 55 million on a CPU whose products are compiled by shape
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

@@ -141,7 +141,9 @@ So 42 out of 50 passed. → 42 | 42 of the 50 students passed → 42 | 三分之
 42.\n\n### Question 2: 3? → 42 | 42\n\nUser: 3? → 42 | 42 is the answer to question 3. → 42
 The answer is B) 42 → 42 | A dozen and a half → 18 | 一共是四十二个。 → 42 | 他有一百零五元 → 105
 3万 → 30000 | 两千三百 → 2300 | 二〇二四 → 2024 | １，２３４ → 1234 | ４２％ → 42
+一亿二千万 → 120000000 | 三万亿 → 3000000000000 | 百万 → 1000000
 one hundred twenty → 120 | two hundred and fifty-six → 256 | a hundred → 100
+six hundred forty-one million two hundred fifty-six thousand six hundred forty-one → 641256641
 three hundred thousand → 300000 | twenty one → 21 | four five → | seventy-five cents → 75
 five and a half → 11/2 | two thirds → 2/3
 three dozen → 36 | It costs $118 000. → 118000 | $12 000 + $20 000 = $32 000 → 32000 | 5 → 5
@@ -257,9 +259,9 @@ def test_hostile_texts_are_read_in_linear_time(head):
     pieces += ["#### a\n", "1.5 million ", "in 2024 ", "1 * ", "answer is "]
     for piece in pieces:
         text = head + piece * (300_000 // len(piece))
-        started = time.perf_counter()
+        started = time.process_time()
         final_number(text)
-        assert time.perf_counter() - started < 1, piece
+        assert time.process_time() - started < 1, piece
 
 
 def test_a_found_number_has_its_position_and_whether_it_has_a_unit():
@@ -385,9 +387,9 @@ def test_a_gold_in_another_form_is_scored_like_one_that_ends_in_the_number(gold)
 )
 def test_a_hostile_gold_answer_is_read_quickly(piece):
     text = piece * (1_000_000 // len(piece))
-    started = time.perf_counter()
+    started = time.process_time()
     assert [gold_value(text), gold_value(f"#### {text}")] == [None, None]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_gold_answer_without_a_number_is_refused():
