@@ -52,7 +52,7 @@ FLAGS = {  # how a script is called in the documents -> its flags
     "python -m report": known_flags(ReportConfig),
 }
 SHOWN_AS_CHANGES = {"--label-smoothing"}  # by the tour's diffs
-OF_OTHERS = {"--fix"}  # options of other programs, quoted without these programs' names
+OF_OTHERS = {"--fix", "--options"}  # of other programs, quoted without these programs' names
 
 
 def shell_lines(text: str) -> list[str]:
