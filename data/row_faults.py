@@ -75,10 +75,12 @@ def suggestion(row: dict) -> str:
 
 
 def suggested(row: dict, names: tuple[str, ...]) -> str | None:
+    """The first of these columns that holds a text in `row`; None if none does."""
     return next((n for n in names if isinstance(row.get(n), str) and not is_blank(row[n])), None)
 
 
 def remedy_for_non_object(row: object) -> str:
+    """What to do about a row that is not a JSON object; "" if nothing is known."""
     if isinstance(row, list) and row and isinstance(row[0], dict):
         return 'write each conversation as an object: {"messages": [...]}'
     if isinstance(row, str):
