@@ -4,6 +4,7 @@ A bar inside another one, such as a validation's in that of the steps, takes its
 a notebook shows a cell's output as a terminal does, but cannot move the cursor up a line.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -11,8 +12,16 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 
+def is_first_rank() -> bool:
+    """Whether this process prints: it is the only one, or the first that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def progress_bar(items: Iterable | None = None, **options: Any) -> tqdm:
-    """tqdm, but off a terminal it is quieter: work of under 5 seconds prints nothing."""
+    """tqdm on the first rank, but off a terminal it is quieter: work of under 5 seconds prints
+    nothing.
+    """
+    options["disable"] = options.get("disable", False) or not is_first_rank()
     if sys.stderr.isatty():
         return tqdm(items, **{"position": 0, **options})
     quiet = {"mininterval": 30, "delay": 5, "ascii": True, "ncols": 78}

@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print_sizes(trainable, count(network)[1], schedule)
         print(needed)
     if config.dry_run:
-        dry_run(config, schedule, base, model)
+        dry_run(config, schedule, base, model, world)
         world.wait()
         return 0
     if world.is_main:
@@ -474,7 +474,9 @@ def finish(config: TrainConfig, base: Base, run: Run, progress: Progress, world:
     return 0
 
 
-def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -> None:
+def dry_run(
+    config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2, world: World
+) -> None:
     """Print what the run would take, from the second of two steps; nothing is updated."""
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     model.train()
@@ -486,7 +488,8 @@ def dry_run(config: TrainConfig, schedule: Schedule, base: Base, model: Qwen2) -
                 forward_backward(model, examples, step, seed=config.seed, scaler=scaler).tolist()
             seconds = time.perf_counter() - started
     memory = peak_memory_gb(base.device), total_memory_gb(base.device)
-    console.print_plan(schedule, step.token_count, seconds, memory)
+    if world.is_main:
+        console.print_plan(schedule, step.token_count, seconds, memory)
 
 
 def forward_backward(
@@ -527,9 +530,7 @@ def validate(
             mine = examples[world.rank :: world.size]
             done = progress.part_of_validation(source, batch_size, world.rank, world.size)
             with world.stopping_together():
-                own = teacher_forced(
-                    model, mine, batch_size, quiet=not world.is_main, poll=stop.poll, done=done
-                )
+                own = teacher_forced(model, mine, batch_size, poll=stop.poll, done=done)
             sums[source] = [*world.sum(*own), sum(e.supervised_count for e in examples)]
         nats, correct, supervised = map(sum, zip(*sums.values()))
         found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
@@ -548,7 +549,6 @@ def validate(
             found["val_exact_match"] = sum(world.sum(own)) / len(sample)
         return found
     except StopRequested:
-        model.train()
         progress.merge_validating(world.gather(progress.validating))  # rank 0 saves them
         return None
     except (RuntimeError, MemoryError) as error:

@@ -240,7 +240,7 @@ def compare_held(base: Base, source: Source, rows: int) -> dict[str, float]:
             seconds = time.perf_counter() - started
         exact = gradient if exact is None else exact
         cosine = torch.cosine_similarity(gradient, exact, dim=0).item()
-        nats, _ = teacher_forced(held.load(), test, batch_size=rows, quiet=True)
+        nats, _ = teacher_forced(held.load(), test, batch_size=rows)
         name = kind or "bf16"
         figures |= {f"{name} loss": loss, f"{name} cosine": cosine, f"{name} seconds": seconds}
         figures[f"{name} validation loss"] = nats / count

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 def validate(ours: Ours, peer: nn.Module, examples: list[Example]) -> dict[str, float]:
     """Nats per supervised token of each trainer's network, without dropout."""
     supervised_count = sum(e.supervised_count for e in examples)
-    nats, _ = teacher_forced(ours.model, examples, batch_size=16, quiet=True)
+    nats, _ = teacher_forced(ours.model, examples, batch_size=16)
     peer.eval()
     theirs = 0.0
     for e in examples:

@@ -26,7 +26,6 @@ def teacher_forced(
     examples: list[Example],
     batch_size: int,
     *,
-    quiet: bool = False,
     poll: Callable[[], object] = bool,
     done: list[list[float]] | None = None,
 ) -> tuple[float, float]:
@@ -42,7 +41,7 @@ def teacher_forced(
     sums = [torch.zeros(0, 2, device=model.head_weight.device)]
     batches = list(in_batches(examples, batch_size))[len(done) :]
     try:
-        for some in progress_bar(batches, desc="validate", leave=False, disable=quiet):
+        for some in progress_bar(batches, desc="validate", leave=False):
             poll()
             batch = flat_batch(some, model.head_weight.device)
             hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)

@@ -14,7 +14,6 @@ Legend:
 """
 
 import functools
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora import fused_dropout
+from progress_bar import is_first_rank
 
 BITS = 16  # hash bits per channel (two channels share a hash), so p is exact to 1/65536
 
@@ -97,7 +97,7 @@ def fused_works(device: torch.device) -> bool:
         reason = None if equal else "its results differ from the plain form's"
     except Exception as error:  # of Triton's compiler or the driver: anything may be missing
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    if reason and os.environ.get("RANK", "0") == "0":
+    if reason and is_first_rank():
         print(f"adapter dropout without its Triton kernel: {reason}")
     return reason is None
 

@@ -11,12 +11,13 @@ query heads, G key/value heads, D head size; in `attend_padded`, B examples of a
 """
 
 import functools
-import os
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from progress_bar import is_first_rank
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -183,7 +184,7 @@ def working_kernel(
             chosen = name
             break
         problems.append(f"\n  not {name}: {problem}")
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(f"attention in {str(dtype).removeprefix('torch.')}: {chosen}{''.join(problems)}")
     return KERNELS.get(chosen, attend_plainly)
 

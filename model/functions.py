@@ -9,7 +9,6 @@ Legend: T tokens, C hidden size, heads query or key heads, D head size, F MLP si
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import fused
+from progress_bar import is_first_rank
 
 BLOCK_TOKENS = 128  # processed together by SwiGLU on a CPU: 1.2 MB of bf16 in Qwen2-0.5B
 
@@ -148,7 +148,7 @@ def kernels_work(names: str, trial: Callable[[], list[str]]) -> bool:
         raise
     except Exception as error:  # of Triton's compiler or the driver: anything may be missing
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    if reason and os.environ.get("RANK", "0") == "0":
+    if reason and is_first_rank():
         print(f"{names} without their Triton kernels: {reason}")
     return reason is None
 

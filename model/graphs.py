@@ -23,6 +23,7 @@ from torch import Tensor
 from model.attention import HALF_PRECISION, working_kernel
 from model.cache import send
 from model.qwen2 import Attend, Qwen2
+from progress_bar import is_first_rank, print_above_bars
 
 TOKENS, LONGEST = 256, 512  # sizes, and bounds of the longest example, are multiples of these
 MOST = 32  # graphs, since each takes memory; micro-batches of further sizes run plainly
@@ -100,7 +101,7 @@ class GraphedForward:
 
     def give_up(self, reason: str) -> None:
         """Run plainly from now on, and say why."""
-        print(f"CUDA graphs are not used: {reason}")
+        _report(f"CUDA graphs are not used: {reason}")
         self.graphs, self.given_up = {}, True
         torch.cuda.empty_cache()
 
@@ -121,7 +122,7 @@ class GraphedForward:
         if error < (0.2 if found[0].dtype in HALF_PRECISION else 1e-3):
             graph.checked = True
             if sum(g.checked for g in self.graphs.values()) == 1:
-                print(f"CUDA graphs are used: {graph.tokens:,} tokens differ by {error:.2g}")
+                _report(f"CUDA graphs are used: {graph.tokens:,} tokens differ by {error:.2g}")
         else:
             self.give_up(f"results of {graph.tokens:,} tokens differ by {error:.2g}")
 
@@ -132,6 +133,11 @@ class GraphedForward:
 
     def _finish(self, _: Tensor) -> None:
         self.unfinished = False
+
+
+def _report(text: str) -> None:
+    if is_first_rank():
+        print_above_bars(text)
 
 
 def padded_size(lengths: list[int]) -> tuple[int, int, int]:

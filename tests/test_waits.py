@@ -88,7 +88,7 @@ def test_a_step_waits_for_the_device_once(monkeypatch, tmp_path, model, scaled):
 
 def test_a_validation_waits_for_the_device_once(model):
     with Waits() as waits:
-        teacher_forced(model, examples(6), 2, quiet=True)
+        teacher_forced(model, examples(6), 2)
     assert waits.count == 1
 
 
