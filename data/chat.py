@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data.problems import Message
-from data.template import END, START, ChatTemplate
+from data.template import CONFIG, COPY_AGAIN, END, START, ChatTemplate
 from errors import BadCheckpoint, listed
 from files import read_json
 
@@ -77,6 +77,7 @@ class ChatFormat:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BadCheckpoint(f"{path} cannot be read: {str(error)[:100]}", remedy) from None
+        _check_added_tokens(folder, tokenizer)
         _control_ids(tokenizer)  # without them, no template helps
         added = tokenizer.get_added_tokens_decoder().values()
         special = dict.fromkeys((START, END, *(token.content for token in added if token.special)))
@@ -163,6 +164,28 @@ class ChatFormat:
                 yield f"{role}\n{content}", False
                 yield self.end, False
             yield "\n", False
+
+
+def _check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise BadCheckpoint if `tokenizer_config.json` adds tokens that `tokenizer.json` lacks.
+
+    transformers adds them, so the model was trained with one id where there would be several here.
+    """
+    path = folder / CONFIG
+    declared = read_json(path, BadCheckpoint, COPY_AGAIN) if path.exists() else {}
+    declared = declared.get("added_tokens_decoder")
+    tokens = {
+        number: token.get("content")
+        for number, token in (declared.items() if isinstance(declared, dict) else ())
+        if isinstance(token, dict) and isinstance(token.get("content"), str)
+    }
+    lacking = [t for number, t in tokens.items() if str(tokenizer.token_to_id(t)) != number]
+    if lacking:
+        raise BadCheckpoint(
+            f"{path} adds tokens that tokenizer.json does not have: {listed(lacking, 3)}",
+            "write both files again with transformers: AutoTokenizer.from_pretrained"
+            f"('{folder}').save_pretrained('{folder}')",
+        )
 
 
 def _control_ids(tokenizer: Tokenizer) -> tuple[int, int]:

@@ -141,8 +141,8 @@ def read_settings(folder: Path) -> Settings:
         r=raw["r"],
         alpha=raw["lora_alpha"],
         dropout=raw.get("lora_dropout", 0.0),
-        rslora=raw.get("use_rslora", False),
-        dora=raw.get("use_dora", False),
+        rslora=raw.get("use_rslora") or False,
+        dora=raw.get("use_dora") or False,
         targets=() if _is_expression(targets) else _as_tuple(targets),
         excluded=() if isinstance(excluded, str) else tuple(excluded),
         has_expression=has_expression,
@@ -202,7 +202,7 @@ def _problems(raw: dict[str, Any]) -> list[Fault]:
     wrong += [
         f"{field} is {raw[field]!r}"
         for field in ("use_rslora", "use_dora")
-        if not isinstance(raw.get(field, False), bool)
+        if not isinstance(raw.get(field) or False, bool)
     ]
     wrong += _selection_problems(raw)
     problems = [Fault(cause, f"correct {CONFIG}, or save the adapter again") for cause in wrong]
@@ -210,8 +210,8 @@ def _problems(raw: dict[str, Any]) -> list[Fault]:
         cause = f"alpha_pattern has {listed(map(repr, keys))}: an expression, which is not run"
         problems.append(Fault(cause, PLAIN_KEYS))
     for field, unused in UNUSED.items():
-        if field in raw and raw[field] not in unused:
-            is_convertible = str(raw[field]).startswith(CONVERTIBLE)
+        if raw.get(field) is not None and raw[field] not in unused:
+            is_convertible = str(raw[field]).casefold().startswith(CONVERTIBLE)
             remedy = CONVERT if is_convertible else UNSUPPORTED
             problems.append(Fault(f"{field} is {raw[field]!r}", remedy))
     known = UNUSED.keys() | READ | HARMLESS

@@ -489,6 +489,15 @@ def test_a_setting_that_is_unknown_but_off_is_accepted(folder, plain, value):
     assert torch.equal(logits(loaded(folder, plain)), usual)
 
 
+def test_a_known_setting_that_is_null_is_not_in_use(folder, plain):
+    from lora.peft_settings import HARMLESS, UNUSED
+
+    usual = logits(loaded(folder, plain))
+    optional = ("use_dora", "use_rslora", "rank_pattern", "exclude_modules", "modules_to_save")
+    toys.change_json(plain / CONFIG, **dict.fromkeys([*UNUSED, *HARMLESS, *optional]))
+    assert torch.equal(logits(loaded(folder, plain)), usual)
+
+
 def test_every_setting_of_peft_is_known(folder, plain):
     from peft import LoraConfig
 
