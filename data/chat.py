@@ -179,7 +179,8 @@ def _check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
         for number, token in (declared.items() if isinstance(declared, dict) else ())
         if isinstance(token, dict) and isinstance(token.get("content"), str)
     }
-    lacking = [t for number, t in tokens.items() if str(tokenizer.token_to_id(t)) != number]
+    added = {str(i): token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+    lacking = [token for number, token in tokens.items() if added.get(number) != token]
     if lacking:
         raise BadCheckpoint(
             f"{path} adds tokens that tokenizer.json does not have: {listed(lacking, 3)}",

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,8 @@ FOREIGN = (  # first bytes, the kind of file that has them, remedy
     (b"PAR1", "a parquet file", "rename it so that it ends in .parquet"),
     (b"ARROW1", "an Arrow file", f"write it as JSON lines: {FROM_ARROW}"),
     (b"\xff\xff\xff\xff", "an Arrow stream, as datasets.save_to_disk writes it",
-     f"write it as JSON lines: {FROM_ARROW}"),
+     "write it as JSON lines: python -c \"from datasets import Dataset;"
+     " Dataset.from_file('FILE').to_json('train.jsonl')\""),
     (b"FEA1", "a Feather file", CONVERT),
     (b"\xd0\xcf\x11\xe0", "an Excel workbook", "save the sheet as CSV UTF-8"),
     (b"SQLite format 3", "an SQLite database", CONVERT),
@@ -284,7 +286,7 @@ def _delimiter(path: Path, text: str) -> str:
     """What separates the cells of a header: in many countries, Excel writes semicolons."""
     if row_suffix(path.name) == ".tsv":
         return "\t"
-    header = text.partition("\n")[0]
+    header = re.sub('"[^"]*"', "", text.partition("\n")[0])  # without the names in quotes
     return max((",", ";", "\t", "|"), key=header.count)
 
 

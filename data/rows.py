@@ -43,6 +43,7 @@ from data.row_faults import (
 from data.row_files import is_table, read_rows
 from data.turns import (
     CONTROL,
+    ROLE_KEYS,
     SUPERVISION,
     BadRow,
     Notes,
@@ -101,7 +102,9 @@ PAIR_COLUMNS = ("instruction", "input", "context", "passage", "choices", "option
                 "thinking")  # fmt: skip
 MEDIA = re.compile(r"(?:image|video|audio)s?(?:_(?:path|url|file|bytes)s?)?")
 # Columns of a row that say whether it is trained on, or which of its turns are.
-ROW_MARKS = ("label", "kto_tag", *SUPERVISION)
+ROW_MARKS = dict.fromkeys(SUPERVISION, ("false", "0", "0.0")) | dict.fromkeys(
+    ("label", "kto_tag"), ("false",)
+)
 TURN_MARKS = re.compile(r"(?:loss_?|train_?)?masks?|mask_history|train_on_\w+")
 BAD_ROWS_ALLOWED = 0.01  # fraction of a file; if more are bad, the file is not what it should be
 
@@ -235,7 +238,7 @@ def _conversation(
     if row_format in TURNS:
         return read_turns(values[row_format], names[row_format], notes), False
     if row_format == "prompt/completion":
-        both = {name: from_json(value) for name, value in values.items()}
+        both = {name: _turns_in(value) for name, value in values.items()}
         if any(isinstance(value, list) for value in both.values()):
             return _prompt_completion(notes=notes, **both), False
     values = {k: v for k, v in values.items() if not (_is_optional(row_format, k) and is_blank(v))}
@@ -251,6 +254,15 @@ def _conversation(
             )
         raise
     return (Message("user", "\n\n".join(question)), Message("assistant", answer)), True
+
+
+def _turns_in(value: object) -> object:
+    """The list of turns in a text that holds one; any other value, JSON too, as it is."""
+    turns = from_json(value)
+    is_turns = isinstance(turns, list) and all(
+        isinstance(turn, dict) and turn.keys() & set(ROLE_KEYS) for turn in turns
+    )
+    return turns if is_turns and turns else value
 
 
 def _prompt_completion(prompt: object, completion: object, notes: Notes) -> tuple[Message, ...]:
@@ -340,19 +352,14 @@ def _refuse_columns(row: dict, columns: Columns, used: set[str], *, is_pair: boo
             f"its column {found[0]} makes it preference data",
             preference_remedy(row, f"give --columns {_as_dropped(found)}"),
         )
-    found = [name for name in ROW_MARKS if says(name) and _is_false(row[name])]
-    found = [name for name in found if name in SUPERVISION or type(row[name]) in (bool, str)]
-    found += [name for name in row if TURN_MARKS.fullmatch(name) and says(name)]
-    if found:
+    marks = [n for n, no in ROW_MARKS.items() if says(n) and str(row[n]).casefold() in no]
+    masks = [n for n in row if TURN_MARKS.fullmatch(n) and says(n)]
+    if found := marks + [n for n in masks if not isinstance(from_json(row[n]), str)]:
         raise BadRow(
             f"its {found[0]} is {str(row[found[0]])[:30]}, which marks what is not to be learned",
             'leave rows out that are not to be learned, and write "weight": 0 on turns that are'
             f" context; if it means something else: --columns {_as_dropped(found)}",
         )
-
-
-def _is_false(value: object) -> bool:
-    return value == 0 or str(value).casefold() == "false"
 
 
 def _as_dropped(names: list[str]) -> str:

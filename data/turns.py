@@ -154,6 +154,8 @@ def check_order(messages: Sequence[Message]) -> None:
         remedy = "merge consecutive turns of one role, and end with the assistant's answer"
         if roles and roles[-1] == "user":
             remedy = "end each conversation with the assistant's answer: drop the last user turn"
+        if messages and messages[-1].role == "tool":
+            remedy = "end each conversation with the assistant's turn: drop the last tool turn"
         if "system" in roles[1:]:
             remedy = "a system turn can only be the first: move it, or make it a part of another"
         raise BadRow(

@@ -255,7 +255,7 @@ def remarks(folder: Path, config: Qwen2Config) -> list[str]:
         )
     if raw.get("auto_map"):
         lines.append(
-            f"its own code (auto_map in config.json) is not run: it is read as a {raw['model_type']}"
+            f"its own code (auto_map) is not run: it is read as a plain {raw['model_type']}"
         )
     used = {path.name for path in tensor_files(folder).values()}
     others = {path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern)} - used

@@ -45,6 +45,10 @@ def turns(**changes) -> dict:
         ({"instruction": QUESTION, "input": float("nan"), "output": ANSWER}, PAIR),
         ({"instruction": QUESTION, "input": None, "output": ANSWER}, PAIR),
         ({"messages": TURNS}, PAIR),
+        ({"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])}, PAIR),
+        ({"prompt": "[3, 1]", "completion": '[{"a": 1}]'},  # JSON, but no turns
+         (Message("user", "[3, 1]"), Message("assistant", '[{"a": 1}]'))),
+        ({"question": QUESTION, "answer": ANSWER, "label": 0, "mask": "<mask>"}, PAIR),
         ({"messages": json.dumps(TURNS)}, PAIR),  # as cells of CSV files have it
         ({"conversations": TURNS}, PAIR),
         ({"conversations": SHAREGPT}, PAIR),
@@ -124,6 +128,8 @@ def test_a_row_in_the_form_of_another_program_is_the_same_conversation(row, mess
         (turns(loss_mask=0), "carry loss_mask", '"weight": 0'),
         (turns(trainable=False), "carry trainable", '"weight": 0'),
         ({"messages": TURNS, "train": False}, "train is False", "--columns train="),
+        ({"messages": TURNS, "weight": "0"}, "weight is 0", "--columns weight="),
+        ({"messages": TOOL_TURNS[:3]}, "do not alternate", "drop the last tool turn"),
         ({"messages": TURNS, "loss_mask": [0, 1]}, "loss_mask is [0, 1]", "--columns loss_mask="),
         ({"prompt": "a", "completion": "b", "label": "False"}, "label is False",
          "--columns label="),
@@ -186,6 +192,7 @@ CSV = "question,answer\r\n" + "".join(f'"{r["question"]}","{r["answer"]}"\r\n' f
         ("a.jsonl.gz", gzip.compress(LINES.encode())),
         ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
         ("a.csv", CSV.replace("n,a", "n|a").replace('","', '"|"').encode()),
+        ("a.csv", CSV.replace("n,a", 'n,a,"x; y; z; of it"').replace('"\r', '",\r').encode()),
         ("a.csv", CSV.replace("\r\n", "\r\n,\r\n").encode()),  # rows of separators alone
         ("a.tsv", CSV.replace('","', '"\t"').replace("n,a", "n\ta").encode()),
     ],
