@@ -192,7 +192,7 @@ CSV = "question,answer\r\n" + "".join(f'"{r["question"]}","{r["answer"]}"\r\n' f
         ("a.jsonl.gz", gzip.compress(LINES.encode())),
         ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
         ("a.csv", CSV.replace("n,a", "n|a").replace('","', '"|"').encode()),
-        ("a.csv", CSV.replace("n,a", 'n,a,"x; y; z; of it"').replace('"\r', '",\r').encode()),
+        ("a.csv", CSV.replace('"\r', '",\r').replace("er\r", 'er,"x; y; z"\r').encode()),
         ("a.csv", CSV.replace("\r\n", "\r\n,\r\n").encode()),  # rows of separators alone
         ("a.tsv", CSV.replace('","', '"\t"').replace("n,a", "n\ta").encode()),
     ],
