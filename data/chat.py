@@ -174,6 +174,9 @@ def _check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
     path = folder / CONFIG
     declared = read_json(path, BadCheckpoint, COPY_AGAIN) if path.exists() else {}
     declared = declared.get("added_tokens_decoder")
+    if declared is None and (path := folder / "added_tokens.json").exists():  # an older form
+        encoder = read_json(path, BadCheckpoint, COPY_AGAIN)
+        declared = {str(number): {"content": token} for token, number in encoder.items()}
     tokens = {
         number: token.get("content")
         for number, token in (declared.items() if isinstance(declared, dict) else ())
@@ -218,6 +221,8 @@ def _foreign(value: object) -> Iterator[str]:
         )
         if value.get("type", "BPE") not in COMPONENTS and not adds_nothing:
             yield f"part {value['type']}"
+        if value.get("dropout"):
+            yield f"random merges (dropout {value['dropout']})"
         if value.get("Regex", WORDS) != WORDS:
             yield f"pattern {value['Regex']}"
         value = [part for key, part in value.items() if key not in ("vocab", "merges")]

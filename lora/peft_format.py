@@ -90,7 +90,7 @@ def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None
     }  # fmt: skip
     tensors = {}
     for key, tensor in read_tensors(folder / WEIGHTS, parameters):
-        tensors[parameters[key]] = tensor.float()
+        tensors[parameters[key]] = tensor = tensor.float()
         if not _finite(tensor):
             problems.append(Fault(f"{key} holds NaN or infinity", NOT_FINITE))
     differing, ignored = adapter.compare_others(model)

@@ -59,6 +59,7 @@ UNSUPPORTED = (
     "supported are LoRA and DoRA on linear layers, without trained biases or other features; "
     + MERGE
 )
+PROMPTS = "it has prompts, but no weights to merge: use it with PEFT, or train a LoRA adapter"
 UNKNOWN = (
     f"if the adapter does not use it, delete it from {CONFIG}; else {MERGE}, using the version of"
     " PEFT that saved it"
@@ -180,8 +181,10 @@ def plain_name(key: str) -> tuple[str, bool] | None:
 
 def _problems(raw: dict[str, Any]) -> list[Fault]:
     """Everything in the config that cannot be honored."""
-    if raw.get("peft_type") != "LORA":
-        return [Fault(f"peft_type is {raw.get('peft_type')!r}, not 'LORA'", UNSUPPORTED)]
+    if (kind := raw.get("peft_type")) != "LORA":
+        has_prompts = isinstance(kind, str) and kind.endswith(("PROMPT", "_TUNING", "CPT"))
+        remedy = PROMPTS if has_prompts and kind != "LN_TUNING" else UNSUPPORTED
+        return [Fault(f"peft_type is {kind!r}, not 'LORA'", remedy)]
     long = [field for field, value in raw.items() if isinstance(value, list | dict | str)
             and len(value) > LONGEST]  # fmt: skip
     if long:

@@ -360,7 +360,15 @@ REFUSED = {
                 "vocabulary was resized"),
     "fp64": (tensors(model__norm__weight=torch.ones(64, dtype=torch.float64)), "is F64",
              "dtype='bfloat16'"),
+    "a vision-language model": (renamed(lambda n: n.replace("model.", "model.language_model.")),
+                                "language_model", "vision-language model"),
+    "a part of another model": (renamed(lambda n: "pi." + n), "pi.model.", "save that part"),
+    "one shard of one": (lambda f: (f / "model.safetensors").rename(
+                             f / "model-00001-of-00001.safetensors"), "no model", "rename it"),
     # Tokenizers
+    "a token of the older file": (
+        lambda f: (f / "added_tokens.json").write_text('{"<tool>": 300}'),
+        "tokens that tokenizer.json does not have: <tool>", "save_pretrained"),
     "a token of the config alone": (
         lambda f: toys.change_json(f / "tokenizer_config.json",
                                    added_tokens_decoder={"300": {"content": "<tool>"}}),
