@@ -367,7 +367,8 @@ REFUSED = {
                              f / "model-00001-of-00001.safetensors"), "no model", "rename it"),
     # Tokenizers
     "a token of the older file": (
-        lambda f: (f / "added_tokens.json").write_text('{"<tool>": 300}'),
+        lambda f: (toys.change_json(f / "tokenizer_config.json", added_tokens_decoder=None),
+                   (f / "added_tokens.json").write_text('{"<tool>": 300}')),
         "tokens that tokenizer.json does not have: <tool>", "save_pretrained"),
     "a token of the config alone": (
         lambda f: toys.change_json(f / "tokenizer_config.json",
