@@ -77,8 +77,8 @@ class ChatFormat:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BadCheckpoint(f"{path} cannot be read: {str(error)[:100]}", remedy) from None
-        _check_added_tokens(folder, tokenizer)
         _control_ids(tokenizer)  # without them, no template helps
+        _check_added_tokens(folder, tokenizer)
         added = tokenizer.get_added_tokens_decoder().values()
         special = dict.fromkeys((START, END, *(token.content for token in added if token.special)))
         template = ChatTemplate.find(

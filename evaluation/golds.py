@@ -23,7 +23,7 @@ from evaluation.numerals import numbers_in
 
 LONGEST = 200  # characters of a statement; a longer one is not a number and its unit
 _ANSWER_IS = re.compile(r"(?i:\banswer(?: is\b|\** ?:))[\s:]*|答案(?:是|为|[:：])[\s:：]*")
-_BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
+_BOXES = (r"\boxed{", r"\boxed {", r"\fbox{")
 # The end of a sentence that holds a number: what follows a stated answer is not a part of it.
 _SENTENCE = re.compile(r"[0-9][^.!?\n]{0,60}[.!?](?=\s+[A-Z])")
 _REWRITTEN = [  # what `numbers_in` does not read -> what it reads
@@ -109,8 +109,9 @@ def _statements(gold_answer: str) -> Iterator[str]:
     at = gold_answer.rfind("####")
     if at >= 0:
         found.append((at, gold_answer[at + 4 :].strip().partition("\n")[0]))
-    for box in list(_BOX.finditer(gold_answer))[-1:]:
-        found.append((box.start(), _braced(gold_answer[box.end() - 1 :][: LONGEST + 2])))
+    at = max(map(gold_answer.rfind, _BOXES))
+    if at >= 0:
+        found.append((at, _braced(gold_answer[gold_answer.find("{", at) :][: LONGEST + 2])))
     at = gold_answer.rfind("<answer>")
     if at >= 0:
         found.append((at, gold_answer[at + 8 :].partition("</answer>")[0].strip()))
