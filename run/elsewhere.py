@@ -110,7 +110,7 @@ ADVICE = {  # what to do -> names elsewhere: no option here is the same
     "leave it out: it changes nothing here":
         ("overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "num_workers",
          "num_proc", "dataset_num_proc", "remove_unused_columns", "lazy_preprocess",
-         "trust_remote_code", "ddp_timeout", "ddp_find_unused_parameters", "use_unsloth",
+         "ddp_timeout", "ddp_find_unused_parameters", "use_unsloth",
          "use_liger_kernel", "enable_liger_kernel", "liger_kernel", "gradient_checkpointing_kwargs",
          "use_reentrant", "model_type", "tokenizer_type", "fan_in_fan_out",
          "lora_fan_in_fan_out"),
