@@ -10,7 +10,9 @@ QUESTIONS = ("question", "prompt", "instruction", "query", "problem", "input", "
              "text", "document")  # fmt: skip
 ANSWERS = ("answer", "completion", "output", "response", "solution", "target", "assistant",
            "generated_solution", "chosen", "label", "summary")  # fmt: skip
-PREFERENCE = re.compile(r"^chosen|reject|preferred")  # columns of DPO's data
+PREFERENCE = re.compile(  # columns of DPO's data
+    r"chosen(?:_.*)?|(?:.*_)?rejected(?:_.*)?|(?:non_|dis)?preferred_(?:output|response|answer)"
+)
 
 
 def way_in(row: dict, found: list[str]) -> str:
@@ -38,7 +40,7 @@ def refuse_other_data(row: dict) -> None:
             f"it holds token ids ({tokens[0]})",
             "give the texts: the tokenizer and the template of the base make the token ids",
         )
-    if found := [name for name in row if PREFERENCE.search(name) and name in has]:
+    if found := [name for name in row if PREFERENCE.fullmatch(name) and name in has]:
         raise BadRow(f"it is preference data ({', '.join(found)})", preference_remedy(row))
     if {"role", "content"} <= has or {"role", "text"} <= has or {"from", "value"} <= has:
         raise BadRow(

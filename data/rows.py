@@ -165,7 +165,7 @@ def parse_row(
     _refuse_columns(row, columns, used, is_pair=is_pair)
     check_order(messages)
     messages = up_to_the_last_supervised(messages, notes)
-    notes.control.update({t for m in messages for t in CONTROL.findall(m.content)})
+    notes.control.update({t.strip() for m in messages for t in CONTROL.findall(m.content)})
 
     category = row.get("category")  # only used for counts: a bad one does not make the row bad
     category = category if isinstance(category, str) and category.strip() else None
@@ -345,8 +345,8 @@ def _refuse_columns(row: dict, columns: Columns, used: set[str], *, is_pair: boo
             f"its {' and '.join(found)} would change the conversation, and cannot be read",
             way_in(row, found) + f"to train without it: --columns {_as_dropped(found)}",
         )
-    preferred = {name for name in used if PREFERENCE.search(name)}
-    found = [name for name in row if PREFERENCE.search(name) and says(name)]
+    preferred = {name for name in used if PREFERENCE.fullmatch(name)}
+    found = [name for name in row if PREFERENCE.fullmatch(name) and says(name)]
     if found and not preferred:
         raise BadRow(
             f"its column {found[0]} makes it preference data",

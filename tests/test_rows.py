@@ -48,7 +48,8 @@ def turns(**changes) -> dict:
         ({"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])}, PAIR),
         ({"prompt": "[3, 1]", "completion": '[{"a": 1}]'},  # JSON, but no turns
          (Message("user", "[3, 1]"), Message("assistant", '[{"a": 1}]'))),
-        ({"question": QUESTION, "answer": ANSWER, "label": 0, "mask": "<mask>"}, PAIR),
+        ({"question": QUESTION, "answer": ANSWER, "label": 0, "mask": "<mask>",
+          "preferred_name": "Ann", "rejection_reason": "none"}, PAIR),
         ({"messages": json.dumps(TURNS)}, PAIR),  # as cells of CSV files have it
         ({"conversations": TURNS}, PAIR),
         ({"conversations": SHAREGPT}, PAIR),
