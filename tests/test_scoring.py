@@ -265,9 +265,9 @@ def test_hostile_texts_are_read_in_linear_time(head):
     pieces += ["#### a\n", "1.5 million ", "in 2024 ", "1 * ", "answer is "]
     for piece in pieces:
         text = head + piece * (300_000 // len(piece))
-        started = time.perf_counter()
+        started = time.process_time()
         final_number(text)
-        assert time.perf_counter() - started < 1, piece
+        assert time.process_time() - started < 1, piece
 
 
 def test_a_found_number_has_its_position_and_whether_it_has_a_unit():
@@ -393,9 +393,9 @@ def test_a_gold_in_another_form_is_scored_like_one_that_ends_in_the_number(gold)
 )
 def test_a_hostile_gold_answer_is_read_quickly(piece):
     text = piece * (1_000_000 // len(piece))
-    started = time.perf_counter()
+    started = time.process_time()
     assert [gold_value(text), gold_value(f"#### {text}")] == [None, None]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_gold_answer_without_a_number_is_refused():
