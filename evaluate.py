@@ -228,8 +228,8 @@ def main(argv: list[str] | None = None) -> None:
         summaries = [task_summary(result) for result in results]
         write_json(parent / "summary.json", {"tasks": summaries})
         print(f"\n{tasks_table(summaries)}")
-    if (parent.parent / "config.json").exists():  # a model alone has no run
-        run = Run.of_adapter(config.adapter)
+    run = Run.of_adapter(config.adapter)
+    if run.config and (parent.parent / "config.json").exists():  # a model alone has no run
         refresh_card(run)
         price = run.options.get("price_per_hour")
         print(f"report in {write_report(parent.parent, price)}")

@@ -10,7 +10,6 @@ import errno
 import functools
 import hashlib
 import json
-import math
 import mmap
 import os
 import shutil
@@ -141,10 +140,7 @@ class JsonLines:
         """Append one line; a number that is not finite becomes null, since JSON has no NaN."""
         if self.path is None:
             return
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()
-        }
+        finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
         self._file.write(json.dumps(finite).encode() + b"\n")
         self._file.flush()
 
@@ -167,7 +163,10 @@ def _object_or_none(text: bytes) -> dict[str, Any] | None:
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` atomically: a reader finds all of the old bytes or all of the new."""
     new = path.with_name(path.name + ".new")
-    _write(new, data)
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(new, path)
     sync_folder(path.parent)
 
@@ -288,13 +287,6 @@ def sync_files(folder: Path) -> None:
             continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _hash(data: bytes) -> str:

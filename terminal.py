@@ -27,15 +27,12 @@ def printable(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if _is_visible(c) or c in keep else _escape(c) for c in text)
 
+    def shown(c: str) -> str:
+        is_visible = c.isprintable() or unicodedata.category(c) == "Zs" or c in keep
+        return c if is_visible else c.encode("unicode_escape").decode()
 
-def _is_visible(c: str) -> bool:
-    return c.isprintable() or unicodedata.category(c) == "Zs"
-
-
-def _escape(c: str) -> str:
-    return c.encode("unicode_escape").decode()
+    return "".join(map(shown, text))
 
 
 class Screen:

@@ -24,7 +24,7 @@ from run.base import Base, hash_base
 from run.best import publish_best
 from run.checkpoint import save_checkpoint
 from run.folder import Progress, Run
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'hash of the base':<18}{1e3 * hashing:.1f} ms, once")
     print(f"of a run of {config.minutes:g} minutes: {sum(costs.values()):.1f} s, {fraction:.2%}")
     result = {
-        "options": to_json(config), "trained_parameters": trained, "bytes_per_checkpoint": size,
+        "trained_parameters": trained, "bytes_per_checkpoint": size,
         "seconds": {"checkpoint": saving, "best": publishing, "hash of the base": hashing},
         "seconds_of_the_run": costs, "fraction_of_the_run": fraction,
     }  # fmt: skip
-    write_result(config.json, result)
+    write_result(config, result, base)
 
 
 def repeated(work: Callable[[], None], repeat: int, device: torch.device) -> dict[str, float]:

@@ -28,13 +28,15 @@ from evaluation.answers import prompt_tokens
 from lora.config import LoRAConfig
 from lora.inject import adapters, inject, trained_parameters
 from lora.options import lora_config
+from lora.peft_format import peft_key
 from model import attention
 from model.compile import compile_layers
 from model.generate import Decoding, generate
 from model.graphs import graph_training
 from model.qwen2 import Qwen2
 from run.base import Base
-from run.device import DTYPES, synchronize
+from run.device import DTYPES, describe, synchronize
+from run.options import to_json
 from train import TrainConfig, forward_backward
 
 T = TypeVar("T")
@@ -87,12 +89,17 @@ class Ours:
         return sums
 
 
-def randomize_B(ours: Ours, seed: int = 0) -> None:
+def randomize_B(parameters: dict[str, nn.Parameter], *, std: float = 0.01, seed: int = 0) -> None:
     """Small random values for B, which is zero in a new adapter: then A has a gradient too."""
     generator = torch.Generator().manual_seed(seed)
-    for name, p in ours.parameters.items():
+    for name, p in parameters.items():
         if name.endswith("lora_B"):
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.01)
+            p.data.copy_(torch.randn(p.shape, generator=generator) * std)
+
+
+def flat_gradient(parameters: dict[str, nn.Parameter]) -> Tensor:
+    """The gradients of all parameters in one vector, in the order of their names, in fp64."""
+    return torch.cat([parameters[name].grad.flatten() for name in sorted(parameters)]).double()
 
 
 def frozen_weights(model: Qwen2) -> list[Tensor]:
@@ -119,11 +126,11 @@ def step_flop(model: Qwen2, step: Step) -> float:
     return (4 * frozen + 6 * trained) * step.token_count + 12 * HD * layers * pairs + head
 
 
-def training_steps(base: Base, data: str, count: int, batch_size: int) -> list[Step]:
+def training_steps(base: Base, data: str, count: int, batch_size: int, seed: int = 0) -> list[Step]:
     """The first `count` steps over shuffled training rows, or as many as there are rows for."""
     rows = load_source(data).train[: count * batch_size]
     examples, _ = encode_problems(rows, range(len(rows)), base.chat, max_length=2**20)
-    schedule = Schedule(examples, batch_size, grad_accum=1, epochs=1, seed=0)
+    schedule = Schedule(examples, batch_size, grad_accum=1, epochs=1, seed=seed)
     return [schedule.step(i) for i in range(schedule.total_steps)]
 
 
@@ -181,7 +188,7 @@ class GemmPeak:
         return device_seconds(lambda: torch.mm(x, matrix, out=y), self.device)
 
 
-# The peer
+# The peers
 
 
 def is_installed(peer: str, packages: tuple[str, ...]) -> bool:
@@ -192,22 +199,44 @@ def is_installed(peer: str, packages: tuple[str, ...]) -> bool:
     return not missing
 
 
+def transformers_model(base: Base, **options: Any) -> nn.Module:
+    """The base as transformers loads it, in eval mode; `options` are those of `from_pretrained`."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        base.folder, dtype=DTYPES[base.precision], local_files_only=True, **options
+    ).eval()
+
+
+def peft_config(dropout: float = LORA.dropout) -> Any:
+    """PEFT's settings of our default adapters."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    )  # fmt: skip
+
+
+def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """PEFT's trained parameters, under our names."""
+    prefix = peft_key("").removesuffix(".weight")
+    return {
+        name.removeprefix(prefix).removesuffix(".default.weight"): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
 class PlainPeft:
     """transformers + PEFT on `base`, and `step`: the shortest loop, over a padded batch."""
 
     def __init__(self, base: Base):
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
+        from peft import get_peft_model
 
         self.device = base.device
-        model = AutoModelForCausalLM.from_pretrained(
-            base.folder, dtype=DTYPES[base.precision], attn_implementation="sdpa"
-        )
-        adapters = LoraConfig(
-            r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=LORA.dropout,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        )  # fmt: skip
-        self.model = get_peft_model(model.to(base.device), adapters).train()
+        model = transformers_model(base, attn_implementation="sdpa").to(base.device)
+        self.model = get_peft_model(model, peft_config()).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=DEFAULTS.learning_rate, fused=True)
 
@@ -485,8 +514,11 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
     return found
 
 
-def write_result(path: str | None, result: dict[str, Any]) -> None:
-    """Write the figures and the machine as JSON; without a path, nothing."""
-    if path:
-        text = json.dumps(result | {"machine": machine()}, indent=2)
-        Path(path).write_text(text + "\n")
+def write_result(config: Any, result: dict[str, Any], base: Base | None = None) -> None:
+    """Write the figures, the options, and where they were measured to the file `--json`, if any."""
+    if config.json is None:
+        return
+    result = result | {"options": to_json(config), "machine": machine()}
+    if base:
+        result |= {"device": describe(base.device), "precision": base.precision}
+    Path(config.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")

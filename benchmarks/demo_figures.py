@@ -8,7 +8,6 @@ commands print for the first seed, shortened). A test compares the README with t
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,12 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import processor
+from benchmarks.common import ROOT, processor, script
 from errors import run_script
 from evaluation.statistics import wilson_interval
 from run.folder import Run
 from run.options import option, parse
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 SEEDS = (0, 1, 2)
 # The lines that the README shows, of those printed.
@@ -43,7 +41,7 @@ class DemoConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Train and evaluate each seed as a user would, then write the three files."""
-    out = Path(parse(DemoConfig, argv, "The demo's figures in the README.").out)
+    out = Path(parse(DemoConfig, argv, "The demo's figures in the README.").out).resolve()
     figures, printed = [], ""
     for seed in SEEDS:
         run = out / f"seed-{seed}"
@@ -63,12 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     log, names = Run(out / f"seed-{SEEDS[0]}").log()[0], [f"seed {seed}" for seed in SEEDS]
     draw(log, figures, names, DOCS / "demo.svg")
-
-
-def script(name: str, *arguments: object) -> str:
-    """What a script prints, as in a log file."""
-    command = [sys.executable, ROOT / name, *map(str, arguments)]
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
 def read_figures(run: Path) -> dict[str, int]:

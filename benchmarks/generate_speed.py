@@ -26,23 +26,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import (
     UnequalWork,
+    answer,
     is_installed,
+    problem_prompts,
     ratio,
     shown,
     spread,
     timed,
+    transformers_model,
     versions,
     write_result,
 )
-from data.tasks import load_source
 from errors import BadData, BadOption, run_script
-from evaluation.answers import prompt_tokens
-from model.generate import Decoding, decode, generate, most_likely, sample
+from model.generate import Decoding, decode, most_likely, sample
 from model.packed import PackedWeights
 from model.qwen2 import Qwen2
 from run.base import Base
 from run.device import DTYPES, describe
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 PEER = "generate()"
 PREFILL_TOKENS = 1024  # in a product, when a prompt's products are timed
@@ -50,7 +51,7 @@ CHECK_PROMPTS, CHECK_TOKENS = 4, 24  # of the equal-work check
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class GenerateConfig:
     model: str = option("Qwen/Qwen2-0.5B-Instruct", "folder or Hub id of the base model")
     data: str = option("gsm8k", "a task, or a folder with test.jsonl")
     problems: int = option(256, "number of test problems to answer", least=1)
@@ -68,7 +69,6 @@ class SpeedConfig:
     peer_problems: int | None = option(
         None, "roughly how many problems generate() answers (default: all)", least=1
     )
-    peer_cache: str = option("dynamic", "cache of generate()", choices=("dynamic", "static"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Job:
 
 def main(argv: list[str] | None = None) -> None:
     """Load, check that both give the same tokens, time both in turns, and report."""
-    config = parse(SpeedConfig, argv, "Our generation against transformers' generate().")
+    config = parse(GenerateConfig, argv, "Our generation against transformers' generate().")
     sizes = [int(size) for size in config.peer_batch_sizes if size.isdigit() and int(size)]
     if len(sizes) < len(config.peer_batch_sizes):
         raise BadOption("--peer-batch-sizes must be integers above 0", "--peer-batch-sizes 8,32")
@@ -102,21 +102,23 @@ def main(argv: list[str] | None = None) -> None:
           f" at most {max(job.lengths)} per answer")  # fmt: skip
     if config.choosing:
         result = choosing(base.load(), job, config.batch_size)
-        return write_result(config.json, result | {"options": to_json(config)})
+        return write_result(config, result, base)
     has_peer = config.peer and is_installed(PEER, ("transformers",))
     if has_peer:
         check_equal_work(job)
 
     ours = base.load()
-    runs: dict[str, Callable[[], Any]] = {"ours": lambda: answer(ours, job, config.batch_size)}
+    runs: dict[str, Callable[[], Any]] = {"ours": lambda: our_answer(ours, job, config.batch_size)}
     if has_peer:
         peer = load_peer(job)
         for size in sizes:
-            runs[f"{PEER}, batch size {size}"] = lambda n=size: peer_answer(peer, job, n, config)
+            runs[f"{PEER}, batch size {size}"] = lambda n=size: peer_answer(
+                peer, job, n, config.peer_problems
+            )
     floor = Floor(ours, job, min(config.batch_size, len(job.prompts)))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     speeds: dict[str, list[float]] = {name: [] for name in runs}  # tokens per second
-    answer(ours, job.shortened(4, 4))  # warm-up: kernels are tried and chosen once
+    our_answer(ours, job.shortened(4, 4))  # warm-up: kernels are tried and chosen once
     for _ in range(config.rounds):
         for name, run in runs.items():
             taken, answers = timed(run, base.device)
@@ -125,32 +127,22 @@ def main(argv: list[str] | None = None) -> None:
         floor.measure()
     result = summary(job, seconds, speeds, floor)
     print(table(result))
-    write_result(config.json, result | {"options": to_json(config), "device": describe(base.device),
-                 "precision": base.precision, "peer": versions(("transformers",))})  # fmt: skip
+    write_result(config, result | {"peer": versions(("transformers",))}, base)
 
 
-def prepare_job(config: SpeedConfig, base: Base) -> Job:
+def prepare_job(config: GenerateConfig, base: Base) -> Job:
     """The first test problems as chat prompts; BadData if there are too few."""
-    problems = load_source(config.data).test[: config.problems]
-    if len(problems) < config.problems:
-        raise BadData(f"{config.data} has {len(problems)} test problems", "lower --problems")
-    prompts = [prompt_tokens(problem, base.chat, "chat", []) for problem in problems]
-    lengths = [sum(base.chat.encode(problem.messages).supervised_mask) for problem in problems]
+    prompts, lengths = problem_prompts(base, config.data, config.problems)
+    if len(prompts) < config.problems:
+        raise BadData(f"{config.data} has {len(prompts)} test problems", "lower --problems")
     if config.lengths == "equal":
         lengths = [round(sum(lengths) / len(lengths))] * len(lengths)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     return Job(base, [prompts[i] for i in order], [lengths[i] for i in order])
 
 
-def answer(model: Qwen2, job: Job, batch_size: int = 128) -> list[list[int]]:
-    """Our answers, each of its given length."""
-    decoding = Decoding(
-        max_new_tokens=max(job.lengths), eos_ids=(), vocab_size=job.base.chat.vocab_size,
-        batch_size=batch_size,
-    )  # fmt: skip
-    answers = [a.tokens for a in generate(model, job.prompts, decoding, limits=job.lengths)]
-    assert [len(tokens) for tokens in answers] == job.lengths
-    return answers
+def our_answer(model: Qwen2, job: Job, batch_size: int = 128) -> list[list[int]]:
+    return answer(model, job.prompts, job.lengths, job.base.chat.vocab_size, batch_size)
 
 
 @torch.inference_mode()
@@ -193,26 +185,25 @@ def choosing(model: Qwen2, job: Job, batch_size: int) -> dict[str, Any]:
 
 
 def load_peer(job: Job) -> Any:
-    from transformers import AutoModelForCausalLM, GenerationConfig, logging
+    from transformers import GenerationConfig, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    peer = AutoModelForCausalLM.from_pretrained(
-        job.base.folder, dtype=job.dtype, attn_implementation="sdpa", local_files_only=True
-    )
+    peer = transformers_model(job.base, attn_implementation="sdpa")
     peer.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # no end token
-    return peer.to(job.base.device).eval()
+    return peer.to(job.base.device)
 
 
 def peer_answer(
-    peer: Any, job: Job, size: int, config: SpeedConfig, **options: Any
+    peer: Any, job: Job, size: int, problems: int | None = None, **options: Any
 ) -> list[list[int]]:
-    """The answers of `generate()`, in batches of `size` prompts, padded on the left."""
-    if config.peer_cache == "static":
-        options["cache_implementation"] = "static"
+    """The answers of `generate()`, in batches of `size` prompts, padded on the left.
+
+    `problems` is roughly how many are answered, evenly spaced; None for all.
+    """
     answers = []
     starts = range(0, len(job.prompts), size)
-    count = min(len(starts), max(1, (config.peer_problems or len(job.prompts)) // size))
+    count = min(len(starts), max(1, (problems or len(job.prompts)) // size))
     for i in range(count):
         start = starts[(2 * i + 1) * len(starts) // (2 * count)]
         prompts, lengths = (x[start : start + size] for x in (job.prompts, job.lengths))
@@ -232,11 +223,9 @@ def check_equal_work(job: Job) -> None:
     small = replace(
         job.shortened(CHECK_PROMPTS, CHECK_TOKENS), base=replace(job.base, precision="fp32")
     )
-    ours = answer(small.base.load(), small)
+    ours = our_answer(small.base.load(), small)
     unused_ids = list(range(job.base.chat.vocab_size, job.base.config.vocab_size))
-    theirs = peer_answer(
-        load_peer(small), small, CHECK_PROMPTS, SpeedConfig(), suppress_tokens=unused_ids
-    )
+    theirs = peer_answer(load_peer(small), small, CHECK_PROMPTS, suppress_tokens=unused_ids)
     if ours != theirs:
         raise UnequalWork("greedy tokens differ in fp32", "compare the tokens of the first answer")
     print(f"equal work: {CHECK_PROMPTS} answers of {CHECK_TOKENS} tokens are the same in fp32")
@@ -253,10 +242,8 @@ class Floor:
         head_weight = model.head_weight[: job.base.chat.vocab_size]
         self.weights = PackedWeights(model, head_weight)
         self.linear = [m for m in model.model.modules() if isinstance(m, nn.Linear)]
-        self.bytes = head_weight.nbytes + sum(m.weight.nbytes for m in self.linear)
         self.step: list[float] = []  # seconds of a step of `batch_size` sequences
         self.prompt: list[float] = []  # seconds per prompt token
-        self.bandwidth: list[float] = []  # bytes per second, read and written
 
     @torch.inference_mode()
     def measure(self) -> None:
@@ -265,9 +252,6 @@ class Floor:
             layers = self._products(self.batch_size)
             self.step.append(layers + self._fastest(lambda: self.weights.logits(hidden)))
             self.prompt.append(self._products(PREFILL_TOKENS) / PREFILL_TOKENS)
-        a = self._random(2**28 // self.job.dtype.itemsize)
-        b = torch.empty_like(a)
-        self.bandwidth.append(2 * a.nbytes / self._fastest(lambda: b.copy_(a)))
 
     def _products(self, tokens: int) -> float:
         inputs = {n: self._random(tokens, n) for n in {m.in_features for m in self.linear}}
@@ -304,8 +288,6 @@ def summary(
         "batch_size": floor.batch_size,
         "step_ms": spread([s * 1e3 for s in floor.step]),
         "prompt_token_ms": spread([s * 1e3 for s in floor.prompt]),
-        "bytes_per_step": floor.bytes,
-        "bandwidth_gb_per_second": spread([b / 1e9 for b in floor.bandwidth]),
         "seconds": seconds,
         "new_tokens": tokens,
         "prompt_tokens": sum(map(len, job.prompts)),
@@ -325,15 +307,12 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"{name:<40}{speed['median']:>10.1f}{speed['min']:>12.1f}{speed['max']:>12.1f}"
         )
-    size, bandwidth = result["bytes_per_step"] / 1e9, result["bandwidth_gb_per_second"]["median"]
     lines += [
         f"floor's time as a fraction of ours: {shown(result['share_of_floor'], '.1%')}",
         "",
         f"floor, matrix products alone: {result['step_ms']['median']:.1f} ms per step of"
         f" {result['batch_size']} sequences,"
         f" {result['prompt_token_ms']['median']:.2f} ms per prompt token",
-        f"reading the weights of a step, {size:.2f} GB at {bandwidth:.0f} GB/s:"
-        f" {size / bandwidth * 1e3:.1f} ms",
     ]
     return "\n".join(lines)
 

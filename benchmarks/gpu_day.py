@@ -217,7 +217,7 @@ def network(day: Day) -> Figures:
 
 def outcome(day: Day, ours: Ours) -> list[Tensor]:
     """Logits of an example; the loss of a step of three examples; all adapters' gradients."""
-    common.randomize_B(ours)
+    common.randomize_B(ours.parameters)
     step = common.training_steps(day.base, day.config.data, 1, batch_size=3)[0]
     batch = flat_batch(step.micro_batches[0][:1], ours.device)
     with torch.inference_mode():

@@ -38,7 +38,7 @@ from data.batches import Step
 from errors import BadOption, run_script
 from run.base import Base
 from run.device import describe
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 TOKENS = 3200  # of the step that is counted: near the mean of 16 GSM8K rows
 CUT = 8  # tokens of a row, in host time
@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.decode:
         found["decode"] = count_decoding(config, base)
     exceeded = [line for part in found for line in report(part, found[part], targets(config, base))]
-    write_result(config.json, found | {"options": to_json(config), "exceeded": exceeded,
-                 "device": describe(base.device), "precision": base.precision})  # fmt: skip
+    write_result(config, found | {"exceeded": exceeded}, base)
     return 1 if exceeded else 0
 
 

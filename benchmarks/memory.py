@@ -23,7 +23,7 @@ from errors import BadOption, run_script
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import DTYPES, describe, pick_precision
 from run.memory import MemoryModel
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 SIZES = {  # Qwen2's and Qwen2.5's
     "0.5B": Qwen2Config(896, 4864, 24, 14, 2, 151936),
@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         line for size in config.sizes for recompute in (False, True)
         if (line := compare(config, size, DTYPES[precision], device, recompute=recompute))
     ]  # fmt: skip
-    write_result(config.json, {"options": to_json(config), "device": describe(device),
-                 "precision": precision, "found": found})  # fmt: skip
+    write_result(config, {"device": describe(device), "precision": precision, "found": found})
 
 
 def compare(

@@ -15,6 +15,7 @@ import gc
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import LORA, is_installed, write_result
+from benchmarks.common import (
+    LORA,
+    flat_gradient,
+    is_installed,
+    peft_parameters,
+    randomize_B,
+    transformers_model,
+    write_result,
+)
 from data.batches import flat_batch
 from data.encode import Example, encode_problems
 from data.problems import Source
@@ -36,10 +45,7 @@ from lora.peft_format import save_adapter
 from model.generate import Decoding, generate
 from model.loss import linear_cross_entropy
 from run.base import Base
-from run.device import DTYPES
-from run.options import option, parse, to_json
-
-HIDDEN = 0.02  # standard deviation of B, so that gradients reach A too
+from run.options import option, parse
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(RealConfig, argv, "This code and its oracles on published weights.")
     base = Base.find(config.model, precision="fp32", device="cpu")
     source = load_source(config.data)
-    result: dict[str, Any] = {"options": to_json(config)}
+    result: dict[str, Any] = {}
     if config.rows and is_installed("transformers and PEFT", ("transformers", "peft")):
         rows = list(range(config.rows))
         examples, _ = encode_problems(source.train[: config.rows], rows, base.chat, max_length=2048)
@@ -70,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         result["harness"] = compare_answers(
             base, source.test[: config.harness], config.max_new_tokens
         )
-    write_result(config.json, result)
+    write_result(config, result, base)
 
 
 # Forward: logits in fp32, divergence in bf16
@@ -87,7 +93,7 @@ def compare_forward(base: Base, examples: list[Example]) -> dict[str, float]:
     states = {}  # by implementation and precision: hidden states (N, C), output embedding (V, C)
     for precision in ("fp32", "bf16"):
         states["ours", precision] = our_states(replace(base, precision=precision), examples)
-        states["theirs", precision] = their_states(base, precision, examples)
+        states["theirs", precision] = their_states(replace(base, precision=precision), examples)
     exact, theirs = (logits_of(*states[who, "fp32"]) for who in ("ours", "theirs"))  # (N, V)
     figures = {
         "tokens": len(exact),
@@ -120,9 +126,9 @@ def our_states(base: Base, examples: list[Example]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def their_states(base: Base, precision: str, examples: list[Example]) -> tuple[Tensor, Tensor]:
+def their_states(base: Base, examples: list[Example]) -> tuple[Tensor, Tensor]:
     """The same from transformers, one sequence at a time, so that nothing is padded."""
-    model, found = transformers_model(base, precision), []
+    model, found = transformers_model(base), []
     for example in examples:
         tokens = torch.as_tensor(example.tokens)[None].long()
         hidden = model.model(tokens).last_hidden_state[0]  # (T, C)
@@ -144,12 +150,6 @@ def divergence(exact: Tensor, rounded: Tensor) -> float:
         p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         total += (p.exp() * (p - q)).sum().item()
     return total / len(exact)
-
-
-def transformers_model(base: Base, precision: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base.folder, dtype=DTYPES[precision]).eval()
 
 
 # Backward: the gradients of the adapters
@@ -180,48 +180,42 @@ def our_gradient(base: Base, examples: list[Example], adapter: Path) -> tuple[fl
     """(mean loss, gradients of all adapters as one vector); saves the adapter for PEFT."""
     model = base.load()
     inject(model, LORA)
-    generator = torch.Generator().manual_seed(0)
     parameters = trained_parameters(model)
-    for name, p in parameters.items():
-        if name.endswith("lora_B"):
-            nn.init.normal_(p, std=HIDDEN, generator=generator)
+    randomize_B(parameters, std=0.02)
     save_adapter(model, adapter, LORA, base=str(base.folder), revision=None)
-    count, total = sum(example.supervised_count for example in examples), 0.0
-    for example in examples:
+
+    def nats(example: Example) -> Tensor:
         batch = flat_batch([example], base.device)
-        hidden = model(batch.tokens, batch.positions, batch.lengths)
-        nats, _ = linear_cross_entropy(
+        hidden = model(batch.tokens, batch.positions, batch.lengths)  # (T, C)
+        return linear_cross_entropy(
             hidden, model.head_weight, batch.targets, batch.supervised_rows
-        )
-        (nats / count).backward()
-        total += nats.item()
-    return total / count, as_vector({name: p.grad for name, p in parameters.items()})
+        )[0]
+
+    return mean_loss(examples, nats), flat_gradient(parameters)
 
 
 def their_gradient(base: Base, examples: list[Example], adapter: Path) -> tuple[float, Tensor]:
     """The same from PEFT, with the loss of F.cross_entropy over all logits in fp32."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(
-        transformers_model(base, base.precision), adapter, is_trainable=True
-    ).eval()
-    count, total = sum(example.supervised_count for example in examples), 0.0
-    for example in examples:
+    model = PeftModel.from_pretrained(transformers_model(base), adapter, is_trainable=True).eval()
+
+    def nats(example: Example) -> Tensor:
         logits = model(torch.as_tensor(example.tokens)[None].long()).logits[0]  # (T, V)
         targets = torch.as_tensor(example.targets).long()
-        nats = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+    return mean_loss(examples, nats), flat_gradient(peft_parameters(model))
+
+
+def mean_loss(examples: list[Example], nats_of: Callable[[Example], Tensor]) -> float:
+    """The mean loss over all supervised tokens, backpropagated example by example."""
+    count, total = sum(example.supervised_count for example in examples), 0.0
+    for example in examples:
+        nats = nats_of(example)
         (nats / count).backward()
         total += nats.item()
-    names = {
-        name.removeprefix("base_model.model.").removesuffix(".default.weight"): p.grad
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-    return total / count, as_vector(names)
-
-
-def as_vector(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.cat([gradients[name].flatten() for name in sorted(gradients)]).double()
+    return total / count
 
 
 # The base in 4 and 8 bits

@@ -10,7 +10,6 @@ validation loss is taken by each trainer's own network, on the first of `train.p
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from data.tasks import load_source
 from errors import run_script
 from evaluation.teacher_forced import teacher_forced
 from run.base import Base
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     run_peer(peer, StepTimer(base.device, warm_up=0), our_turn)
     val_losses.append(validate(ours, peer.model, validation))
     print("validation, after:  " + row(val_losses[1]))
-    result: dict[str, Any] = {"train_loss": losses, "val_loss": val_losses}
-    write_result(config.json, result | {"options": to_json(config), "precision": base.precision})
+    write_result(config, {"train_loss": losses, "val_loss": val_losses}, base)
 
 
 @torch.no_grad()

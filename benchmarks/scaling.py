@@ -41,7 +41,7 @@ from lora.config import LoRAConfig
 from model.loss import LOGITS_BYTES, PROBABILITIES_BYTES
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import DTYPES, describe, pick_device, pick_precision, prepare
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 WORSE = 1.3  # growth relative to the arithmetic above which a cost is reported
 
@@ -165,8 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             print(line(row))
     print("growth: cost / formula, relative to the lowest of the earlier points of the axis")
     print("\n".join(conclusions(rows)))
-    settings = {"options": to_json(config), "device": describe(device)}
-    write_result(config.json, settings | {"rows": rows})
+    write_result(config, {"device": describe(device), "rows": rows})
 
 
 def measure(points: dict[str, Point], repeat: int, device: torch.device) -> dict[str, Measured]:

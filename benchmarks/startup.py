@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     """Start processes one after the other, and print where their time goes."""
     sys.path.insert(0, str(HERE.parents[1]))
     from benchmarks.common import shown, spread, write_result
-    from run.options import option, parse, to_json
+    from run.options import option, parse
 
     @dataclass(frozen=True)
     class StartupConfig:
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
                 samples[name].append(sample)
                 print(f"{name} {i} of {config.repeat}: {sample['to the first step']:.2f} s")
 
-    result = {"options": to_json(config)}
+    result = {}
     for name, found in samples.items():
         parts = {part: spread([s[part] for s in found]) for part in found[0] if part != "heavy"}
         result[name] = {"seconds": parts, "heavy imports": found[0]["heavy"], "samples": found}
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         for part, seconds in parts.items():
             print(f"{part:<40}{shown(seconds, '.2f'):>30}")
         print("heavy imports: " + (", ".join(found[0]["heavy"]) or "none"))
-    write_result(config.json, result)
+    write_result(config, result)
 
 
 def measure(checkout: Path, options: list[str]) -> dict[str, Any]:

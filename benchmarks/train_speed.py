@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,25 +33,28 @@ from benchmarks.common import (
     Ours,
     StepTimer,
     UnequalWork,
+    flat_gradient,
     is_installed,
     mean_counts,
+    peft_config,
+    peft_parameters,
     randomize_B,
     ratio,
     shown,
     spread,
     step_flop,
+    training_steps,
+    transformers_model,
     versions,
     write_result,
 )
 from data.batches import Schedule, Step
-from data.encode import IGNORE, encode_problems
-from data.tasks import load_source
+from data.encode import IGNORE
 from errors import BadData, BadOption, run_script
-from lora.peft_format import peft_key
 from run.base import Base
 from run.compiling import check_compiler
 from run.device import DTYPES, describe
-from run.options import option, parse, to_json
+from run.options import option, parse
 
 PEER = "TRL + PEFT"
 PEER_PACKAGES = ("transformers", "trl", "peft", "accelerate", "datasets")
@@ -108,9 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     result = measure(config, base, steps, has_peer)
     print(table(result, config))
     result |= {"equal_work": checks, "row_ids": [step.row_ids for step in steps]}
-    result |= {"options": to_json(config), "device": describe(base.device)}
-    result |= {"precision": base.precision, "peer_versions": versions(PEER_PACKAGES)}
-    write_result(config.json, result)
+    result |= {"peer_versions": versions(PEER_PACKAGES)}
+    write_result(config, result, base)
 
 
 def with_defaults(config: SpeedConfig, base: Base) -> SpeedConfig:
@@ -139,22 +141,20 @@ def with_defaults(config: SpeedConfig, base: Base) -> SpeedConfig:
 def prepare_steps(config: SpeedConfig, base: Base) -> list[Step]:
     """Warm-up and timed steps over the first rows, shuffled; BadData if there are too few."""
     count = config.warm_up + config.steps
-    needed = count * config.batch_size
-    source = load_source(config.data)
-    if len(source.train) < needed:
+    steps = training_steps(base, config.data, count, config.batch_size, config.seed)
+    rows, needed = sum(len(step.row_ids) for step in steps), count * config.batch_size
+    if rows < needed:
         raise BadData(
-            f"{source.name} has {len(source.train)} rows, and {count} steps take {needed}",
+            f"{config.data} has {rows} rows, and {count} steps take {needed}",
             "give more rows, or lower --steps, --warm-up or --batch-size",
         )
-    examples, _ = encode_problems(source.train[:needed], range(needed), base.chat, max_length=2**20)
-    schedule = Schedule(examples, config.batch_size, grad_accum=1, epochs=1, seed=config.seed)
-    return [schedule.step(index) for index in range(count)]
+    return steps
 
 
 def load_ours(config: SpeedConfig, base: Base) -> Ours:
     """Our trainer. Its B are not zero as in a new adapter, so that A has a gradient to compare."""
     ours = Ours(base.load(), seed=config.seed, compile=config.compile)
-    randomize_B(ours, config.seed)
+    randomize_B(ours.parameters, seed=config.seed)
     return ours
 
 
@@ -166,7 +166,6 @@ def load_peer(
 ) -> Any:
     """An SFTTrainer over the rows of `steps`, in their order, with the weights of our adapters."""
     import transformers
-    from peft import LoraConfig
     from trl import SFTTrainer
 
     class Peer(SFTTrainer):
@@ -184,22 +183,16 @@ def load_peer(
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="(trl|transformers|torch|accelerate)")
     tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        base.folder, dtype=DTYPES[base.precision], attn_implementation=config.peer_attention
-    )
     peer = Peer(
-        model=model,
+        model=transformers_model(base, attn_implementation=config.peer_attention),
         args=peer_arguments(config, base, len(steps)),
         train_dataset=peer_rows(steps),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=dropout, task_type="CAUSAL_LM",
-            target_modules=sorted({name.split(".")[-2] for name in ours.parameters}),
-        ),
-    )  # fmt: skip
+        peft_config=peft_config(dropout),
+    )
     peer.losses = []
     peer.remove_callback(transformers.PrinterCallback)
-    theirs = peer_parameters(peer.model)
+    theirs = peft_parameters(peer.model)
     assert theirs.keys() == ours.parameters.keys(), theirs.keys() ^ ours.parameters.keys()
     with torch.no_grad():
         for name, parameter in theirs.items():
@@ -248,16 +241,6 @@ def peer_rows(steps: list[Step]) -> Any:
         for step in steps
         for e in step.micro_batches[0]
     ])  # fmt: skip
-
-
-def peer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's trained parameters, under our names."""
-    prefix = peft_key("").removesuffix(".weight")
-    return {
-        name.removeprefix(prefix).removesuffix(".default.weight"): p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
 
 
 # The check of equal work
@@ -312,15 +295,11 @@ def peer_work(config: SpeedConfig, base: Base, step: Step) -> tuple[float, Tenso
     class Read(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **_):
             loss = sum(loss.item() for loss in peer.losses)
-            found.append((loss, flat_gradient(peer_parameters(peer.model))))
+            found.append((loss, flat_gradient(peft_parameters(peer.model))))
 
     peer.add_callback(Read())
     peer.train()
     return found[0]
-
-
-def flat_gradient(parameters: dict[str, nn.Parameter]) -> Tensor:
-    return torch.cat([parameters[name].grad.flatten() for name in sorted(parameters)]).double()
 
 
 # What is measured

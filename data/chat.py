@@ -66,17 +66,9 @@ class ChatFormat:
         Conversations without a system turn get the prompt `system`, or the template's own if it is
         None. A template in the file `chat_template`, or else in the folder `adapter`, is used
         instead of the checkpoint's. Raises BadCheckpoint for a template that does not write
-        ChatML, and for a tokenizer that is not of Qwen2's kind, or that has an id outside the
-        embedding table of `embedding_rows` rows.
+        ChatML, and as `read_tokenizer` does.
         """
-        path = folder / "tokenizer.json"
-        remedy = "use a checkpoint with a tokenizer.json of Qwen2's kind"
-        if foreign := list(_foreign(read_json(path, BadCheckpoint, remedy))):
-            raise BadCheckpoint(f"{path} is not a Qwen2 tokenizer: {listed(foreign, 1)}", remedy)
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise BadCheckpoint(f"{path} cannot be read: {str(error)[:100]}", remedy) from None
+        tokenizer = read_tokenizer(folder, embedding_rows)
         _control_ids(tokenizer)  # without them, no template helps
         _check_added_tokens(folder, tokenizer)
         added = tokenizer.get_added_tokens_decoder().values()
@@ -84,15 +76,7 @@ class ChatFormat:
         template = ChatTemplate.find(
             folder, system=system, file=chat_template, adapter=adapter, special=tuple(special)
         )
-        chat = cls(tokenizer, template)
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-        if embedding_rows is not None and largest >= embedding_rows:
-            raise BadCheckpoint(
-                f"{path} has a token {largest}, but the embedding table has only"
-                f" {embedding_rows} rows",
-                "use the tokenizer that belongs to the checkpoint",
-            )
-        return chat
+        return cls(tokenizer, template)
 
     @property
     def vocab_size(self) -> int:
@@ -164,6 +148,29 @@ class ChatFormat:
                 yield f"{role}\n{content}", False
                 yield self.end, False
             yield "\n", False
+
+
+def read_tokenizer(folder: Path, embedding_rows: int | None = None) -> Tokenizer:
+    """A checkpoint's `tokenizer.json`.
+
+    Raises BadCheckpoint for one that is not of Qwen2's kind, or that has an id outside the
+    embedding table of `embedding_rows` rows.
+    """
+    path = folder / "tokenizer.json"
+    remedy = "use a checkpoint with a tokenizer.json of Qwen2's kind"
+    if foreign := list(_foreign(read_json(path, BadCheckpoint, remedy))):
+        raise BadCheckpoint(f"{path} is not a Qwen2 tokenizer: {listed(foreign, 1)}", remedy)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise BadCheckpoint(f"{path} cannot be read: {str(error)[:100]}", remedy) from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if embedding_rows is not None and largest >= embedding_rows:
+        raise BadCheckpoint(
+            f"{path} has a token {largest}, but the embedding table has only {embedding_rows} rows",
+            "use the tokenizer that belongs to the checkpoint",
+        )
+    return tokenizer
 
 
 def _check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:

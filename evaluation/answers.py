@@ -269,7 +269,9 @@ def exact_matches(
     model.eval()
     known = {(id, 0) for id, _ in done}
     given = answers(model, chat, problems, settings, done=known, poll=poll)
-    for c in progress_bar(given, desc="answer", leave=False):
-        done.append([c.id, judge.is_correct(c.text, gold[c.id], cut_off=c.cut_off)])
-    model.train()
+    try:
+        for c in progress_bar(given, desc="answer", leave=False):
+            done.append([c.id, judge.is_correct(c.text, gold[c.id], cut_off=c.cut_off)])
+    finally:
+        model.train()
     return sum(correct for _, correct in done)

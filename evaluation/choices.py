@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,8 @@ def log_likelihoods(model: Qwen2, questions: list[Question]) -> list[list[float]
     attend = SharedContext(questions, device)
     tokens = [t for q in questions for t in q.context]
     positions = [i for q in questions for i in range(len(q.context))]
-    # For each scored token: the row that predicts it, its id, the number of its continuation.
-    rows, targets, owners = [], [], []
+    rows, targets = [], []  # of each scored token: the row that predicts it, and its id
     end = 0  # row after a question's context
-    owner = 0
     for q in questions:
         end += len(q.context)
         for continuation in q.continuations:
@@ -154,19 +153,14 @@ def log_likelihoods(model: Qwen2, questions: list[Question]) -> list[list[float]
             positions += range(len(q.context), len(q.context) + length)
             rows += [end - 1, *range(start, start + length)]
             targets += continuation
-            owners += [owner] * len(continuation)
-            owner += 1
     flat = torch.tensor([tokens, positions], device=device)  # (2, T)
     hidden = model(flat[0], flat[1], attend.lengths, cache=attend)  # (T, C)
     scored = torch.tensor([rows, targets], device=device)  # (2, N)
     found = log_probabilities(hidden, model.head_weight, scored[0], scored[1])  # (N,)
-    sums = [0.0] * owner
-    for owner, value in zip(owners, found.tolist()):
-        if not math.isfinite(value):
-            raise not_finite_logits(hidden.dtype)
-        sums[owner] += value
-    sums = iter(sums)
-    return [[next(sums) for _ in q.continuations] for q in questions]
+    if not found.isfinite().all():
+        raise not_finite_logits(hidden.dtype)
+    values = iter(found.tolist())
+    return [[sum(islice(values, len(c))) for c in q.continuations] for q in questions]
 
 
 def log_probabilities(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> Tensor:

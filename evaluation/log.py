@@ -9,10 +9,10 @@ from typed import record
 T = TypeVar("T")
 
 
-def read_log(path: Path, kind: type[T]) -> tuple[list[T], int]:
-    """(records, size in bytes) of a log of dataclass `kind`, up to the first torn or invalid line.
+def resume_log(path: Path, kind: type[T]) -> tuple[list[T], JsonLines]:
+    """(records of dataclass `kind` in a log, the log opened to append more after them).
 
-    Both are empty or 0 if there is no log.
+    The log ends before the first line that is torn or invalid; a missing one is empty.
     """
     records, size = [], 0
     for line in JsonLines.read(path):
@@ -21,10 +21,4 @@ def read_log(path: Path, kind: type[T]) -> tuple[list[T], int]:
         except ValueError:  # not an object, or not with the fields of `kind`
             break
         size = line.end
-    return records, size
-
-
-def resume_log(path: Path, kind: type[T]) -> tuple[list[T], JsonLines]:
-    """(records already in a log, the log opened to append more after them)."""
-    records, size = read_log(path, kind)
     return records, JsonLines(path, keep=size)

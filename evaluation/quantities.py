@@ -35,7 +35,7 @@ _CHARACTERS = {
     )},
     ord("⁄"): "/", ord("≈"): "=", ord("·"): "*", ord("×"): "*", ord("÷"): "/", ord("。"): ". ",
 }  # fmt: skip
-_LATEX = [
+_LATEX = [(re.compile(pattern), text) for pattern, text in (
     (r"\\!|\\left(?![a-z])|\\right(?![a-z])|\{\}|\\displaystyle", ""),
     (r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))|\{,\}", ","),
     (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed|fbox|bm) ?\{", " {"),
@@ -48,11 +48,10 @@ _LATEX = [
     (r"\\[()\[\],;: ]|\\quad|\\qquad|\^ ?\{?\\circ\}?|(?<![0-9])\*\*|\*\*(?![0-9])|__|`", " "),
     (r"(?<=[0-9])\*\*(?=[0-9])", "^"),
     (r"(?<=-) +(?=[0-9]{1,9}/[0-9])", ""),
-]
+)]  # fmt: skip
 _TYPESET = frozenset("\\*{_`")
-_LATEX = [(re.compile(pattern), text) for pattern, text in _LATEX]
 _GROUPS = r"(?<![0-9.,])[1-9][0-9]{0,2}"
-_ALWAYS = [
+_ALWAYS = [(re.compile(pattern), text) for pattern, text in (
     (r"(?<=[0-9])[_'’](?=[0-9]{3}(?![0-9]))", ","),  # 1_000, 1'000
     (r"(?<=[a-zA-Z}])\^\{?[0-9]\}?|(?<=\bcm|\bkm|\bft)[23]\b|:\.[0-9]f\b", ""),  # cm^2
     # 1.234,56 and 1.234.567 and 4,50 €: a comma is the decimal point
@@ -62,8 +61,7 @@ _ALWAYS = [
     (r"(?<=€)[0-9]{1,6},[0-9]{2}(?![0-9,])", "swap"),
     # 1 234 567 and 12 000: groups of three digits that are not numbers of their own
     (_GROUPS + r"(?:(?: [0-9]{3}){2,6}| 000)(?!,?[0-9]| ?/)", "join"),
-]
-_ALWAYS = [(re.compile(pattern), text) for pattern, text in _ALWAYS]
+)]  # fmt: skip
 _REWRITE = {
     "swap": lambda match: match[0].translate({ord("."): ",", ord(","): "."}),
     "join": lambda match: match[0].replace(" ", ""),
@@ -91,7 +89,7 @@ _NOT_ONE = re.compile(  # "one" as a pronoun, before and after it
 _ONE_OF = re.compile(r"(?i: (?:of|way|by|can|day|who|another|is|has)\b)")
 _IN_WORDS = re.compile(
     rf"(?<![\w-])(?:(?:a|an) (?=(?:{'|'.join(SCALES)}|dozen)\b))?"
-    rf"((?:{_WORD})(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and )(?:{_WORD})){{0,12}})(?!\w)"
+    rf"((?:{_WORD})(?:(?:[ -]|(?<=hundred) and |(?<=thousand) and )(?:{_WORD})){{0,30}})(?!\w)"
     rf"( and a half(?!\w)|[ -](?:{'|'.join(_PARTS)})(?!\w))?",
     re.IGNORECASE,
 )
@@ -240,12 +238,11 @@ def _chinese(numeral: str) -> Fraction | None:
             digit = _CHINESE_DIGITS[c]
         elif c in _CHINESE_SCALES:
             section, digit = section + (digit or 1) * _CHINESE_SCALES[c], 0
+        elif c == "万" and section + digit:  # 一亿二千万: of the last section only
+            total, section, digit = total + (section + digit) * 10**4, 0, 0
         else:
-            total, section, digit = (
-                (total + section + digit or 1) * (10**4 if c == "万" else 10**8),
-                0,
-                0,
-            )
+            total = (total + section + digit or 1) * (10**4 if c == "万" else 10**8)
+            section = digit = 0
     return Fraction(total + section + digit)
 
 
@@ -259,7 +256,7 @@ def _joined(text: str, found: list[Quantity]) -> list[Quantity]:
         if joined and q.readings:
             last = joined[-1]
             gap = text[last.end : q.start]
-            words = [w for w in words_of(gap)] if len(gap) < 30 else ["?"]
+            words = words_of(gap) if len(gap) < 30 else ["?"]
             if words[-1:] == ["and"]:
                 words.pop()
             large = words[0] if words else "dollar" if "$" in text[last.start : last.end] else ""

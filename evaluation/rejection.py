@@ -20,44 +20,49 @@ from typing import Any
 from data.rows import Message, Problem
 from errors import BadOption
 from evaluation.answers import count_turns, next_turn
-from evaluation.generative import Completions, had_format, numeric_equal
+from evaluation.generative import Completion, Completions, had_format, numeric_equal
 from evaluation.golds import gold_text, gold_value
 from evaluation.mistakes import has_wrong_step
 from evaluation.tasks import Task
 from files import write_file
 
 
+def distinct_correct(
+    problems: list[Problem], completions: Completions
+) -> Iterator[tuple[Problem, Completion, list[str]]]:
+    """The correct solutions that were not cut off, each with the texts of its turns."""
+    for p in problems:
+        seen = set()
+        for c in completions[p.id]:
+            texts = [text.strip() for text in c.turns or [c.text]]
+            key = tuple(" ".join(text.split()) for text in texts)
+            if c.cut_off or not all(key) or key in seen or not numeric_equal(texts[-1], p.answer):
+                continue
+            seen.add(key)
+            yield p, c, texts
+
+
 def correct_solutions(
     problems: list[Problem], completions: Completions
 ) -> Iterator[dict[str, Any]]:
     """Rows in the format `messages`, with the problem's `id` and the number of the `sample`."""
-    for p in problems:
-        seen = set()
-        for c in completions[p.id]:
-            *earlier, text = (answer.strip() for answer in c.turns or [c.text])
-            key = tuple(" ".join(answer.split()) for answer in (*earlier, text))
-            if c.cut_off or not all(key) or key in seen or not numeric_equal(text, p.answer):
-                continue
-            seen.add(key)
-            if any(map(has_wrong_step, (*earlier, text))):
-                continue
-            if not had_format(text) and ("####" in p.answer or gold_value(text) is None):
-                text += f"\n#### {gold_text(p.answer)}"
-            prompt = next_turn(p, earlier).messages[:-1]
-            solved = replace(p, messages=(*prompt, Message("assistant", text)))
-            yield solved.row() | {"sample": c.sample}
+    for p, c, texts in distinct_correct(problems, completions):
+        if any(map(has_wrong_step, texts)):
+            continue
+        *earlier, text = texts
+        if not had_format(text) and ("####" in p.answer or gold_value(text) is None):
+            text += f"\n#### {gold_text(p.answer)}"
+        prompt = next_turn(p, earlier).messages[:-1]
+        solved = replace(p, messages=(*prompt, Message("assistant", text)))
+        yield solved.row() | {"sample": c.sample}
 
 
 def keep(path: Path, problems: list[Problem], completions: Completions) -> None:
     """Write the correct solutions to `path`, all or nothing, and print how many there are."""
     rows = list(correct_solutions(problems, completions))
-    by_wrong_steps = sum(
-        has_wrong_step(c.text) and not c.cut_off and numeric_equal(c.text, p.answer)
-        for p in problems
-        for c in completions[p.id]
-    )
-    if by_wrong_steps:
-        print(f"{by_wrong_steps:,} correct answers are left out: the arithmetic of a step is wrong")
+    left_out = sum(1 for _ in distinct_correct(problems, completions)) - len(rows)
+    if left_out:
+        print(f"{left_out:,} correct answers are left out: the arithmetic of a step is wrong")
     solved = len({row["id"] for row in rows})
     print(
         f"kept {len(rows):,} correct, distinct answers to {solved:,} of {len(problems):,} problems"

@@ -325,9 +325,9 @@ def comparison_text(a: dict[str, Any], b: dict[str, Any], seed: int) -> str:
             "compare evaluations with the same --data, --split and --limit",
         )
     lines = [
-        f"{key}: {value} against {settings[1].get(key)}"
-        for key, value in settings[0].items()
-        if value != settings[1].get(key)
+        f"{key}: {settings[0].get(key)} against {settings[1].get(key)}"
+        for key in settings[0] | settings[1]
+        if settings[0].get(key) != settings[1].get(key)
     ]
     models = {name: list(r["models"].values())[-1] for name, r in (("A", a), ("B", b))}
     if _rows(models["A"]) != _rows(models["B"]):

@@ -18,7 +18,6 @@ from data.chat import ChatFormat
 from errors import (
     BadAdapter,
     BadOption,
-    BadRun,
     HubError,
     TrainingFailed,
     is_out_of_memory,
@@ -251,7 +250,7 @@ def _folder_in_run(adapter: str | Path) -> str | None:
     if recorded is None:
         return None
     for place in (recorded, given):  # `given` may be relative, in a project that was moved
-        if os.path.isdir(os.path.expanduser(place)):
+        if isinstance(place, str) and os.path.isdir(os.path.expanduser(place)):
             return place
     raise BadAdapter(
         f"the adapter {adapter} was trained on the folder {recorded}, which is not there",
@@ -309,11 +308,10 @@ def check_base_of_adapter(
     base was `given` explicitly, the difference is only printed.
     """
     path = adapter / ORIGIN
-    try:
-        in_run = Run.of_adapter(adapter).identity
-    except BadRun:  # the folder around it is something else
-        in_run = {}
-    origin = read_json(path, BadAdapter, f"delete {path}") if path.exists() else in_run
+    if path.exists():
+        origin = read_json(path, BadAdapter, f"delete {path}")
+    else:
+        origin = Run.of_adapter(adapter).identity
     trained_on = origin.get("base_sha256")
     if not isinstance(trained_on, str) or trained_on == files.sha256:
         return

@@ -11,11 +11,12 @@ from typing import Any
 
 from data.custom import is_hub_id
 from errors import UserError
-from files import read_json
+from files import read_json, write_file
 from lora.config import LoRAConfig
 from lora.peft_format import CONFIG, read_adapter_config
 from run.folder import Run, adapter_sha256
 from terminal import printable
+from typed import fits
 
 DATASETS = {  # of the built-in tasks
     "gsm8k": "openai/gsm8k", "gsm8k-socratic": "openai/gsm8k", "arc-easy": "allenai/ai2_arc",
@@ -34,21 +35,28 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those it accepts
 def readers(lora: LoRAConfig) -> str:
     """One line: which programs compute with the adapter exactly as it was trained.
 
-    vLLM takes alpha / r (or alpha / sqrt(r)) from the settings and ignores patterns; llama.cpp
-    divides alpha by the rank of each tensor and knows no rsLoRA. Neither reads DoRA.
+    llama.cpp divides alpha by the rank of each tensor, and knows neither rsLoRA nor DoRA.
     """
-    programs, others = ["PEFT", "transformers"], []
-    rank = max([lora.r, *lora.ranks.values()])
-    flag = next((f" (--max-lora-rank {r})" for r in VLLM_RANKS if r >= rank > VLLM_RANK), "")
-    vllm = not (lora.dora or lora.ranks or lora.alphas) and rank <= VLLM_RANKS[-1]
+    programs, others, rank = ["PEFT", "transformers"], [], vllm_rank(lora)
+    flag = f" (--max-lora-rank {rank})" if rank and rank > VLLM_RANK else ""
     llama_cpp = not (lora.dora or lora.alphas or lora.rslora)
-    for name, reads in ((f"vLLM{flag}", vllm), ("llama.cpp", llama_cpp)):
+    for name, reads in ((f"vLLM{flag}", rank), ("llama.cpp", llama_cpp)):
         (programs if reads else others).append(name)
     line = ", ".join(programs)
     if others:
         how = "merge it with run.export" if lora.dora else "use run.export --portable"
         line += f"; for {' and '.join(others)}, {how}"
     return line
+
+
+def vllm_rank(lora: LoRAConfig) -> int | None:
+    """The least --max-lora-rank with which vLLM computes the adapter as it is; None if it cannot.
+
+    It takes alpha / r (or alpha / sqrt(r)) from the settings, and ignores patterns and DoRA.
+    """
+    if lora.dora or lora.ranks or lora.alphas:
+        return None
+    return next((rank for rank in VLLM_RANKS if rank >= lora.r), None)
 
 
 def adapter_card(
@@ -59,16 +67,13 @@ def adapter_card(
     `progress` holds `best_step`, `best_loss`, `validation_count`; {} for an adapter without a run.
     """
     name, there = _names(base)
-    max_rank = next((r for r in VLLM_RANKS if r >= lora.r), lora.r)
-    vllm = (
-        ""
-        if lora.dora or lora.ranks or lora.alphas
-        else f"""
+    vllm = ""
+    if rank := vllm_rank(lora):
+        vllm = f"""
 With vLLM:
 
-    vllm serve {there} --enable-lora --max-lora-rank {max_rank} --lora-modules tuned=FOLDER
+    vllm serve {there} --enable-lora --max-lora-rank {rank} --lora-modules tuned=FOLDER
 """
-    )
     return f"""{_front_matter(base, run, "peft")}
 # LoRA adapter for {name}
 
@@ -107,10 +112,11 @@ def refresh_card(run: Run) -> None:
     if not (run.best / CONFIG).exists():  # another adapter of the run was evaluated
         return
     lora, base, _ = read_adapter_config(run.best)
-    if base := base or run.config.get("base_folder"):
+    base = base or run.config.get("base_folder")
+    if isinstance(base, str):
         progress = run.progress() | {"validation_count": run.validation_count()}
         card = adapter_card(base, lora, run, progress, run.best)
-        (run.best / "README.md").write_text(card, "utf-8")
+        write_file(run.best / "README.md", card.encode())
 
 
 def _on_hub(base: str) -> bool:
@@ -126,6 +132,14 @@ def _local_note(base: str) -> str:
     return "" if _on_hub(base) else ", where BASE is the folder of the base model"
 
 
+def _sources(run: Run) -> list[str]:
+    """The sources of a run, as its options name them; earlier versions had a single text."""
+    data = run.options.get("data")
+    if isinstance(data, list):
+        return [source for source in data if isinstance(source, str)]
+    return [data] if isinstance(data, str) else []
+
+
 def _without_folder(data: str) -> str:
     """A source, or the description of a task, without the folder of a local file."""
     return data if is_hub_id(data.partition(" ")[0]) else data.rpartition("/")[2]
@@ -134,7 +148,7 @@ def _without_folder(data: str) -> str:
 def _front_matter(base: str, run: Run, library: str) -> str:
     on_hub = _on_hub(base)
     # A source may have a weight: gsm8k:2.
-    sources = [source.partition(":")[0] for source in run.options.get("data", [])]
+    sources = [source.partition(":")[0] for source in _sources(run)]
     names = [DATASETS.get(name, name) for name in sources]
     # Hub ids, without the folder of owner/name/folder
     datasets = dict.fromkeys("/".join(n.split("/")[:2]) for n in names if is_hub_id(n))
@@ -152,12 +166,11 @@ def _front_matter(base: str, run: Run, library: str) -> str:
 
 
 def _training(lora: LoRAConfig, run: Run, progress: Mapping[str, Any]) -> str:
-    names = [_without_folder(name) for name in run.options.get("data", [])]
-    data = printable(", ".join(names)) or "data that is not recorded here"
-    text = f"Trained on {data}: {lora}."
+    data = printable(", ".join(map(_without_folder, _sources(run))))
+    text = f"Trained on {data or 'data that is not recorded here'}: {lora}."
     if kind := run.identity.get("base_precision"):
         text += f" The layers of the base were held in {kind}."
-    if progress.get("best_loss") is not None:
+    if fits(progress.get("best_loss"), float) and fits(progress.get("best_step"), int):
         text += f" Best at step {progress['best_step']}, with a validation loss of"
         text += f" {progress['best_loss']:.4f} nats per supervised token"
         count = progress.get("validation_count")
@@ -179,7 +192,7 @@ def _results(run: Run, adapter: Path) -> str:
                 f"- {printable(_without_folder(settings['data']))}: {base:.1%} of {n:,}"
                 f" problems before, {tuned:.1%} after ({result['in_words']})"
             )
-        except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             continue  # the result of another version: the card does without it
     return "\n".join(
         ["", "Base against tuned, on the same problems:", "", *lines, ""] * bool(lines)

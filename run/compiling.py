@@ -17,6 +17,7 @@ from lora.inject import adapters, inject, seed_dropout, trained_parameters
 from model.attention import HALF_PRECISION
 from model.compile import compile_layers
 from model.loss import linear_cross_entropy
+from model.quant import quantize_layers
 from model.qwen2 import Qwen2, Qwen2Config
 from run.device import DTYPES, pick_precision
 from run.distributed import check_shard
@@ -37,27 +38,34 @@ def check_execution(options: Any, device: torch.device, *, dora: bool) -> None:
         # In half precision, a compiled layer is not recomputed as it was computed.
         raise BadOption("--compile does not work with --checkpoint-activations", "omit one of them")
     if options.compile:
-        check_compiler(device, DTYPES[precision], dora=dora)
+        check_compiler(device, DTYPES[precision], dora=dora, held=options.base_precision)
 
 
-def check_compiler(device: torch.device, dtype: torch.dtype, *, dora: bool) -> None:
+def check_compiler(
+    device: torch.device, dtype: torch.dtype, *, dora: bool, held: str | None = None
+) -> None:
     """Raise BadOption if there is a `compiler_problem`."""
-    if problem := compiler_problem(device, dtype, dora=dora):
+    if problem := compiler_problem(device, dtype, dora=dora, held=held):
         cause, remedy = problem
         raise BadOption(f"--compile: {cause}", f"{remedy}, or omit --compile")
 
 
 def compiler_problem(
-    device: torch.device, dtype: torch.dtype, *, dora: bool, backend: str = "inductor"
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dora: bool,
+    held: str | None = None,
+    backend: str = "inductor",
 ) -> tuple[str, str] | None:
     """(cause, remedy) if `torch.compile` does not work for `device`, or gives other gradients.
 
-    It is tried in fp32 and in `dtype`. A CPU needs a C++ compiler; CUDA needs Triton and a C
-    compiler.
+    It is tried in fp32 and in `dtype`, with the layers `held` in nf4 or int8 as those of the base.
+    A CPU needs a C++ compiler; CUDA needs Triton and a C compiler.
     """
     try:
         for each in dict.fromkeys((torch.float32, dtype)):
-            error = gradient_error(device, each, dora=dora, backend=backend)
+            error = gradient_error(device, each, dora=dora, held=held, backend=backend)
             if not error < (0.05 if each in HALF_PRECISION else 1e-3):
                 return (
                     f"PyTorch {torch.__version__} compiles gradients that differ from the plain"
@@ -73,9 +81,13 @@ def compiler_problem(
     return None
 
 
-def gradient_error(device: torch.device, dtype: torch.dtype, *, dora: bool, backend: str) -> float:
+def gradient_error(
+    device: torch.device, dtype: torch.dtype, *, dora: bool, held: str | None = None, backend: str
+) -> float:
     """The relative difference of compiled and plain gradients of a tiny network's adapters."""
     plain = Qwen2(TINY).to(device, dtype)
+    if held:
+        quantize_layers(plain, held, dtype, stored=set())
     inject(plain, LoRAConfig(r=4, targets=("all-linear",), dora=dora))  # with dropout
     for layer in adapters(plain):
         torch.nn.init.normal_(layer.lora_B, std=0.1)  # fresh ones give A no gradient

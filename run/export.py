@@ -23,7 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.chat import ChatFormat
+from data.chat import ChatFormat, read_tokenizer
 from errors import BadCheckpoint, BadOption, UserError, listed
 from files import make_folder, publish
 from lora.config import LoRAConfig
@@ -39,7 +39,7 @@ from run.best import copy_tokenizer
 from run.card import adapter_card, merged_card, readers
 from run.device import DTYPES
 from run.folder import Run, check_place
-from run.gguf_file import check_gguf, read_gguf, write_gguf
+from run.gguf_file import gguf_package, read_gguf, write_gguf
 from run.options import option, parse
 
 # Files of the base that belong to the merged checkpoint. Other files in the base's folder,
@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         adapter = Path(config.adapter)
         chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size, adapter=adapter)
     except BadCheckpoint as error:  # merging needs no chat
+        if config.gguf:
+            read_tokenizer(checkpoint.folder, base.vocab_size)  # GGUF says that it is Qwen2's
         print(f"the base's chat template and eos ids are kept as they are: {error.cause}")
         chat = None
 
@@ -167,7 +169,7 @@ def check(config: ExportConfig, out: Path) -> None:
     if config.portable and config.gguf:
         raise BadOption("--portable writes an adapter, --gguf a merged file", "give one of them")
     if config.gguf:
-        check_gguf()
+        gguf_package()
         if out.suffix != ".gguf":
             raise BadOption(f"--out {out}: --gguf writes one file", f"give --out {out}.gguf")
 

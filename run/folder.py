@@ -56,6 +56,7 @@ from typed import record
 FORMAT = 2  # of config.json: 1 had --r, and mixed sources by exact fractions
 KEEP = 2  # checkpoints: the newest, and one to fall back on
 LOCK, OWNER = "lock", "lock.owner"
+NOWHERE = Path("/nonexistent")
 SPARE_BYTES = 64 << 20  # for logs, reports and answers
 CHECKPOINT_FILES = ("state.safetensors", "progress.json")
 # Files without which a folder holds no run; other people's may be in it too.
@@ -160,8 +161,14 @@ class Run:
 
     @classmethod
     def of_adapter(cls, adapter: str | Path | None) -> "Run":
-        """The run whose folder an adapter is in; without options if it is in none."""
-        return cls(Path(adapter).parent if adapter else Path("/nonexistent"))
+        """The run whose folder an adapter is in; without options if it is in none.
+
+        Another program's folder is none, such as a checkpoint, whose config.json has other keys.
+        """
+        folder = Path(adapter).parent if adapter else NOWHERE
+        config = _read_or_empty(folder / "config.json")  # {}: perhaps that of a run, damaged
+        is_other = config and not config.keys() & {"options", "identity"}
+        return cls(NOWHERE if is_other else folder)
 
     @classmethod
     def choose(cls, folder: Path, *, fresh: bool) -> "Run":

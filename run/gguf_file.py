@@ -2,7 +2,7 @@
 writes it.
 
 Matrices have the dtype of the checkpoint; norms and biases are fp32. `tokenizer.ggml.pre` qwen2
-stands for Qwen2's pipeline, which `ChatFormat` has checked. Rows of the embedding that have no
+stands for Qwen2's pipeline, which `read_tokenizer` has checked. Rows of the embedding that have no
 token are named `[PAD...]`.
 Source: llama.cpp's convert_hf_to_gguf.py; the names of tensors and fields are from the package
 `gguf`, which is imported only when it is used.
@@ -21,11 +21,10 @@ from errors import BadOption
 from model.checkpoint import read_config, read_eos_ids
 from model.qwen2 import Qwen2, Qwen2Config
 from model.tensor_files import tensor_files
+from run.best import TEMPLATE
 
-TEMPLATE = "chat_template.jinja"
 
-
-def check_gguf() -> ModuleType:
+def gguf_package() -> ModuleType:
     """The package `gguf`; BadOption if it is not installed."""
     try:
         import gguf
@@ -36,7 +35,7 @@ def check_gguf() -> ModuleType:
 
 def write_gguf(folder: Path, path: Path) -> None:
     """Convert the checkpoint in `folder` to the GGUF file `path`."""
-    gguf = check_gguf()
+    gguf = gguf_package()
     config = read_config(folder)
     raw = json.loads((folder / "config.json").read_text("utf-8"))
     writer = gguf.GGUFWriter(path, "qwen3" if config.is_qwen3 else "qwen2")
@@ -70,7 +69,7 @@ def write_gguf(folder: Path, path: Path) -> None:
 
 def read_gguf(path: Path, config: Qwen2Config, dtype: torch.dtype) -> Qwen2:
     """The network with the tensors of the GGUF file `path`, which must be complete, in `dtype`."""
-    gguf = check_gguf()
+    gguf = gguf_package()
     ours = {theirs: name for name, theirs in _names(gguf, config).items()}
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     state = {}

@@ -74,7 +74,7 @@ def parse(
     description: str,
     *,
     presets: Mapping[str, dict[str, Any]] = NOTHING,
-    groups: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    groups: Mapping[str, tuple[str, str]] = NOTHING,
     renamed: Mapping[str, str] = NOTHING,
 ) -> T:
     """`cls` from the command line; BadOption lists every invalid value.
@@ -143,7 +143,7 @@ def version() -> str:
 
 
 def _config_file(argv: Sequence[str]) -> Path | None:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = _Parser(prog=command(), add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     path = parser.parse_known_args(argv)[0].config
     return Path(user_path("--config", path, "file")) if path else None

@@ -28,6 +28,7 @@ from model.qwen2 import Qwen2, Qwen2Config
 from run import compiling
 from run.compiling import (
     check_compiler,
+    check_execution,
     compiler_problem,
     gradient_error,
 )
@@ -170,6 +171,16 @@ def test_the_trial_compares_the_gradients_of_adapters_in_fp32_and_in_the_bases_d
     assert try_compiler(BF16, dora) is None
 
 
+@pytest.mark.parametrize("held", ["nf4", "int8"])
+def test_the_trial_holds_its_layers_as_those_of_the_base_are_held(monkeypatch, held):
+    tried = []
+    monkeypatch.setattr(compiling, "compile_layers", lambda model, _: tried.append(model))
+    options = train.TrainConfig(compile=True, base_precision=held, precision="bf16", device="cpu")
+    check_execution(options, CPU, dora=False)
+    layers = [next(adapters(model)).base_layer for model in tried]
+    assert [layer.kind for layer in layers] == [held, held]  # in fp32 and in bf16
+
+
 def test_a_compiler_that_drops_a_gradient_is_refused(monkeypatch):
     swiglu = functions._SwiGLU.backward  # as PyTorch 2.11 did: the MLP's gradient is dropped
     monkeypatch.setattr(
@@ -178,7 +189,7 @@ def test_a_compiler_that_drops_a_gradient_is_refused(monkeypatch):
             g * (not torch.compiler.is_compiling()) for g in swiglu(ctx, grad)
         )),
     )  # fmt: skip
-    monkeypatch.setattr(compiling, "compiler_problem", lambda _, dtype, dora: try_compiler(dtype))
+    monkeypatch.setattr(compiling, "compiler_problem", lambda _, dtype, **__: try_compiler(dtype))
     with pytest.raises(BadOption, match="^--compile: .*gradients that differ from the plain"):
         check_compiler(CPU, BF16, dora=False)
 

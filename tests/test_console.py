@@ -11,7 +11,13 @@ import evaluate
 import train
 from data.batches import Schedule
 from errors import run_script
-from evaluation.summary import comparison_text, result_text, tasks_table
+from evaluation.summary import (
+    comparison_text,
+    difference,
+    result_text,
+    task_summary,
+    tasks_table,
+)
 from run import console
 from run.console import Display, duration, print_plan
 from run.folder import Progress, Run
@@ -144,12 +150,16 @@ def result(outcomes: dict[str, list[bool]], **others) -> dict:
 
 def test_the_verdict_is_above_the_table():
     before, after = [True, False, False, False], [True, True, True, False]
-    about = evaluate.difference(before, after, 0)
+    about = difference(before, after, 0)
     one = result({"base": before, "tuned": after}) | about
     text = result_text(one)
     assert text.index("tuned against base: ") < text.index("choices correct, x")
     both = comparison_text(result({"base": before}), result({"base": after}, base="c"), 0)
     assert both.index("B against A: ") < both.index("choices correct, x")
-    summary = evaluate.task_summary(one | {"task": "sums", "folder": "f"})
+    assert "base: b against c\n" in both
+    second = result({"base": after})
+    second["settings"]["shots"] = 5
+    assert "shots: None against 5\n" in comparison_text(result({"base": before}), second, 0)
+    summary = task_summary(one | {"task": "sums", "folder": "f"})
     table = tasks_table([summary, summary | {"task": "others"}])
     assert table.index("others, x: ") < table.index("correct, by task")

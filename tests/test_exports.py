@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from errors import BadAdapter, BadOption
+from errors import BadAdapter, BadCheckpoint, BadOption
 from lora.config import LoRAConfig
 from lora.inject import adapters
 from lora.peft_format import CONFIG, WEIGHTS, save_adapter
@@ -88,6 +88,14 @@ def test_the_readers_named_are_those_whose_rule_gives_our_scale(settings, vllm, 
     as_it_is = card.readers(LoRAConfig(**settings)).partition(";")[0]
     assert ("vLLM" in as_it_is, "llama.cpp" in as_it_is) == (vllm, llama_cpp)
     assert ("--max-lora-rank 64" in as_it_is) == (settings.get("r") == 64)
+
+
+def test_a_card_shows_vllms_command_with_a_rank_that_vllm_accepts_or_not_at_all(tmp_path):
+    for rank, flag in ((1, 8), (16, 16), (100, 128), (512, 512), (513, None)):
+        text = card.adapter_card("demo", LoRAConfig(r=rank), Run(tmp_path), {}, tmp_path)
+        assert (f"--max-lora-rank {flag} --lora-modules" in text) == (flag is not None)
+        as_it_is = card.readers(LoRAConfig(r=rank)).partition(";")[0]
+        assert ("vllm serve" in text) == ("vLLM" in as_it_is) == (flag is not None)
 
 
 @pytest.mark.parametrize("flags", [(), ("--portable",), ("--gguf",)])
@@ -175,6 +183,16 @@ def test_a_gguf_file_holds_the_merged_tensors_and_the_tokenizer(tmp_path, dtype,
     assert "im_start" in field["tokenizer.chat_template"]
 
 
+def test_a_gguf_file_is_not_made_of_a_tokenizer_that_it_would_name_wrongly(base):
+    model = adapted(base)
+    text = (base / "tokenizer.json").read_text()
+    (base / "tokenizer.json").write_text(text.replace('"NFC"', '"NFKC"'))
+    with pytest.raises(BadCheckpoint, match="is not a Qwen2 tokenizer: part NFKC"):
+        exported(model, base, "--gguf")
+    assert sorted(p.name for p in base.parent.iterdir()) == ["adapter", "base"]
+    exported(model, base)
+
+
 # Model cards
 
 
@@ -256,6 +274,28 @@ def test_a_card_reports_only_evaluations_of_exactly_this_adapter(base):
     weights = run.best / WEIGHTS
     weights.write_bytes(weights.read_bytes() + b"x")
     assert line not in card.adapter_card("demo", LoRAConfig(), run, {}, run.best)
+
+
+def test_a_card_leaves_out_what_a_file_of_the_run_does_not_hold_in_the_right_form(base):
+    run = a_run(base.parent / "run", ["gsm8k"])
+    save_adapter(adapted(base), run.best, LoRAConfig(r=4, alpha=8), base=str(base), revision=None)
+    a_result(run)
+    path = run.folder / "evaluation/test-1/result.json"
+    whole = json.loads(path.read_text())
+    assert "Base against tuned" in card.adapter_card("demo", LoRAConfig(), run, {}, run.best)
+    huge = whole["models"] | {"tuned": {"outcomes": [10**400]}}
+    for change in (
+        {"settings": whole["settings"] | {"data": 5}},
+        {"models": huge},
+        {"problems": 0},
+    ):
+        toys.write_json(path, whole | change)
+        assert "Base against tuned" not in card.adapter_card("x", LoRAConfig(), run, {}, run.best)
+    for data, said in (("gsm8k", "gsm8k"), (["a.jsonl", 5], "a.jsonl"), (5, "data that is not")):
+        toys.change_json(run.folder / "config.json", options={"data": data})
+        for progress in ({"best_loss": "low", "best_step": 1}, {"best_loss": 0.5}):
+            text = card.adapter_card("demo", LoRAConfig(), run, progress, run.best)
+            assert f"Trained on {said}" in text and "Best at step" not in text
 
 
 def test_an_adapter_that_is_not_as_it_was_written_is_not_exported(base):

@@ -225,6 +225,19 @@ def test_a_base_exchanged_under_the_same_path_is_refused_unless_it_is_named(exch
         assert "used anyway, since --model names it" in capsys.readouterr().out
 
 
+def test_an_adapter_inside_the_folder_of_a_base_has_no_run_and_is_evaluated_and_exported(
+    tuned, tmp_path
+):
+    base = shutil.copytree(tuned / "base", tmp_path / "base")
+    adapter = str(shutil.copytree(tuned / "run/best", base / "adapter"))
+    evaluate.main(["--adapter", adapter, "--data", str(tuned / "sums"), *COMMON, "--limit", "2"])
+    assert len([*base.glob("evaluation/*/result.json")]) == 1
+    export.main(["--adapter", adapter, "--out", str(tmp_path / "merged")])
+    toys.change_json(base / "config.json", identity={})  # that of a run which lost its options
+    with pytest.raises(BadRun, match="is not the configuration of a run"):
+        export.main(["--adapter", adapter, "--out", str(tmp_path / "again")])
+
+
 def test_an_adapter_that_left_its_run_names_no_path_but_knows_its_base(exchanged, capsys):
     adapter = shutil.copytree(exchanged / "run/best", exchanged / "alone/adapter")
     merging = ["--adapter", str(adapter), "--out", str(exchanged / "merged")]

@@ -24,7 +24,7 @@ from evaluation.choices import (
     with_shots,
 )
 from evaluation.generative import TEXT
-from evaluation.log import read_log
+from evaluation.log import resume_log
 from evaluation.tasks import judge_of, run_sources
 from model.load import load_model
 from tests import toys
@@ -292,8 +292,8 @@ def test_a_log_of_scores_is_read_up_to_where_it_is_torn(tmp_path):
     line = json.dumps({"id": "t:1", "scores": [-1.0, -2.0], "seconds": 0.1}).encode() + b"\n"
     for torn in (line[:-9], line[:-1], b"\0\n", b"[" * 99_999 + b"\n", b"{}\n" + line):
         (tmp_path / "base.jsonl").write_bytes(line * 2 + torn)
-        kept, size = read_log(tmp_path / "base.jsonl", Scored)
-        assert kept == [Scored("t:1", [-1.0, -2.0], 0.1)] * 2 and size == 2 * len(line)
+        kept, log = resume_log(tmp_path / "base.jsonl", Scored)
+        assert kept == [Scored("t:1", [-1.0, -2.0], 0.1)] * 2 and log.sync() == 2 * len(line)
 
 
 def test_weights_of_a_mixture_are_not_part_of_its_sources_names():

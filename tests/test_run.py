@@ -505,11 +505,18 @@ def test_a_resumed_log_is_truncated_to_the_size_in_the_checkpoint(tmp_path):
     size = log.sync()
     log.write(step=2, loss=0.5)
     again = JsonLines(tmp_path / "m.jsonl", keep=size)
-    again.write(step=2, loss=math.nan)
+    again.write(step=2, loss=0.5)
     assert read_log(tmp_path / "m.jsonl") == [
         {"step": 1, "loss": 0.1 + 0.2},
-        {"step": 2, "loss": None},
+        {"step": 2, "loss": 0.5},
     ]
+
+
+def test_what_is_not_finite_is_logged_as_null_also_inside_of_a_value(tmp_path):
+    infinite = {"a": math.inf, "b": -0.5}
+    JsonLines(tmp_path / "m.jsonl").write(loss=math.nan, by_source=infinite, parts=[-math.inf, 1])
+    text = (tmp_path / "m.jsonl").read_text()
+    assert text == '{"loss": null, "by_source": {"a": null, "b": -0.5}, "parts": [null, 1]}\n'
 
 
 def test_a_torn_last_line_is_not_read(tmp_path):

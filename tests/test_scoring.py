@@ -142,7 +142,9 @@ So 42 out of 50 passed. → 42 | 42 of the 50 students passed → 42 | 三分之
 42.\n\n### Question 2: 3? → 42 | 42\n\nUser: 3? → 42 | 42 is the answer to question 3. → 42
 The answer is B) 42 → 42 | A dozen and a half → 18 | 一共是四十二个。 → 42 | 他有一百零五元 → 105
 3万 → 30000 | 两千三百 → 2300 | 二〇二四 → 2024 | １，２３４ → 1234 | ４２％ → 42
+一亿二千万 → 120000000 | 三万亿 → 3000000000000 | 百万 → 1000000
 one hundred twenty → 120 | two hundred and fifty-six → 256 | a hundred → 100
+six hundred forty-one million two hundred fifty-six thousand six hundred forty-one → 641256641
 three hundred thousand → 300000 | twenty one → 21 | four five → | seventy-five cents → 75
 five and a half → 11/2 | two thirds → 2/3
 three dozen → 36 | It costs $118 000. → 118000 | $12 000 + $20 000 = $32 000 → 32000 | 5 → 5

@@ -39,15 +39,6 @@ VALIDATION_KEYS = "step epoch val_loss val_token_accuracy".split()
 SHORT = "--limit 40 --epochs 2 --batch-size 4 --grad-accum 2 --evals-per-epoch 2".split()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Toy tensors are too small to divide; a second thread would only wait for a core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def toy(lively_checkpoint, arithmetic, device):
     """Flags of a run on the toy checkpoint and sums."""
