@@ -37,8 +37,9 @@ from evaluation.summary import (
     tasks_table,
 )
 from evaluation.tasks import Selection, Task, find_tasks
-from files import HashedFiles, write_json
-from lora import read_adapter
+from files import write_json
+from lora.peft_folder import AdapterFolder
+from lora.peft_format import inject_adapter
 from model.checkpoint import read_sampling
 from model.generate import Decoding
 from report import write_report
@@ -46,9 +47,8 @@ from run import distributed
 from run.base import (
     Base,
     check_base_of_adapter,
-    check_not_replaced,
+    checked_adapter,
     checkpoint_of_adapter,
-    hash_adapter,
 )
 from run.card import refresh_card
 from run.device import (
@@ -178,23 +178,21 @@ def main(argv: list[str] | None = None) -> None:
         a, b = (read_result(Path(path)) for path in config.compare)
         return print(comparison_text(a, b, config.seed))
     base = find_base(config)
-    files = check_models(config, base)
+    adapter = check_models(config, base)
     if config.shard and not distributed.join(base.device).is_main:
         return base.load(shard=True).lockstep.finish()  # gathers whatever the first rank computes
     if config.ask or config.chat:
         print("\n".join(base.lines()))
-        models, one_by_one = load_models(config, base), replace(config, batch_size=1)
+        models, one_by_one = load_models(config, base, adapter), replace(config, batch_size=1)
         talk(models, base.chat, decoding(one_by_one, base), config.ask, chatting=config.chat)
         return models.finish()
 
     # 2. What is measured: tasks, each with a judge, its settings and a results folder.
-    evaluations = find_evaluations(config, base, files)
+    evaluations = find_evaluations(config, base, adapter)
     print_start(config, base, evaluations)
 
     # 3. The models, on one network.
-    models = load_models(config, base)
-    if files:
-        check_not_replaced(Path(config.adapter), files)
+    models = load_models(config, base, adapter)
     if config.batch_size is None:
         dtype = DTYPES[base.precision]
         rows = decoded_rows(base.device, base.config, dtype, config.max_new_tokens)
@@ -281,13 +279,13 @@ def find_base(config: EvalConfig) -> Base:
     return base.held_in(None if kind == "full" else kind)
 
 
-def check_models(config: EvalConfig, base: Base) -> HashedFiles | None:
-    """The adapter's files, hashed; BadAdapter if it was trained on another base than `base`."""
+def check_models(config: EvalConfig, base: Base) -> AdapterFolder | None:
+    """The adapter, which was read; BadAdapter if it was trained on another base than `base`."""
     if not config.adapter:
         return None
     adapter, given = Path(config.adapter), config.model is not None
     check_base_of_adapter(base, base.hashing.result(), adapter, given=given)
-    return hash_adapter(adapter)
+    return checked_adapter(adapter)
 
 
 def decoding(config: EvalConfig, base: Base) -> Decoding:
@@ -312,7 +310,9 @@ def select_tasks(config: EvalConfig) -> list[Task]:
     return find_tasks(selection, run.options | run.identity, run.held_out_file)
 
 
-def find_evaluations(config: EvalConfig, base: Base, files: HashedFiles | None) -> list[Evaluation]:
+def find_evaluations(
+    config: EvalConfig, base: Base, adapter: AdapterFolder | None
+) -> list[Evaluation]:
     """The tasks with their settings and folders; BadOption where --keep-correct cannot be used."""
     tasks = select_tasks(config)
     if config.keep_correct:
@@ -327,7 +327,7 @@ def find_evaluations(config: EvalConfig, base: Base, files: HashedFiles | None) 
     home = Path(config.out or (Path(config.adapter).parent if config.adapter else default))
     evaluations = []
     for task in tasks:
-        settings = evaluation_settings(config, base, files, task)
+        settings = evaluation_settings(config, base, adapter, task)
         kind = config.split if task.judge.generated else f"{task.name}-{config.split}"
         folder = folder_of_settings(home, kind, settings)
         folder, settings = begin(folder, settings, fresh=config.fresh)
@@ -336,7 +336,7 @@ def find_evaluations(config: EvalConfig, base: Base, files: HashedFiles | None) 
 
 
 def evaluation_settings(
-    config: EvalConfig, base: Base, files: HashedFiles | None, task: Task
+    config: EvalConfig, base: Base, adapter: AdapterFolder | None, task: Task
 ) -> dict[str, Any]:
     """Everything that an answer depends on, apart from the program."""
     if task.judge.generated:
@@ -353,7 +353,7 @@ def evaluation_settings(
         "base": base.name,
         **models,
         "adapter": config.adapter,
-        "adapter_sha256": files.sha256 if files else None,
+        "adapter_sha256": adapter.sha256 if adapter else None,
         "data": task.description,
         "problems": len(task.problems),
         "problems_sha256": fingerprint(task.problems),
@@ -364,13 +364,13 @@ def evaluation_settings(
 # The models.
 
 
-def load_models(config: EvalConfig, base: Base) -> Models:
+def load_models(config: EvalConfig, base: Base, adapter: AdapterFolder | None) -> Models:
     """The base, and with an adapter the tuned model (with --keep-correct, the tuned one alone)."""
     network = base.load(shard=config.shard)
-    if config.adapter:
-        read_adapter(Path(config.adapter), network)
-    tuned_alone = config.adapter is not None and config.keep_correct is not None
-    return Models.of(network, adapted=config.adapter is not None, tuned_alone=tuned_alone)
+    if adapter:
+        inject_adapter(adapter, network)
+    tuned_alone = adapter is not None and config.keep_correct is not None
+    return Models.of(network, adapted=adapter is not None, tuned_alone=tuned_alone)
 
 
 # What is printed.

@@ -77,21 +77,44 @@ def read_json(
     Raises `error` with `remedy` if it is missing (`missing` is then the cause, if given), too
     large, nested too deeply, not JSON, or of another type.
     """
+    data = read_file(path, error, remedy, missing=missing)
+    return parse_json(path, data, error, remedy, kind=kind)
+
+
+def read_file(
+    path: Path,
+    error: type[UserError],
+    remedy: str,
+    *,
+    most: int = LARGEST_JSON,
+    missing: str | None = None,
+) -> bytes:
+    """The content of an untrusted file, which must be a regular one of at most `most` bytes."""
     try:
         about = path.stat()
-        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_JSON:
-            raise ValueError(f"it is not a file of at most {LARGEST_JSON:,} bytes")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, kind):
-            raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
-        return value
+        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+            raise ValueError(f"it is not a regular file of at most {most:,} bytes")
+        return path.read_bytes()
     except FileNotFoundError:
         raise error(missing or f"{path} does not exist", remedy) from None
-    except RecursionError:
-        raise error(f"{path} cannot be read: it is nested too deeply", remedy) from None
     except (OSError, ValueError) as failure:
         if is_passing(failure):
             raise
+        raise error(f"{path} cannot be read: {failure}", remedy) from None
+
+
+def parse_json(
+    path: Path, data: bytes, error: type[UserError], remedy: str, *, kind: type = dict
+) -> Any:
+    """`read_json` of the content of `path`."""
+    try:
+        value = json.loads(data)
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
+        return value
+    except RecursionError:
+        raise error(f"{path} cannot be read: it is nested too deeply", remedy) from None
+    except ValueError as failure:
         raise error(f"{path} cannot be read: {failure}", remedy) from None
 
 
@@ -294,15 +317,25 @@ def _hash(data: bytes) -> str:
 
 
 def hash_files(paths: list[Path]) -> str:
-    """SHA-256 of the files' names and contents, in the order of their names.
+    """`hash_contents` of the files, in the order of their names."""
 
-    Each file is hashed in one call that releases the GIL, so other threads keep running.
+    def contents() -> Iterator[tuple[str, mmap.mmap | bytes]]:
+        for path in sorted(paths):
+            with mapped(path) as data:
+                yield path.name, data
+
+    return hash_contents(contents())
+
+
+def hash_contents(contents: Iterable[tuple[str, mmap.mmap | bytes]]) -> str:
+    """SHA-256 of files, given as (name, content).
+
+    Each content is hashed in one call that releases the GIL, so other threads keep running.
     """
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        with mapped(path) as data:
-            digest.update(f"{path.name} {len(data)}\n".encode())
-            digest.update(data)
+    for name, data in contents:
+        digest.update(f"{name} {len(data)}\n".encode())
+        digest.update(data)
     return digest.hexdigest()
 
 

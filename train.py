@@ -43,7 +43,7 @@ from evaluation.teacher_forced import teacher_forced
 from lora.config import added_parameters
 from lora.inject import adapters, count, inject, seed_dropout, trained_parameters
 from lora.options import RENAMED, lora_config, lora_options
-from lora.peft_format import check_adapter, read_adapter
+from lora.peft_format import check_adapter, inject_adapter
 from lora.plus import rate_groups
 from model.compile import compile_layers
 from model.generate import Decoding
@@ -52,7 +52,7 @@ from model.loss import linear_cross_entropy
 from model.qwen2 import Qwen2
 from report import write_report
 from run import console, distributed
-from run.base import Base, check_not_replaced, hash_adapter
+from run.base import Base, checked_adapter
 from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.compiling import check_execution
@@ -232,11 +232,11 @@ def main(argv: list[str] | None = None) -> int:
     # 2. What is read: data and base. Everything that can be wrong is found before weights are read.
     commits = run.commits_of_data(config.data, config.data_revision)
     mixture = load_mixture(config.data, config.data_revision, config.columns, commits)
-    adapter = Path(config.from_adapter) if config.from_adapter else None
+    adapter = checked_adapter(config.from_adapter) if config.from_adapter else None
     base = Base.find(
-        config.model, run.commit_of_base(config.model, config.revision), adapter=adapter,
-        precision=config.precision, device=device, system=config.system,
-        chat_template=config.chat_template,
+        config.model, run.commit_of_base(config.model, config.revision),
+        adapter=adapter and adapter.folder, precision=config.precision, device=device,
+        system=config.system, chat_template=config.chat_template,
     ).held_in(config.base_precision)  # fmt: skip
     base.start_hashing()
     with torch.device("meta"):
@@ -258,8 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     world = distributed.join(device)
     identity = base.identity() | mixture_identity(mixture, config.limit) | {"ranks": world.size}
     if adapter:
-        adapter_files = hash_adapter(adapter)
-        identity["from_adapter_sha256"] = adapter_files.sha256
+        identity["from_adapter_sha256"] = adapter.sha256
     saved = {"options": to_json(config), "identity": identity, **base.facts()}
     saved["changed_options"] = [*changed_options(config)]
     changes = run.check(saved, to_json(TrainConfig()), upgrade_options)  # None: a new run
@@ -286,15 +285,15 @@ def main(argv: list[str] | None = None) -> int:
         return finish(config, base, run, progress, world)
     halved, recompute = progress.halved if progress else 0, config.checkpoint_activations
     parts = world.size if config.shard else 1
-    memory = MemoryModel(network, lora, DTYPES[base.precision], device, base.base_precision, parts)
+    held = base.base_precision, parts, config.compile
+    memory = MemoryModel(network, lora, DTYPES[base.precision], device, *held)
     needed = check_memory(memory, schedule, recompute=recompute, halved=halved)
 
     # 5. The model, with adapters.
     model = base.load(shard=config.shard)
     world = replace(world, lockstep=model.lockstep)
     if adapter:
-        read_adapter(adapter, model, dropout=config.dropout)
-        check_not_replaced(adapter, adapter_files)
+        inject_adapter(adapter, model, dropout=config.dropout)
     else:
         inject(model, lora, seed=config.seed)
     model.model.checkpoint_activations = recompute
@@ -317,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 6. Training, and the report.
     smaller = "rerun the command with half the --batch-size and twice the --grad-accum to resume"
-    with Stop(config.max_minutes) as stop, out_of_memory_reported(smaller):
+    with Stop(config.max_minutes, world.notice) as stop, out_of_memory_reported(smaller):
         progress = train(config, data, base, model, run, world, stop)
     base.check_unchanged()
     if progress.stopped:
@@ -516,20 +515,20 @@ def validate(
     """Loss and teacher-forced token accuracy over all validation rows, by the log's keys.
 
     With --stop-on exact-match, also the share of a sample of these rows that is answered correctly.
-    Ranks exchange sums, not means. A single rank polls for a stop request, and returns None if one
-    comes during the validation, which continues on resuming; several ranks always complete it.
+    Ranks exchange sums, not means. Returns None on all ranks if a stop is requested of any of them
+    during the validation, which continues on resuming.
     If a batch of a single rank does not fit into memory, all are halved from then on.
     """
-    poll = stop.poll if world.size == 1 else bool
     batch_size = max(1, config.batch_size >> progress.halved)
     sums: dict[str, list[float]] = {}  # by source: nats, correct tokens, supervised tokens
     try:
         for source, examples in data.validation.items():
             mine = examples[world.rank :: world.size]
-            done = progress.part_of_validation(source, batch_size, world.size)
-            own = teacher_forced(
-                model, mine, batch_size, quiet=not world.is_main, poll=poll, done=done
-            )
+            done = progress.part_of_validation(source, batch_size, world.rank, world.size)
+            with world.stopping_together():
+                own = teacher_forced(
+                    model, mine, batch_size, quiet=not world.is_main, poll=stop.poll, done=done
+                )
             sums[source] = [*world.sum(*own), sum(e.supervised_count for e in examples)]
         nats, correct, supervised = map(sum, zip(*sums.values()))
         found = {"val_loss": nats / supervised, "val_token_accuracy": correct / supervised}
@@ -542,14 +541,14 @@ def validate(
             )
             settings = GenerationSettings(decoding)
             mine = sample[world.rank :: world.size]
-            done = progress.part_of_validation("answers", batch_size, world.size)
-            (correct,) = world.sum(
-                exact_matches(model, base.chat, mine, settings, data.judge, poll, done)
-            )
-            found["val_exact_match"] = correct / len(sample)
+            done = progress.part_of_validation("answers", batch_size, world.rank, world.size)
+            with world.stopping_together():
+                own = exact_matches(model, base.chat, mine, settings, data.judge, stop.poll, done)
+            found["val_exact_match"] = sum(world.sum(own)) / len(sample)
         return found
     except StopRequested:
         model.train()
+        progress.merge_validating(world.gather(progress.validating))  # rank 0 saves them
         return None
     except (RuntimeError, MemoryError) as error:
         if world.size > 1:  # the other ranks wait for this one's sums

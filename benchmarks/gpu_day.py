@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(DayConfig, argv, "What agrees on this GPU, and how fast it is.")
     if unknown := set(config.part) - set(PARTS):
         raise BadOption(f"--part: no {', '.join(sorted(unknown))}", f"parts: {', '.join(PARTS)}")
-    common.trust_kernels_if_counting()
+    common.trust_if_counting()
     day = Day(config, Base.find(config.model, device=config.device), Path(config.out).resolve())
     day.out.mkdir(parents=True, exist_ok=True)
     for name in config.part:

@@ -31,7 +31,7 @@ from benchmarks.common import (
     answer,
     problem_prompts,
     training_steps,
-    trust_kernels_if_counting,
+    trust_if_counting,
     write_result,
 )
 from data.batches import Step
@@ -51,11 +51,11 @@ TARGETS = {
     "decode": {"launches": 487, "waits": 1},
 }
 TRAIN_TARGETS = {
-    "plain": {"launches": 2414, "peak_gb": 3.67},
-    "compiled": {"launches": 2278, "peak_gb": 4.08},
-    "recomputed": {"launches": 3230, "peak_gb": 1.71},
-    "in CUDA graphs": {"launches": 450},  # recorded graphs that launch nothing hold no activations
-    "no flash attention": {"launches": 2386, "peak_gb": 3.78},
+    "plain": {"launches": 1991, "peak_gb": 3.52},
+    "compiled": {"launches": 1855, "peak_gb": 3.93},
+    "recomputed": {"launches": 2783, "peak_gb": 1.57},
+    "in CUDA graphs": {"launches": 99},  # recorded graphs that launch nothing hold no activations
+    "no flash attention": {"launches": 2052, "peak_gb": 3.71},
 }
 
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise BadOption("launches are counted on a CUDA device, and there is none",
                         "run this on a machine with a GPU")  # fmt: skip
-    trust_kernels_if_counting()
+    trust_if_counting()
     base = Base.find(config.model, precision=config.precision, device="cuda")
     print(f"{describe(base.device)}, sm_{''.join(map(str, torch.cuda.get_device_capability()))},"
           f" {base.precision}{', compiled' * config.compile}"

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import LORA, Ours, trust_kernels_if_counting, write_result
+from benchmarks.common import LORA, Ours, trust_if_counting, write_result
 from data.batches import Schedule
 from data.encode import IGNORE, Example
 from errors import BadOption, run_script
@@ -42,6 +42,7 @@ class MemoryConfig:
     targets: tuple[str, ...] = option(("attention",), "layers to adapt")
     dora: bool = option(False, "adapters with DoRA")
     dropout: float = option(0.1, "dropout of the adapters", least=0, below=1)
+    compile: bool = option(False, "compile the layers, which cannot be recomputed then")
     json: str | None = option(None, "file to write the result to")
 
 
@@ -51,14 +52,15 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise BadOption("the peak is that of CUDA's allocator, and there is no CUDA device",
                         "run this on a machine with a GPU")  # fmt: skip
-    trust_kernels_if_counting()
+    trust_if_counting()
     device = torch.device("cuda", 0)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as run.device.prepare does
     precision, _ = pick_precision(config.precision, device)
     print(f"{describe(device)}, {precision}")
     print(f"{'base':<6}{'tokens':>8}{'recomputed':>12}{'estimate':>10}{'peak':>8}   difference")
+    ways = [False] if config.compile else [False, True]  # recomputed
     found = [
-        line for size in config.sizes for recompute in (False, True)
+        line for size in config.sizes for recompute in ways
         if (line := compare(config, size, DTYPES[precision], device, recompute=recompute))
     ]  # fmt: skip
     write_result(config, {"device": describe(device), "precision": precision, "found": found})
@@ -73,12 +75,12 @@ def compare(
         network = Qwen2(SIZES[size])
     schedule = Schedule(examples(config), config.batch_size, 1, epochs=1, seed=0)
     step = schedule.step(0)
-    memory = MemoryModel(network, lora, dtype, device).of_a_step(
+    memory = MemoryModel(network, lora, dtype, device, compiled=config.compile).of_a_step(
         step.token_count, step.supervised_count, recompute=recompute
     )
     model = network.to(dtype).requires_grad_(False)
     try:
-        ours = Ours(model.to_empty(device=device), lora)
+        ours = Ours(model.to_empty(device=device), lora, compile=config.compile)
         model.model.checkpoint_activations = recompute
         for _ in range(3):
             torch.cuda.reset_peak_memory_stats()

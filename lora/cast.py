@@ -6,7 +6,6 @@ model's forward pass runs, so they are never older than A and B, and autograd ta
 to A and B. A layer that is called by itself, or again by recomputation, casts its own.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from torch import nn
 from lora.layer import LoRALinear
 
 
-def cast_adapters(model: nn.Module, inputs: Any) -> None:
+def cast_adapters(adapters: list[LoRALinear], model: nn.Module, inputs: Any) -> None:
     """Before the forward pass: give each layer its A and B, cast by one concatenation.
 
     A base in fp32 needs no cast.
     """
-    layers = [layer for layer in _adapted(model) if layer.enabled and not layer.merged]
+    layers = [layer for layer in adapters if layer.enabled and not layer.merged]
     if not layers or (dtype := _dtype(layers[0].base_layer)) == torch.float32:
         return
     matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
@@ -31,16 +30,12 @@ def cast_adapters(model: nn.Module, inputs: Any) -> None:
         layer.cast = A, B
 
 
-def remove_casts(model: nn.Module, inputs: Any, outputs: Any) -> None:
+def remove_casts(adapters: list[LoRALinear], model: nn.Module, inputs: Any, outputs: Any) -> None:
     """After the forward pass, also after one that failed."""
-    for layer in _adapted(model):
+    for layer in adapters:
         layer.cast = None
 
 
 def _dtype(base_layer: nn.Linear) -> torch.dtype:
     """Of its weight, which a quantized layer would dequantize if it were asked for it."""
     return getattr(base_layer, "dtype", None) or base_layer.weight.dtype
-
-
-def _adapted(model: nn.Module) -> Iterator[LoRALinear]:
-    return (module for module in model.modules() if isinstance(module, LoRALinear))

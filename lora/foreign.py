@@ -43,10 +43,9 @@ def mlx_adapter(folder: Path) -> BadAdapter:
     return BadAdapter(f"{folder} is an adapter of mlx-lm, not of PEFT", FUSE_MLX.format(folder))
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether the file is the placeholder that git leaves where Git LFS is not installed."""
-    with path.open("rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether `data` is the placeholder that git leaves where Git LFS is not installed."""
+    return data.startswith(b"version https://git-lfs")
 
 
 def _not_found(folder: Path) -> BadAdapter:

@@ -10,6 +10,7 @@ bake_scale(model, config)                    fold the scaling into B, for reader
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,9 @@ def inject(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> None:
         parent, _, last_part = name.rpartition(".")
         setattr(model.get_submodule(parent), last_part, layer.train(model.training))
     freeze(model)
-    model.register_forward_pre_hook(cast_adapters)
-    model.register_forward_hook(remove_casts, always_call=True)
+    layers = list(adapters(model))
+    model.register_forward_pre_hook(partial(cast_adapters, layers))
+    model.register_forward_hook(partial(remove_casts, layers), always_call=True)
 
 
 def freeze(model: nn.Module) -> None:

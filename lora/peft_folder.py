@@ -13,22 +13,24 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from errors import listed
+from errors import BadAdapter, listed
+from files import hash_contents, read_file
 from lora.config import LoRAConfig, last_part, linear_layer, of_layer
-from lora.foreign import CONFIG, WEIGHTS, check_folder
+from lora.foreign import CONFIG, FOLDER, WEIGHTS, check_folder
 from lora.peft_settings import MERGE, Fault, Settings, plain_name, read_settings, refuse
 from lora.peft_tensors import (
+    DAMAGED,
     PREFIX,
     Tensors,
     bare,
-    read_header,
-    read_tensors,
+    parse_tensors,
     same_values,
     sort_keys,
 )
 
 T = TypeVar("T")
 
+LARGEST = 2**36  # bytes of weights; a whole state dict, which is read too, has a few 2**33
 OTHER_BASE = "give the base it was trained on with --model, or another adapter"
 INCOMPLETE = f"{OTHER_BASE}; if the base is right, the adapter is incomplete: copy it again"
 OTHER_CONFIG = f"correct {CONFIG}, or copy the one that was saved with these tensors"
@@ -49,23 +51,26 @@ def peft_key(name: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """Settings, and the tensors' keys and shapes; values are read on demand."""
+    """Settings, tensors, and the hash of the very bytes that they were read from."""
 
     folder: Path
+    sha256: str
     settings: Settings
     tensors: Tensors
     config: LoRAConfig
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterFolder":
-        """Read the config and the header of the weights.
+        """Read both files, each once.
 
         Raises BadAdapter for a folder that is something else, and for settings that cannot be
         honored or that contradict the tensors. Wrong tensors are left to `problems`.
         """
         check_folder(folder)
-        settings = read_settings(folder)
-        tensors = sort_keys(read_header(folder / WEIGHTS))
+        config = read_file(folder / CONFIG, BadAdapter, FOLDER)
+        weights = read_file(folder / WEIGHTS, BadAdapter, DAMAGED, most=LARGEST)
+        settings = read_settings(folder, config)
+        tensors = sort_keys(parse_tensors(folder / WEIGHTS, weights))
         if not tensors.layers:
             refuse(folder / WEIGHTS, [_no_layers(tensors)])
         if problems := list(_pattern_problems(settings, tensors)):
@@ -73,7 +78,8 @@ class AdapterFolder:
         ranks = _plain_pattern(settings.rank_pattern)
         alphas = _plain_pattern(settings.alpha_pattern)
         assert alphas is not None, "read_settings refuses expressions in alpha_pattern"
-        config = LoRAConfig(
+        sha256 = hash_contents(((CONFIG, config), (WEIGHTS, weights)))
+        lora = LoRAConfig(
             r=settings.r,
             alpha=settings.alpha,
             dropout=settings.dropout,
@@ -83,7 +89,7 @@ class AdapterFolder:
             ranks=_by_name(tensors.ranks, settings.r) if ranks is None else ranks,
             alphas=alphas,
         )
-        return cls(folder, settings, tensors, config)
+        return cls(folder, sha256, settings, tensors, lora)
 
     def names_in(self, model: nn.Module) -> dict[str, str]:
         """Bare name -> full name of each layer with tensors that is a linear layer of `model`."""
@@ -108,7 +114,7 @@ class AdapterFolder:
         for key, name in self.tensors.others.items():
             if name not in state:
                 found.append(_unexpected(key))
-            elif (shape := self.tensors.header[key].shape) != (ours := tuple(state[name].shape)):
+            elif (shape := self.tensors.shape(key)) != (ours := tuple(state[name].shape)):
                 found.append(Fault(f"{key} is {shape}, and {ours} in the base", TRAINED))
         parts = {part for name in self.tensors.others.values() for part in name.split(".")}
         lacking = [m for m in self.settings.saved_modules if last_part(m) not in parts]
@@ -127,10 +133,10 @@ class AdapterFolder:
         comparable = {
             key: state[name]
             for key, name in self.tensors.others.items()
-            if name in state and self.tensors.header[key].shape == tuple(state[name].shape)
+            if name in state and self.tensors.shape(key) == tuple(state[name].shape)
         }  # all others are among `problems`
-        for key, tensor in read_tensors(self.folder / WEIGHTS, comparable):
-            if same_values(comparable[key], tensor):
+        for key, ours in comparable.items():
+            if same_values(ours, self.tensors.values[key]):
                 equal.append(key)
             else:
                 problems.append(Fault(f"{key} differs from the base's own", TRAINED))
@@ -154,7 +160,7 @@ class AdapterFolder:
             if matrix not in keys:
                 yield Fault(f"{peft_key(f'{name}.{matrix}')} is missing", INCOMPLETE)
                 continue
-            found = self.tensors.header[keys[matrix]].shape
+            found = self.tensors.shape(keys[matrix])
             if found != shape and 0 not in found:  # an empty tensor has a problem of its own
                 other_rank = matrix == "lora_A" and found[1:] == shape[1:]
                 remedy = OTHER_CONFIG if other_rank else OTHER_BASE
@@ -245,9 +251,9 @@ def _unexpected(key: str) -> Fault:
 
 
 def _no_layers(tensors: Tensors) -> Fault:
-    if not tensors.header:
+    if not tensors.values:
         return Fault("it holds no tensors: what was trained was not saved", ADAPTER_ONLY)
-    first = min(tensors.header)
+    first = min(tensors.values)
     found = _unexpected(first)
     remedy = ADAPTER_ONLY if found.remedy == OTHER_BASE else found.remedy
     return Fault(f"it holds no tensors of PEFT's adapters, but {first}", remedy)

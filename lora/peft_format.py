@@ -21,7 +21,6 @@ from lora.inject import inject, load_trained, trained_parameters
 from lora.layer import LoRALinear
 from lora.peft_folder import INCOMPLETE, OTHER_BASE, AdapterFolder, peft_key
 from lora.peft_settings import Fault, refuse
-from lora.peft_tensors import read_tensors
 
 NOT_FINITE = "train the adapter again, or give an earlier checkpoint of it"
 
@@ -72,7 +71,14 @@ def save_adapter(
 
 
 def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None) -> LoRAConfig:
-    """Inject the adapter in `folder` into `model`; returns its settings.
+    """`inject_adapter` of the adapter in `folder`."""
+    return inject_adapter(AdapterFolder.read(folder), model, dropout=dropout)
+
+
+def inject_adapter(
+    adapter: AdapterFolder, model: nn.Module, *, dropout: float | None = None
+) -> LoRAConfig:
+    """Inject the adapter into `model`; returns its settings.
 
     `dropout` replaces the adapter's own, to continue training at another rate. Prints a line about
     anything that is ignored, or is read although PEFT would write it differently.
@@ -80,7 +86,6 @@ def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None
     Raises BadAdapter, listing every tensor that is missing, not expected, or of the wrong shape;
     `model` is then unchanged.
     """
-    adapter = AdapterFolder.read(folder)
     config = adapter.config if dropout is None else replace(adapter.config, dropout=dropout)
     problems, names = adapter.problems(model), adapter.names_in(model)
     parameters = {
@@ -88,13 +93,13 @@ def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None
         for name, layer in adapter.tensors.layers.items() if name in names
         for matrix, key in layer.keys.items()
     }  # fmt: skip
-    tensors = {}
-    for key, tensor in read_tensors(folder / WEIGHTS, parameters):
-        tensors[parameters[key]] = tensor = tensor.float()
-        if not _finite(tensor):
-            problems.append(Fault(f"{key} holds NaN or infinity", NOT_FINITE))
+    tensors = {name: adapter.tensors.values[key].float() for key, name in parameters.items()}
+    problems += [
+        Fault(f"{key} holds NaN or infinity", NOT_FINITE)
+        for key, name in parameters.items() if not _finite(tensors[name])
+    ]  # fmt: skip
     differing, ignored = adapter.compare_others(model)
-    _refuse_all(folder, problems + differing)
+    _refuse_all(adapter.folder, problems + differing)
     inject(model, replace(config, targets=tuple(names.values())))
     load_trained(model, tensors)
 
@@ -105,20 +110,20 @@ def read_adapter(folder: Path, model: nn.Module, *, dropout: float | None = None
     if not config.dora and not any(t.any() for name, t in tensors.items() if "lora_B" in name):
         notes.append("every matrix B is zero, so it computes what its base computes")
     for note in notes:
-        print(plain(f"adapter {folder}: {note}"), flush=True)
+        print(plain(f"adapter {adapter.folder}: {note}"), flush=True)
     return config
 
 
-def check_adapter(folder: Path, model: nn.Module) -> None:
+def check_adapter(adapter: AdapterFolder, model: nn.Module) -> None:
     """Raise BadAdapter if the adapter does not fit `model`, which may be on the meta device.
 
-    Everything is checked except the values of the tensors, which are not read.
+    Everything is checked except the values of the tensors.
     """
-    _refuse_all(folder, AdapterFolder.read(folder).problems(model))
+    _refuse_all(adapter.folder, adapter.problems(model))
 
 
 def read_adapter_config(folder: Path) -> tuple[LoRAConfig, str | None, str | None]:
-    """(settings, base model, base revision) of an adapter folder; no tensors are read.
+    """(settings, base model, base revision) of an adapter folder.
 
     Raises BadAdapter, listing every setting that is malformed, not supported, or contradicts the
     names of the tensors.

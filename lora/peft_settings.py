@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from errors import BadAdapter, listed
-from files import read_json
+from files import parse_json
 from lora.config import ends_in
 from lora.foreign import CONFIG, FOLDER, mlx_adapter
 
@@ -125,13 +125,13 @@ class Settings:
         return text
 
 
-def read_settings(folder: Path) -> Settings:
-    """Read the config of an adapter folder.
+def read_settings(folder: Path, config: bytes) -> Settings:
+    """What `config`, the content of the config in an adapter folder, means.
 
     Raises BadAdapter, listing every setting that is malformed or not supported.
     """
     path = folder / CONFIG
-    raw = read_json(path, BadAdapter, FOLDER)
+    raw = parse_json(path, config, BadAdapter, FOLDER)
     if "peft_type" not in raw and raw.keys() & {"lora_parameters", "fine_tune_type"}:
         raise mlx_adapter(folder)
     if problems := _problems(raw):

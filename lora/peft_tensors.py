@@ -6,14 +6,13 @@ wrappers. These are left out, so that a layer is found by its own name. A key in
 such matrix is kept under its name in the base, to be compared with the base's tensor.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from errors import BadAdapter, listed
@@ -33,13 +32,6 @@ GATHER = (
 )
 
 
-class Shape(NamedTuple):
-    """What the file's header says about a tensor."""
-
-    shape: tuple[int, ...]
-    is_float: bool
-
-
 @dataclass
 class LayerTensors:
     """The tensors of one adapted layer."""
@@ -50,18 +42,21 @@ class LayerTensors:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The keys of the file, sorted by what they are."""
+    """The tensors of the file, their keys sorted by what they are."""
 
-    header: dict[str, Shape]  # by key
+    values: dict[str, Tensor]  # by key
     layers: dict[str, LayerTensors]  # by the layer's bare name
     others: dict[str, str]  # key -> bare name of the base's tensor that it would be
     problems: list[Fault]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.values[key].shape)
 
     @cached_property
     def ranks(self) -> dict[str, int]:
         """Rank by bare name: the number of rows of A, for the layers that have an A."""
         shapes = {
-            name: self.header[layer.keys["lora_A"]].shape
+            name: self.shape(layer.keys["lora_A"])
             for name, layer in self.layers.items()
             if "lora_A" in layer.keys
         }
@@ -74,17 +69,13 @@ class Tensors:
         return {".".join(parts[i:]) for parts in paths for i in range(len(parts))}
 
 
-def read_header(path: Path) -> dict[str, Shape]:
-    """Shape and kind of every tensor in the file; BadAdapter if it cannot be read."""
+def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors in `data`, the content of `path`; BadAdapter if it cannot be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            return {
-                key: Shape(tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF")))
-                for key, part in slices.items()
-            }
-    except (OSError, SafetensorError) as error:
-        if path.is_file() and is_lfs_pointer(path):
+        return load(data)
+    # The last three: a dtype that PyTorch does not have, and sizes that it cannot hold.
+    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
+        if is_lfs_pointer(data):
             raise BadAdapter(
                 f"{path} is only the pointer that git leaves in place of a large file",
                 "install Git LFS and run git lfs pull, or fetch the folder with hf download",
@@ -92,20 +83,13 @@ def read_header(path: Path) -> dict[str, Shape]:
         raise BadAdapter(f"{path} cannot be read: {error}", DAMAGED) from None
 
 
-def read_tensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor), one at a time."""
-    with safe_open(path, framework="pt") as file:
-        for key in keys:
-            yield key, file.get_tensor(key)
-
-
-def sort_keys(header: dict[str, Shape]) -> Tensors:
+def sort_keys(values: dict[str, Tensor]) -> Tensors:
     """Which tensor belongs to which layer, and everything wrong with the keys themselves."""
     layers: dict[str, LayerTensors] = {}
     others: dict[str, str] = {}
     adapters: set[str] = set()
     problems = []
-    for key, (shape, is_float) in sorted(header.items()):
+    for key, tensor in sorted(values.items()):
         parts = [part for part in key.split(".") if part not in WRAPPERS]
         place = next((i for i, part in enumerate(parts) if part in MATRICES), len(parts))
         adapter = _adapter_name(parts[place:])
@@ -117,14 +101,14 @@ def sort_keys(header: dict[str, Shape]) -> Tensors:
         first = layer.keys.setdefault(parts[place], key)
         if first != key and len(adapters) == 1:
             problems.append(Fault(f"{first} and {key} are the same matrix", RESAVE))
-        if 0 in shape:
+        if 0 in tensor.shape:
             problems.append(Fault(f"{key} is empty", GATHER))
-        elif not is_float:
+        elif not tensor.is_floating_point():
             problems.append(Fault(f"{key} is not a floating-point tensor", DAMAGED))
     if len(adapters) > 1:
         names = listed(sorted(name or "one without a name" for name in adapters))
         problems.append(Fault(f"it holds {len(adapters)} adapters: {names}", ONE_ADAPTER))
-    return Tensors(header, layers, others, problems)
+    return Tensors(values, layers, others, problems)
 
 
 def bare(name: str | list[str]) -> str:

@@ -11,10 +11,8 @@ query heads, G key/value heads, D head size; in `attend_padded`, B examples of a
 """
 
 import functools
-import inspect
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -220,26 +218,15 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
     """By PyTorch's variable-length flash kernel: half precision, on Ampere GPUs and newer.
 
     (T, H, D), (T, G, D), (T, G, D) -> (T, H, D); `offsets (examples + 1,)` are the boundaries of
-    the examples, the longest of which has `longest` tokens.
+    the examples, the longest of which has `longest` tokens. It is the internal function that
+    `torch.nn.attention.varlen` wraps in Python, forward and backward, which costs the host more
+    than the rest of attention.
     """
-    return varlen_kernel()(q, k, v, offsets, offsets, longest, longest)
-
-
-@functools.cache
-def varlen_kernel() -> Callable[..., Any]:
-    """PyTorch's variable-length attention, causal, with the arguments that this version takes.
-
-    Raises ImportError in versions of PyTorch before 2.10, which do not have it.
-    """
-    from torch.nn.attention.varlen import varlen_attn  # here, so that older versions can start
-
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"is_causal": True}
-    if "window_size" in known:  # from 2.11 on: all earlier tokens and no later one
-        options = {"window_size": (-1, 0)}
-    if "enable_gqa" in known:  # from 2.12 on; earlier kernels take grouped heads without it
-        options["enable_gqa"] = True
-    return functools.partial(varlen_attn, **options)
+    y, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, offsets, offsets, longest, longest,
+        dropout_p=0.0, is_causal=True, return_debug_mask=False,
+    )  # fmt: skip
+    return y  # (T, H, D)
 
 
 def attend_efficient(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:

@@ -10,7 +10,8 @@ Legend: T tokens, C hidden size, heads query or key heads, D head size, F MLP si
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -115,33 +116,40 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Ten
     return out
 
 
-def takes_kernels(x: Tensor) -> bool:
-    """Whether Triton kernels compute results like `x`: on CUDA, unless a compiler fuses the plain
-    forms.
+@functools.cache
+def fused_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels run on `device` and agree with the plain forms in `dtype`."""
+    return kernels_work("RMSNorm, rotation and SwiGLU", partial(differing_kernels, device, dtype))
+
+
+def takes_kernels(
+    x: Tensor, works: Callable[[torch.device, torch.dtype], bool] = fused_works
+) -> bool:
+    """Whether Triton kernels compute results like `x`: on CUDA, if they work there, unless a
+    compiler fuses the plain forms.
     """
     if torch.compiler.is_compiling() or x.device.type != "cuda" or x.dtype == torch.float64:
         return False
-    return fused_works(x.device, x.dtype)
+    return works(x.device, x.dtype)
 
 
-@functools.cache
-def fused_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels run on `device` and agree with the plain forms in `dtype`.
+def kernels_work(names: str, trial: Callable[[], list[str]]) -> bool:
+    """Whether Triton kernels run and `trial` finds none that differs from its plain form.
 
-    They are tried once; rank 0 prints why they are not used.
+    Rank 0 prints why they are not used, which `names` them.
     """
     if fused.triton is None:
         return False
     try:
         with torch.inference_mode(False):
-            differing = differing_kernels(device, dtype)
+            differing = trial()
         reason = f"{', '.join(differing)} differ from the plain form" if differing else None
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Triton's compiler or the driver: anything may be missing
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if reason and os.environ.get("RANK", "0") == "0":
-        print(f"RMSNorm, rotation and SwiGLU without their Triton kernels: {reason}")
+        print(f"{names} without their Triton kernels: {reason}")
     return reason is None
 
 
@@ -169,14 +177,14 @@ def differing_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [
         name
         for name, plain, arguments in trials
-        if not _agree(getattr(fused, name)(*arguments), plain(*arguments))
+        if not agree(getattr(fused, name)(*arguments), plain(*arguments))
     ]
 
 
-def _agree(ours: Tensor | tuple[Tensor, ...], theirs: Tensor | tuple[Tensor, ...]) -> bool:
+def agree(ours: Tensor | tuple[Tensor, ...], theirs: Tensor | tuple[Tensor, ...]) -> bool:
     """Whether each result differs by rounding only: its relative error is small for its dtype."""
     if isinstance(ours, tuple) or isinstance(theirs, tuple):
-        return all(map(_agree, ours, theirs))
+        return all(map(agree, ours, theirs))
     largest = 1e-5 if ours.dtype == torch.float32 else 1e-2
     return bool((ours - theirs).float().norm() <= largest * theirs.float().norm())
 

@@ -1,12 +1,12 @@
-"""RMSNorm, rotation and SwiGLU as Triton kernels, for CUDA.
+"""RMSNorm, rotation, SwiGLU and cross-entropy as Triton kernels, for CUDA.
 
-`functions.py` has the same in plain PyTorch, as 2 to 9 kernels each, and decides which of the two
-is used. Like the plain form, the kernels compute in fp32 and round to the dtype of the result. Sums
-have another order, so that results may differ in their last bits. Triton comes with PyTorch's
-builds for CUDA.
+`functions.py` and `loss.py` have the same in plain PyTorch, as 2 to 17 kernels each, and decide
+which of the two is used. Like the plain form, the kernels compute in fp32 and round to the dtype of
+the result. Sums have another order, so that results may differ in their last bits. Triton comes
+with PyTorch's builds for CUDA.
 
-Legend: T tokens, C channels, D head size, F MLP size. A program has one token, or of SwiGLU 1024
-values.
+Legend: T tokens, n tokens of a chunk, C channels, D head size, F MLP size, V vocabulary size. A
+program has one token, or of SwiGLU 1024 values.
 """
 
 from types import SimpleNamespace
@@ -22,6 +22,8 @@ try:
     jit = triton.jit
 except ImportError:  # no build for CUDA
     triton, tl, jit = cast(Any, None), SimpleNamespace(constexpr=int), lambda function: function
+
+LANES = 4096  # logits of a token that are read together
 
 
 @jit
@@ -90,6 +92,39 @@ def swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, count):
     tl.store(grad_up + at, d * g * s, mask=inside)
 
 
+@jit
+def score_kernel(
+    logits, targets, nats, correct,
+    V: tl.constexpr, LANES: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+):  # fmt: skip
+    """The cross-entropy of a token's logits; then, in their place, softmax minus one-hot."""
+    token = tl.program_id(0).to(tl.int64)
+    row, target = logits + token * V, tl.load(targets + token)
+    own = tl.load(row + target).to(tl.float32)
+    # Each lane has the largest of its logits so far, and the sum of exp(logit - largest).
+    lane = tl.arange(0, LANES)
+    largest = tl.full((LANES,), -3e38, tl.float32)  # finite, since a logit may be -inf
+    total, ahead = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    for start in range(0, V, LANES):
+        word = start + lane
+        z = tl.load(row + word, mask=word < V, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, z)
+        total = total * tl.exp(largest - larger) + tl.exp(z - larger)
+        largest = larger
+        behind = (z < own) | ((z == own) & (word >= target))  # of equal ones, the first leads
+        ahead += tl.where(behind, 0.0, 1.0)
+    top = tl.max(largest, 0)
+    total = tl.sum(total * tl.exp(largest - top), 0)
+    tl.store(nats + token, top + tl.log(total) - own)
+    tl.store(correct + token, tl.sum(ahead, 0) == 0)
+    if NEEDS_GRAD:
+        for start in range(0, V, LANES):
+            word = start + lane
+            z = tl.load(row + word, mask=word < V, other=-float("inf")).to(tl.float32)
+            p = tl.exp(z - top) / total
+            tl.store(row + word, tl.where(word == target, p - 1, p), mask=word < V)
+
+
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of `x (T, C)` with `weight (C,)`: the result (T, C), and for the backward pass
     the normalized x (T, C) and its scale (T, 1).
@@ -139,3 +174,14 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     grid = (triton.cdiv(count, 1024),)
     swiglu_backward_kernel[grid](grad, gate, up, grad_gate, grad_up, count)
     return grad_gate, grad_up
+
+
+def score(logits: Tensor, targets: Tensor, nats: Tensor, correct: Tensor, needs_grad: bool) -> None:
+    """Fills `nats (n,)` and `correct (n,)` from `logits (n, V)` and `targets (n,)`, all contiguous.
+
+    With `needs_grad`, overwrites `logits` with their gradient.
+    """
+    n, V = logits.shape
+    lanes = min(LANES, triton.next_power_of_2(V))
+    constants = {"V": V, "LANES": lanes, "NEEDS_GRAD": needs_grad, "num_warps": 8}
+    score_kernel[(n,)](logits, targets, nats, correct, **constants)

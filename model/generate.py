@@ -211,7 +211,7 @@ def least_allowed(p: Tensor, decoding: Decoding) -> Tensor:
         if size == most or bool((sums[:, -1] >= decoding.top_p).all()):
             break
     before = F.pad(sums[:, :-1], (1, 0))  # (B, size): the probability of the likelier tokens
-    return best.gather(1, (before < decoding.top_p).sum(dim=-1, keepdim=True).clamp(min=1) - 1)
+    return best.gather(1, (before < decoding.top_p).sum(dim=-1, keepdim=True) - 1)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

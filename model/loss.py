@@ -2,20 +2,27 @@
 
 The loss is a sum over tokens, so tokens are processed in chunks: logits, loss, and already the
 gradient of the hidden states, which needs the logits. The backward pass only multiplies that
-gradient by the gradient of the loss, which is one number. `plain_loss` in `qwen2.py` is the same
-formula in plain PyTorch.
+gradient by the gradient of the loss, which is one number. On CUDA, a chunk's logits are scored by
+one Triton kernel (`fused.py`), if it gives the same results there. `plain_loss` in `qwen2.py` is
+the same formula in plain PyTorch.
 
 Legend: T tokens, N supervised tokens, n tokens of a chunk, b tokens of a block, C hidden size, V
 vocabulary size.
 """
 
+import functools
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from model import fused
+from model.functions import agree, kernels_work, takes_kernels
 
 IGNORE = -100  # target of a token that is not supervised, as in F.cross_entropy
 
 LOGITS_BYTES = 160 << 20  # logits of a chunk: about 550 tokens of Qwen2's vocabulary in bf16
-# Probabilities of a block in fp32: they fit a CPU's cache; elsewhere, 128 tokens of Qwen2.
+# Probabilities of a block in fp32: they fit a CPU's cache; without the kernel, 128 tokens of Qwen2.
 PROBABILITIES_BYTES, DEVICE_PROBABILITIES_BYTES = 24 << 20, 75 << 20
 
 
@@ -52,27 +59,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        nats = torch.zeros((), dtype=wide, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        nats = torch.empty(N, dtype=wide, device=hidden.device)  # of each token
+        correct = torch.empty(N, dtype=torch.bool, device=hidden.device)
 
         needs_grad = any(ctx.needs_input_grad)
+        score = fused.score if takes_kernels(hidden, kernel_works) else score_in_place
         size = max(1, min(N, LOGITS_BYTES // (V * hidden.element_size())))  # tokens of a chunk
         # All chunks share one buffer, since allocating its pages would cost more than the product.
         buffer = hidden.new_empty(size, V)
-        for start, chunk, target in zip(range(0, N, size), hidden.split(size), targets.split(size)):
-            logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk)])  # (n, V)
-            chunk_nats, chunk_correct = _score_in_place(logits, target, wide, needs_grad)
-            nats += chunk_nats
-            correct += chunk_correct
+        for start in range(0, N, size):
+            rows = slice(start, start + size)
+            logits = torch.mm(hidden[rows], weight.t(), out=buffer[: N - start])  # (n, V)
+            score(logits, targets[rows], nats[rows], correct[rows], needs_grad)
             if grad_hidden is not None:  # `logits` now holds the gradient of the logits
-                torch.mm(logits, weight, out=grad_hidden[start : start + len(chunk)])  # (n, C)
+                torch.mm(logits, weight, out=grad_hidden[rows])  # (n, C)
             if grad_weight is not None:
-                grad_weight += logits.t() @ chunk  # (V, C)
+                grad_weight += logits.t() @ hidden[rows]  # (V, C)
 
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+        correct = correct.sum()
         ctx.mark_non_differentiable(correct)
-        return nats, correct
+        return nats.sum(), correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -87,29 +95,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-def _score_in_place(
-    logits: Tensor, targets: Tensor, wide: torch.dtype, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Nats and number of correct predictions of `logits (n, V)` for `targets (n,)`.
+def score_in_place(
+    logits: Tensor, targets: Tensor, nats: Tensor, correct: Tensor, needs_grad: bool
+) -> None:
+    """Fills `nats (n,)` and `correct (n,)` from `logits (n, V)` and `targets (n,)`.
 
     With `needs_grad`, overwrites `logits` with their gradient: softmax minus one-hot. Probabilities
-    are computed in the dtype `wide`, in blocks. The log-sum-exp follows
-    from the most likely token, whose probability is at least 1/V, so that its log is finite.
+    are computed in the dtype of `nats`, in blocks. The log-sum-exp follows from the most likely
+    token, whose probability is at least 1/V, so that its log is finite.
     """
     n, V = logits.shape
-    nats = torch.zeros((), dtype=wide, device=logits.device)
-    correct = torch.zeros((), dtype=torch.int64, device=logits.device)
-    on_cpu = logits.device.type == "cpu"
+    wide, on_cpu = nats.dtype, logits.device.type == "cpu"
     size = PROBABILITIES_BYTES if on_cpu else DEVICE_PROBABILITIES_BYTES
     block = max(1, min(n, size // (V * wide.itemsize)))
     probabilities = torch.empty(block, V, dtype=wide, device=logits.device)
-    for z, target in zip(logits.split(block), targets.split(block)):
+    for start in range(0, n, block):
+        rows = slice(start, start + block)
+        z, target = logits[rows], targets[rows]  # (b, V), (b,)
         p = torch.softmax(z, dim=-1, dtype=wide, out=probabilities[: len(z)])  # (b, V)
         top_p, top = p.max(dim=-1)  # (b,), (b,)
         logsumexp = z.gather(1, top[:, None]).squeeze(1).to(wide) - top_p.log()  # (b,)
-        nats += (logsumexp - z.gather(1, target[:, None]).squeeze(1)).sum()
-        correct += (top == target).sum()
+        nats[rows] = logsumexp - z.gather(1, target[:, None]).squeeze(1)
+        correct[rows] = top == target
         if needs_grad:
             p[torch.arange(len(p), device=p.device), target] -= 1
             z.copy_(p)
-    return nats, correct
+
+
+@functools.cache
+def kernel_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernel runs on `device` and agrees with `score_in_place` in `dtype`."""
+    return kernels_work("the loss", partial(differing_scores, device, dtype))
+
+
+def differing_scores(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The kernel, if its results on some logits differ by more than rounding."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(5, 5000, generator=generator, device=device).to(dtype)  # (n, V)
+    targets = torch.tensor([0, 4095, 4096, 4999, 7], device=device)
+    logits[4, [7, 4500]] = 9  # the first of the two is the prediction
+    found = []
+    for score in (fused.score, score_in_place):
+        gradient = logits.clone()
+        nats, correct = torch.empty(5, device=device), torch.empty_like(targets, dtype=torch.bool)
+        score(gradient, targets, nats, correct, True)
+        found.append((nats, correct.float(), gradient))
+    return [] if agree(*found) else ["score"]

@@ -25,7 +25,8 @@ from errors import (
 )
 from files import HashedFiles, read_json
 from hub import check_blobs
-from lora.peft_format import CONFIG, WEIGHTS, read_adapter_config
+from lora.peft_folder import AdapterFolder
+from lora.peft_format import read_adapter_config
 from model.bitsandbytes import stored_kind
 from model.checkpoint import (
     SHIPPED,
@@ -258,30 +259,17 @@ def _folder_in_run(adapter: str | Path) -> str | None:
     )
 
 
-def hash_adapter(adapter: Path) -> HashedFiles:
-    """The two files of an adapter, and their hash.
-
-    Raises BadAdapter if it has none, or if they are not what its own folder says was written.
-    """
-    read_adapter_config(adapter)
-    files = HashedFiles([adapter / CONFIG, adapter / WEIGHTS])
-    path = adapter / ORIGIN
+def checked_adapter(folder: str | Path) -> AdapterFolder:
+    """The adapter in `folder`; BadAdapter if it is not what its own folder says was written."""
+    adapter, path = AdapterFolder.read(Path(folder)), Path(folder) / ORIGIN
     origin = read_json(path, BadAdapter, f"delete {path}") if path.exists() else {}
-    written = origin.get("adapter_sha256", [files.sha256])
-    if not isinstance(written, list) or files.sha256 not in written:
+    written = origin.get("adapter_sha256", [adapter.sha256])
+    if not isinstance(written, list) or adapter.sha256 not in written:
         raise BadAdapter(
-            f"the adapter in {adapter} is not as it was written: its hash is {files.sha256[:12]}",
+            f"the adapter in {folder} is not as it was written: its hash is {adapter.sha256[:12]}",
             f"copy it again; if you changed it yourself, delete {path}",
         )
-    return files
-
-
-def check_not_replaced(adapter: Path, files: HashedFiles) -> None:
-    """Raise BadAdapter if the adapter that was read may not be the one that was hashed."""
-    if files.changed():
-        raise BadAdapter(
-            f"the adapter in {adapter} was replaced while it was being read", "rerun the command"
-        )
+    return adapter
 
 
 def hash_base(folder: Path) -> HashedFiles:

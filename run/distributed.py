@@ -7,10 +7,13 @@ Start several ranks with `torchrun --nproc-per-node 2 train.py ...`.
 
 import atexit
 import contextlib
+import math
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,12 +21,16 @@ from torch import nn
 
 from errors import BadOption, TrainingFailed, listed
 from model.shard import Lockstep
+from run.stopping import StopRequested
+
+T = TypeVar("T")
 
 # How long a rank waits for another one that is alive. The longest work between two exchanges is to
 # answer for an exact-match validation: 1,319 answers take ten minutes on two CPU cores. NCCL's
 # default of ten minutes would end such a run. A rank that dies closes its connections, which the
 # others see at once with Gloo.
 PATIENCE = timedelta(hours=1)
+LOOK_SECONDS = 1.0  # between two looks for a stop request of another rank
 LOST = ("gloo", "Gloo", "NCCL", "Connection", "Broken pipe")  # in what a lost connection raises
 
 
@@ -35,6 +42,7 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
     lockstep: Lockstep | None = None  # with a sharded base
+    notice: "Notice | None" = None  # of a stop request; None for a single rank
 
     @property
     def is_main(self) -> bool:
@@ -77,6 +85,25 @@ class World:
             with self._exchange():
                 dist.barrier()
 
+    def gather(self, value: T) -> list[T]:
+        """The value of each rank, which can be pickled."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self._exchange():
+                dist.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """If the block raises StopRequested on any rank, it is raised after the block on all."""
+        stopped = False
+        try:
+            yield
+        except StopRequested:
+            stopped = True
+        if any(self.sum(stopped)):
+            raise StopRequested
+
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
         """Around an exchange: with a sharded base, the others first get the gathers they need."""
@@ -84,6 +111,27 @@ class World:
             if self.lockstep:
                 self.lockstep.finish()
             yield
+
+
+class Notice:
+    """A stop request that every rank can see without waiting for another: a key in their store.
+
+    A signal may reach a single rank, while the others are in the middle of long work.
+    """
+
+    def __init__(self, store: dist.Store):
+        self.store, self.looked = store, -math.inf
+
+    def post(self) -> None:
+        self.store.set("stop", "requested")
+
+    def is_posted(self) -> bool:
+        """Whether a rank has posted it; the store is asked at most every `LOOK_SECONDS`."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return False
+        self.looked = now
+        return self.store.check(["stop"])
 
 
 @contextlib.contextmanager
@@ -123,11 +171,13 @@ def join(device: torch.device) -> World:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return World(device=device)
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    group = {"store": store, "rank": rank, "world_size": size, "timeout": PATIENCE}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # With its device, NCCL connects now: a network that does not work is an error at the start.
-        dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
+        dist.init_process_group("nccl", device_id=device, **group)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", **group)
     atexit.register(dist.destroy_process_group)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(rank, size, device, notice=Notice(store))

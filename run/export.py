@@ -28,13 +28,13 @@ from errors import BadCheckpoint, BadOption, UserError, listed
 from files import make_folder, publish
 from lora.config import LoRAConfig
 from lora.inject import bake_scale, merge, unwrapped_state
-from lora.peft_format import read_adapter, save_adapter
+from lora.peft_format import inject_adapter, read_adapter, save_adapter
 from model.bitsandbytes import stored_kind
 from model.checkpoint import Checkpoint, read_config, read_eos_ids, remarks
 from model.foreign import read_object
 from model.load import load_model
 from model.qwen2 import Qwen2
-from run.base import check_base_of_adapter, checkpoint_of_adapter, hash_adapter, hash_base
+from run.base import check_base_of_adapter, checked_adapter, checkpoint_of_adapter, hash_base
 from run.best import copy_tokenizer
 from run.card import adapter_card, merged_card, readers
 from run.device import DTYPES
@@ -100,13 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = checkpoint_of_adapter(config.adapter, config.model)
     files, given = hash_base(checkpoint.folder), config.model is not None
     check_base_of_adapter(checkpoint, files, Path(config.adapter), given=given)
-    hash_adapter(Path(config.adapter))  # BadAdapter if it is not as its folder says
+    adapter = checked_adapter(config.adapter)
     base = read_config(checkpoint.folder)
     for remark in remarks(checkpoint.folder, base):
         print(remark)
     try:
-        adapter = Path(config.adapter)
-        chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size, adapter=adapter)
+        chat = ChatFormat.from_folder(checkpoint.folder, base.vocab_size, adapter=adapter.folder)
     except BadCheckpoint as error:  # merging needs no chat
         if config.gguf:
             read_tokenizer(checkpoint.folder, base.vocab_size)  # GGUF says that it is Qwen2's
@@ -123,11 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES[config.dtype]
     native = _saved_dtype(checkpoint.folder / "config.json") == str(dtype).removeprefix("torch.")
     model = load_model(checkpoint.folder, dtype=dtype if native else torch.float32)
-    source = ExportInput(config, checkpoint, read_adapter(Path(config.adapter), model), chat)
+    source = ExportInput(config, checkpoint, inject_adapter(adapter, model), chat)
     expected = probe(model)  # (T, V)
     if kind := Run.of_adapter(config.adapter).identity.get("base_precision"):
         held = load_model(checkpoint.folder, dtype=expected.dtype, base_precision=kind)
-        read_adapter(Path(config.adapter), held)
+        inject_adapter(adapter, held)
         apart = (expected.float() - probe(held).float()).abs().max().item()
         print(
             f"trained on the base in {kind}, exported for the base in full precision: logits of"

@@ -91,12 +91,21 @@ class Progress:
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
 
-    def part_of_validation(self, part: str, batch_size: int, ranks: int) -> list[list[Any]]:
-        """The figures of a part of the validation in progress, to which new ones are appended.
+    def part_of_validation(
+        self, part: str, batch_size: int, rank: int, ranks: int
+    ) -> list[list[Any]]:
+        """A rank's figures of a part of the validation in progress; new ones are appended.
 
-        Batches of another size, and those of other ranks, have other rows: their list is empty.
+        Batches of another size, or dealt to more ranks, have other rows: their list is empty.
         """
-        return self.validating.setdefault(f"{part}, {ranks} x {batch_size}", [])
+        return self.validating.setdefault(f"{part}, {rank} of {ranks} x {batch_size}", [])
+
+    def merge_validating(self, of_ranks: list[dict[str, list[list[Any]]]]) -> None:
+        """Keep every rank's figures: each list is the longest on its own rank, which extends it."""
+        parts = {key for part in of_ranks for key in part}
+        self.validating = {
+            key: max((part.get(key, []) for part in of_ranks), key=len) for key in sorted(parts)
+        }
 
     def record_validation(self, val_loss: float, val_exact_match: float | None = None) -> bool:
         """Record a validation at the current cursor; True if it is the best so far.

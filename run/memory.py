@@ -22,7 +22,7 @@ from data.batches import Schedule
 from errors import BadOption
 from lora.config import LoRAConfig, added_parameters, layer_ranks
 from model.attention import HALF_PRECISION
-from model.loss import DEVICE_PROBABILITIES_BYTES, LOGITS_BYTES, PROBABILITIES_BYTES
+from model.loss import LOGITS_BYTES, PROBABILITIES_BYTES
 from model.qwen2 import Qwen2
 from run.device import describe, free_memory_gb
 
@@ -61,6 +61,7 @@ class MemoryModel:
     device: torch.device
     base_precision: str | None = None  # of `Base`
     parts: int = 1  # the ranks that the layers are spread over
+    compiled: bool = False  # `--compile`
 
     def weight_bytes(self) -> float:
         """The base as it is held; with several parts, also two layers that are gathered."""
@@ -111,7 +112,8 @@ class MemoryModel:
             others += r * b + self.lora.dora * 2 * out_features * b
             layer, _, last = name.rpartition(".")
             # Where dropout is a Triton kernel, the backward pass drops the input again.
-            if self.lora.dropout and (self.lora.dora or not on_cuda):  # a CPU keeps the mask too
+            kept = self.lora.dora or self.compiled or not on_cuda
+            if self.lora.dropout and kept:  # a CPU keeps the mask too
                 inputs[name] = in_features * (b + (not on_cuda))
             elif not (on_cuda and last == "o_proj"):  # there the result of attention, kept anyway
                 inputs[layer, SHARED_INPUT.get(last, last)] = in_features * b
@@ -119,12 +121,13 @@ class MemoryModel:
 
     def loss_bytes(self, supervised: int) -> float:
         """Hidden states and their gradient, logits of a chunk, and probabilities of a block."""
-        config, b, on_cpu = self.network.config, self.dtype.itemsize, self.device.type == "cpu"
+        config, b = self.network.config, self.dtype.itemsize
         C, V = config.hidden_size, config.vocab_size
-        size = PROBABILITIES_BYTES if on_cpu else DEVICE_PROBABILITIES_BYTES
         chunk = max(1, min(supervised, LOGITS_BYTES // (V * b)))
-        block = max(1, min(chunk, size // (V * 4)))
+        block = max(1, min(chunk, PROBABILITIES_BYTES // (V * 4)))
         copies = 2 if self.dtype == torch.bfloat16 else 1  # softmax reads only fp16 without a copy
+        if self.device.type == "cuda":
+            copies = 0  # a Triton kernel holds no probabilities
         return supervised * 2 * C * b + V * (chunk * b + block * 4 * copies)
 
 
@@ -140,10 +143,10 @@ def largest_micro_batch(schedule: Schedule, halved: int = 0) -> tuple[int, int]:
 
 def fitting_flags(memory: MemoryModel, schedule: Schedule, free_gb: float) -> list[str]:
     """Flags that make a step fit into `free_gb` and change neither steps nor losses: the largest
-    micro-batch that fits, without and with recomputation.
+    micro-batch that fits, without and with recomputation, which excludes `--compile`.
     """
-    found = []
-    for recompute, flag in ((False, ""), (True, "--checkpoint-activations")):
+    found, ways = [], [("", False), ("--checkpoint-activations", True)]
+    for flag, recompute in ways[:1] if memory.compiled else ways:
         for parts in (n for n in range(1, schedule.batch_size + 1) if schedule.batch_size % n == 0):
             size, grad_accum = schedule.batch_size // parts, schedule.grad_accum * parts
             tried = replace(schedule, batch_size=size, grad_accum=grad_accum)

@@ -8,6 +8,7 @@ time limit.
 
 import signal
 import time
+from typing import Protocol
 
 STARTED = time.monotonic()  # of the process, apart from its imports before this one
 # SIGHUP: the terminal was closed. SIGUSR1: what Slurm can send some time before it ends a job.
@@ -21,14 +22,24 @@ class StopRequested(Exception):
     """Raised by `Stop.poll` inside work that can be repeated."""
 
 
+class Notice(Protocol):
+    """A stop request that other ranks can see."""
+
+    def post(self) -> None: ...
+
+    def is_posted(self) -> bool: ...
+
+
 class Stop:
     """Whether the session should stop, and why.
 
     Args:
         minutes: time limit of the session, from the start of the process; None for no limit.
+        notice: where ranks see that another one has raised StopRequested; None for a single rank.
     """
 
-    def __init__(self, minutes: float | None = None):
+    def __init__(self, minutes: float | None = None, notice: "Notice | None" = None):
+        self.notice = notice
         self.signal: signal.Signals | None = None
         self.signal_time = 0.0
         self.deadline = None if minutes is None else STARTED + 60 * minutes
@@ -59,12 +70,16 @@ class Stop:
         return late or self.signal is not None
 
     def poll(self) -> None:
-        """Raise StopRequested if a stop is requested: for loops that need not finish first.
+        """Raise StopRequested if a stop is requested of any rank: for loops that need not finish.
 
         The time limit does not interrupt the first piece of work of a session: sessions shorter
         than that would otherwise repeat it forever.
         """
         if self.signal is not None or self.longest and self.requested():
+            if self.notice:
+                self.notice.post()
+            raise StopRequested
+        if self.notice and self.notice.is_posted():
             raise StopRequested
 
     def poll_in_step(self) -> None:

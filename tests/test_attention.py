@@ -1,10 +1,5 @@
 """Every implementation of attention equals `plain_attention`, values and gradients."""
 
-import inspect
-import sys
-from functools import partial
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -21,34 +16,17 @@ from model.attention import (
     attend_sdpa,
     attend_varlen,
     kernel_error,
-    varlen_kernel,
     working_kernel,
 )
 from model.qwen2 import plain_attention
 
 LENGTHS = [5, 1, 9]
-WINDOW = {"window_size": (-1, 0), "enable_gqa": True}
-
-
-def fake_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, *, window_size, enable_gqa):
-    """What `torch.nn.attention.varlen.varlen_attn` documents, by the plain formula."""
-    assert window_size == (-1, 0) and longest_q == longest_k == max(LENGTHS) and enable_gqa
-    assert starts_q.dtype == starts_k.dtype == torch.int32
-    bounds = zip(starts_q.tolist(), starts_q.tolist()[1:])
-    return torch.cat([plain_attention(*(x[i:j] for x in (q, k, v))) for i, j in bounds])
 
 
 def inputs(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     shapes = ((15, 4, 8), (15, 2, 8), (15, 2, 8))
     return [torch.randn(*shape, generator=generator, dtype=dtype) for shape in shapes]
-
-
-def test_one_call_for_all_examples_equals_one_call_per_example(monkeypatch):
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: partial(fake_varlen, **WINDOW))
-    offsets = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
-    one_call = attend_varlen(*inputs(), offsets, 9)
-    torch.testing.assert_close(one_call, attend_each(*inputs(), LENGTHS))
 
 
 def test_one_call_per_example_equals_the_plain_formula():
@@ -91,12 +69,23 @@ def fake_efficient(
     return plain_by_example(query[0], key[0], value[0], starts_q)[None], None, None, None, 0, 0
 
 
-@pytest.mark.parametrize("attend", [attend_padded, attend_plainly, attend_efficient])
+def fake_varlen(
+    query, key, value, starts_q, starts_k, longest_q, longest_k,
+    dropout_p, is_causal, return_debug_mask,
+):  # fmt: skip
+    """What PyTorch's flash kernel does with examples in one sequence."""
+    assert starts_q is starts_k and starts_q.dtype == torch.int32 and longest_q == longest_k
+    assert longest_q == starts_q.diff().max() and dropout_p == 0 and is_causal
+    return plain_by_example(query, key, value, starts_q), None, None, None, None
+
+
+@pytest.mark.parametrize("attend", [attend_padded, attend_plainly, attend_efficient, attend_varlen])
 @pytest.mark.parametrize("lengths", [[5, 1, 9], [7], [1, 1], [2, 130]])
 def test_values_and_gradients_of_all_examples_at_once_equal_the_plain_formulas(
     monkeypatch, attend, lengths
 ):
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", fake_efficient)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", fake_varlen)
     generator = torch.Generator().manual_seed(0)
     qkv = [torch.randn(sum(lengths), n, 8, generator=generator).requires_grad_() for n in (4, 2, 2)]
     offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -196,29 +185,7 @@ def test_running_out_of_memory_does_not_change_the_choice(kernels):
         working_kernel(CPU, torch.float32, *SHAPES)
 
 
-def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False): ...
-def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)): ...
-def of_2_12(query, key, value, a, b, c, d, *, window_size=(-1, -1), enable_gqa=False): ...
-
-
-@pytest.mark.parametrize(
-    "kernel, arguments",
-    [(of_2_10, {"is_causal": True}), (of_2_11, {"window_size": (-1, 0)}), (of_2_12, WINDOW)],
-)
-def test_the_kernel_of_each_pytorch_is_called_with_the_arguments_it_has(
-    monkeypatch, kernel, arguments
-):
-    module = SimpleNamespace(varlen_attn=kernel)
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    varlen_kernel.cache_clear()
-    assert varlen_kernel().keywords == arguments
-    inspect.signature(kernel).bind(*range(7), **arguments)
-    varlen_kernel.cache_clear()
-
-
-def test_a_pytorch_without_the_variable_length_kernel_uses_the_next(monkeypatch, capsys, kernels):
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    varlen_kernel.cache_clear()
+def test_a_device_without_the_variable_length_kernel_uses_the_next(capsys, kernels):
     assert working_kernel(CPU, torch.bfloat16, *SHAPES) is attend_padded  # no CUDA here either
     assert "not one variable-length call: " in capsys.readouterr().out
 

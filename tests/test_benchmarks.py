@@ -5,6 +5,7 @@ import json
 import math
 import pkgutil
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 
 import train
 from benchmarks import (
+    by_shape,
     checkpoint_cost,
     generate_speed,
     gpu_day,
@@ -22,6 +24,7 @@ from benchmarks import (
     train_speed,
 )
 from benchmarks.common import CudaCounter, Ours
+from model.qwen2 import Qwen2, Qwen2Config
 from tests import toys
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -74,6 +77,28 @@ def test_the_smallest_job_of_a_benchmark_gives_finite_figures(
     script.main(["--model", checkpoint, *data, *options, "--json", tmp_path / "result.json"])
     found = figures(json.loads((tmp_path / "result.json").read_text()))
     assert len(found) > 8 and all(math.isfinite(x) and x >= 0 for x in found)
+
+
+def test_a_base_of_zeros_trains_as_any_other_and_occupies_no_disk(
+    checkpoint, arithmetic, tmp_path, monkeypatch, capsys
+):
+    sizes = Qwen2Config(64, 4096, 3, 4, 2, toys.TABLE)
+    monkeypatch.setitem(by_shape.SIZES, "7B", sizes)
+    options = f"--data {arithmetic} --max-steps 1 --device cpu --precision fp32"
+    flags = ["--tokenizer", str(checkpoint), "--options", options]
+    assert by_shape.main(flags) == 0
+    assert f"of {count_of(sizes):,} (" in capsys.readouterr().out
+    shutil.copytree(checkpoint, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    by_shape.write_zeros(sizes, tmp_path / "base")
+    file = (tmp_path / "base" / "model.safetensors").stat()
+    assert file.st_size > 2 * count_of(sizes) and file.st_blocks * 512 < 100_000
+
+
+def count_of(sizes: Qwen2Config) -> int:
+    """The parameters of a base."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Qwen2(sizes).parameters())
 
 
 def test_what_a_cpu_can_run_of_the_gpu_day_agrees_with_itself(checkpoint, arithmetic, tmp_path):

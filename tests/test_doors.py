@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tqdm import tqdm
 import evaluate
 import train
 from report import __main__ as report
+from run import base as run_base
 from run import export
 from terminal import Screen, printable
 from tests.campaign.harness import results, run
@@ -160,31 +163,30 @@ def test_a_training_whose_output_cannot_be_written_is_not_lost(short, expected, 
 
 # A shell starts background jobs with SIGINT ignored, and Python leaves it so.
 LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-INTERRUPT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-MOMENTS = {
-    "importing": f"""
-import sys
+WHILE_IMPORTING = """
+import os, sys
 class Finder:
     def find_spec(self, name, path, target=None):
-        if name == "tokenizers": {INTERRUPT}
+        if name == "tokenizers": os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
-""",
-    "hashing": f"""
-import run.base
-def hash_base(folder, hash_base=run.base.hash_base):
-    {INTERRUPT}
-    import time; time.sleep(100)
-run.base.hash_base = hash_base
-""",
-    "loading": f"""
-import run.base
-def load_model(*_, **__): {INTERRUPT}
-run.base.load_model = load_model
-""",
-}
+"""
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_ctrl_c_in_the_first_seconds_ends_with_130_and_without_a_traceback(short, tmp_path, moment):
-    ended = script("train.py", [*short, "--out", tmp_path / "run"], before=LISTEN + MOMENTS[moment])
+def test_ctrl_c_during_the_imports_ends_with_130_and_without_a_traceback(short, tmp_path):
+    ended = script("train.py", [*short, "--out", tmp_path / "run"], before=LISTEN + WHILE_IMPORTING)
     assert ended.returncode in (130, -2) and ended.stderr == "interrupted\n"
+
+
+@pytest.mark.parametrize("function, seconds", [("hash_base", 100), ("load_model", 0)])
+def test_ctrl_c_while_hashing_or_loading_ends_with_130_and_without_a_traceback(
+    short, tmp_path, function, seconds
+):
+    def interrupted():
+        def interrupt(*_, **__):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(seconds)  # in the thread that hashes
+
+        setattr(run_base, function, interrupt)
+
+    ended = run(short, tmp_path / "run", fault=interrupted)
+    assert ended.code in (130, -2) and ended.err == "interrupted\n" and ended.seconds < 90

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,6 +276,15 @@ def test_transcripts_are_sorted_into_fixed_broken_and_still_wrong():
     }  # fmt: skip
 
 
+def test_a_result_holds_five_transcripts_of_each_kind():
+    ids = [str(n) for n in range(7)]
+    given = {id: [completion("text", id)] for id in ids}
+    correct = {"base": [False] * 7, "tuned": [True] * 7}
+    kept = transcripts([problem("q", "#### 1", id) for id in ids], dict.fromkeys(correct, given),
+                       correct)  # fmt: skip
+    assert [t["id"] for t in kept["fixed"]] == ids[:5]
+
+
 def test_answers_that_are_not_numbers_are_compared_as_text():
     p = problem("Capital of France?", "Paris")
     assert judge_of([p]) is TEXT
@@ -476,3 +486,8 @@ def test_an_evaluations_folder_is_named_by_what_its_models_are_and_not_by_their_
     assert folder_of_settings(tmp_path, "test", settings | places) == folder
     for changed in ({"base_sha256": "b"}, {"adapter_sha256": "b"}, {"problems_sha256": "b"}):
         assert folder_of_settings(tmp_path, "test", settings | changed) != folder
+    shown = [
+        evaluate.evaluation_settings(replace(config, shots=2, same_shots=same), base, None, task)
+        for same in (False, True)
+    ]
+    assert shown[0] != shown[1], "answers after other shots would be taken for these"

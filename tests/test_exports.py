@@ -306,3 +306,10 @@ def test_an_adapter_that_is_not_as_it_was_written_is_not_exported(base):
     with pytest.raises(BadAdapter, match="is not as it was written"):
         export.main(["--adapter", str(folder), "--out", str(base.parent / "out")])
     assert not (base.parent / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_export_whose_logits_are_not_finite_is_not_kept(value):
+    logits = torch.ones(2, 3)
+    with pytest.raises(export.ExportFailed, match="more than rounding does"):
+        export.compared(logits, logits + value, torch.float32)

@@ -28,7 +28,7 @@ import train
 from files import MANIFEST, JsonLines, damage
 from lora.inject import LoRAConfig, inject, trained_parameters
 from lora.peft_format import WEIGHTS, peft_key
-from run.base import Base, hash_adapter
+from run.base import Base, checked_adapter
 from run.best import publish_best
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.distributed import World
@@ -140,7 +140,7 @@ def test_publishing_the_best_killed_in_any_file_call_leaves_the_old_or_the_new_o
         found = load_file(out / "best" / WEIGHTS) if (out / "best").exists() else {}
         assert found.keys() == {peft_key(n) for n in parameters} or first and not found
         assert len({t.mean().item() for t in found.values()} - {1.0, 2.0}) == 0
-        assert not found or hash_adapter(out / "best")  # as its own folder says
+        assert not found or checked_adapter(out / "best")  # as its own folder says
         Run(out).repair()
         assert {p.name for p in out.iterdir()} <= {"best"}
         copy(before, out)

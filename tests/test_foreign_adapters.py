@@ -22,6 +22,7 @@ from errors import BadAdapter, HubError, UserError, run_script
 from lora.config import LoRAConfig, ends_in
 from lora.inject import adapters, merge, unwrapped_state
 from lora.options import lora_config, lora_options
+from lora.peft_folder import AdapterFolder
 from lora.peft_format import (
     CONFIG,
     WEIGHTS,
@@ -153,7 +154,7 @@ def test_an_adapter_on_any_selection_of_layers_gives_the_logits_of_peft(folder, 
     merge(model)
     merged = theirs.merge_and_unload().state_dict()
     ours = unwrapped_state(model)
-    if not read_settings(adapter).dora:
+    if not AdapterFolder.read(adapter).settings.dora:
         assert all(torch.equal(ours[name], merged[name]) for name in ours), "not bit for bit"
 
 
@@ -199,9 +200,7 @@ def test_names_select_the_layers_that_they_select_in_peft(targets, excluded, lay
         target_modules=["q_proj", "v_proj", "up_proj"] if is_all else targets,
         exclude_modules=excluded, layers_to_transform=layers, layers_pattern=pattern,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora.peft_settings.read_json", lambda *_, **__: raw)
-        ours = read_settings(Path("adapter"))
+    ours = read_settings(Path("adapter"), json.dumps(raw).encode())
     expected = [bool(check_target_module_exists(theirs, name)) for name in linear]
     assert [ours.selects(name) for name in linear] == expected
 
@@ -758,7 +757,7 @@ def test_a_base_with_fewer_layers_is_refused_as_such_before_training(folder, tmp
     peft_adapter(folder, tmp_path / "adapter", target_modules=".*q_proj")
     small = load_model(toys.write_checkpoint(tmp_path / "base", layers=2), dtype=torch.float32)
     with pytest.raises(BadAdapter, match="does not fit its base: .*layers.2.*not expected"):
-        check_adapter(tmp_path / "adapter", small)
+        check_adapter(AdapterFolder.read(tmp_path / "adapter"), small)
 
 
 # The cases from the field

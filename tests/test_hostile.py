@@ -184,7 +184,9 @@ def changed(path: Path, content: bytes) -> Iterator[None]:
     path.write_bytes(intact)
 
 
-def test_a_json_file_of_a_terabyte_is_refused_unread(base, adapter):
+def test_a_file_of_a_terabyte_is_refused_unread(base, adapter):
+    os.truncate(adapter / WEIGHTS, 2**40)
+    refusal(lambda: read_adapter(adapter, None), BadAdapter)
     for path in (base / "config.json", adapter / CONFIG, base / "tokenizer.json"):
         os.truncate(path, 2**40)  # sparse: it takes no space on the disk
     refusal(lambda: read_config(base), BadCheckpoint)

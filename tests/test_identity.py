@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate
 from errors import BadAdapter, BadRun
 from files import HashedFiles, write_json
-from lora.peft_format import WEIGHTS
+from lora.inject import trained_parameters
+from lora.peft_format import CONFIG, WEIGHTS, inject_adapter, read_adapter
+from model.load import load_model
 from run import export, identity
-from run.base import Base, check_not_replaced, hash_adapter
+from run.base import Base, checked_adapter
 from tests import toys
 from tests.campaign.harness import (
     SHORT,
@@ -273,14 +276,20 @@ def test_files_have_changed_if_they_hold_something_else(tmp_path):
     assert files.changed()
 
 
-def test_an_adapter_published_while_it_is_read_is_not_taken_for_the_hashed_one(adapter):
-    files = hash_adapter(adapter)
-    check_not_replaced(adapter, files)
-    data = (adapter / WEIGHTS).read_bytes()
-    (adapter / "new").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    os.replace(adapter / "new", adapter / WEIGHTS)
-    with pytest.raises(BadAdapter, match="was replaced while it was being read"):
-        check_not_replaced(adapter, files)
+def test_an_adapter_overwritten_after_it_was_hashed_has_the_values_that_were_hashed(
+    adapter, checkpoint
+):
+    models = [load_model(checkpoint, dtype=torch.float32) for _ in range(2)]
+    read_adapter(adapter, models[0])
+    hashed = checked_adapter(adapter)
+    assert hashed.sha256 == HashedFiles([adapter / CONFIG, adapter / WEIGHTS]).sha256
+    (adapter / CONFIG).unlink()
+    with (adapter / WEIGHTS).open("r+b") as file:  # in place: a mapped file would change too
+        file.seek(-400, os.SEEK_END)
+        file.write(bytes(400))
+    inject_adapter(hashed, models[1])
+    expected, found = map(trained_parameters, models)
+    assert all(torch.equal(found[name], expected[name]) for name in expected | found)
 
 
 def test_training_and_evaluation_give_base_and_adapter_the_same_hash(tuned, tmp_path):
@@ -295,7 +304,7 @@ def test_training_and_evaluation_give_base_and_adapter_the_same_hash(tuned, tmp_
     assert settings["base_sha256"] == trained["base_sha256"]
     assert settings["adapter_sha256"] == trained["from_adapter_sha256"]
     origin = json.loads((out / "best/origin.json").read_text())
-    assert origin.pop("adapter_sha256") == [hash_adapter(out / "best").sha256]
+    assert origin.pop("adapter_sha256") == [checked_adapter(out / "best").sha256]
     assert origin.items() <= trained.items() and origin.keys() > {"base_sha256", "data_content"}
     base = Base.find(str(tuned / "base"), device="cpu")
     assert base.identity()["base_sha256"] == trained["base_sha256"]

@@ -13,7 +13,7 @@ from errors import BadAdapter, BadRun, run_script
 from files import json_bytes, make_folder, publish, write_file, write_folder
 from lora.peft_format import CONFIG, WEIGHTS
 from run import export
-from run.base import ORIGIN, hash_adapter
+from run.base import ORIGIN, checked_adapter
 from run.folder import Progress, Run
 from tests import toys
 from tests.campaign.harness import copy, run
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_with_its_file_and_key(short,
 
 def test_an_adapter_that_is_not_as_it_was_written_is_refused(evaluated_run, tmp_path, capsys):
     best, origin = tmp_path / "best", json.loads((evaluated_run / "run/best" / ORIGIN).read_text())
-    assert hash_adapter(evaluated_run / "run/best").sha256 == origin["adapter_sha256"][0]
+    assert checked_adapter(evaluated_run / "run/best").sha256 == origin["adapter_sha256"][0]
     for name in (CONFIG, WEIGHTS):
         copy(evaluated_run / "run/best", best)
         if name == CONFIG:
@@ -99,10 +99,10 @@ def test_an_adapter_that_is_not_as_it_was_written_is_refused(evaluated_run, tmp_
             assert run_script(lambda main=main, flags=flags: main([str(f) for f in flags])) == 2
             assert "is not as it was written" in capsys.readouterr().err
         (best / ORIGIN).unlink()
-        hash_adapter(best)
+        checked_adapter(best)
     (best / ORIGIN).write_text('{"adapter_sha256": "x"}')
     with pytest.raises(BadAdapter):
-        hash_adapter(best)
+        checked_adapter(best)
 
 
 # Data that were a folder

@@ -1,5 +1,6 @@
 """Tests of what the loop hands on: rates, dropout and its epochs, counts of tokens, patience."""
 
+import contextlib
 import itertools
 import signal
 import time
@@ -141,10 +142,11 @@ def test_all_answers_correct_is_an_exact_match_of_one_on_any_number_of_ranks(mon
     config = train.TrainConfig(stop_on="exact-match", exact_match_problems=7)
     chat = SimpleNamespace(vocab_size=9)
     base = SimpleNamespace(eos_ids=(), chat=chat)
+    alone = {"stopping_together": contextlib.nullcontext, "sum": lambda *v: list(v)}
     for problems in (5, 7, 9):  # fewer and more than are asked for
         data = train.Data(None, {"rows": [example(0, 5, 3)]}, [], [None] * problems, None)
         for size in (1, 2, 3):
-            worlds = [SimpleNamespace(rank=r, size=size, is_main=not r, sum=lambda *v: list(v))
+            worlds = [SimpleNamespace(rank=r, size=size, is_main=not r, **alone)
                       for r in range(size)]  # fmt: skip
             found = [
                 train.validate(config, Progress(), data, base, None, world, Stop())
@@ -168,6 +170,32 @@ def test_a_dry_run_multiplies_the_time_of_a_token_by_all_tokens(capsys):
                         epochs=3, seed=0)  # fmt: skip
     console.print_plan(schedule, tokens=200, seconds=24.0, memory=(1.0, 2.0))
     assert "15 steps, 3,000 tokens, about 6 min 0 s" in capsys.readouterr().out
+
+
+def test_a_dry_run_measures_steps_in_training_mode(tiny, monkeypatch):
+    modes = []
+
+    def forward(model, *_, **__):
+        modes.append(model.training)
+        return torch.zeros(2)
+
+    monkeypatch.setattr(train, "forward_backward", forward)
+    train.main([*map(str, tiny), "--dry-run"])
+    assert modes and all(modes)
+
+
+def test_the_seconds_of_a_save_count_as_work_between_two_polls(tiny, tmp_path, monkeypatch):
+    clock, save, recorded = [0.0], train.save_checkpoint, []
+
+    def tick(seconds=1.0):
+        clock[0] += seconds
+        return clock[0]
+
+    monkeypatch.setattr(time, "perf_counter", tick)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *a: save(*a) or tick(1000.0))
+    monkeypatch.setattr(Stop, "record", lambda self, seconds: recorded.append(seconds))
+    run(tmp_path / "run", tiny, "--max-steps", 1)
+    assert max(recorded) > 1000
 
 
 def test_the_initial_adapters_are_those_of_the_seed(tiny, tmp_path):

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from model import loss
+from model import fused, loss
 from model.loss import IGNORE, linear_cross_entropy
 from model.qwen2 import plain_loss
+from tests.triton_stand_in import replace_triton
 
 T, C, V = 37, 16, 53
 
@@ -233,3 +234,64 @@ def test_averaging_the_means_of_micro_batches_gives_another_gradient():
     truth = plain_loss(hidden, weight, targets) / supervised_count
     (whole,) = torch.autograd.grad(truth, hidden)
     assert (means - whole).norm() > 0.1 * whole.norm()
+
+
+# The Triton kernel; `triton_stand_in.py` runs its own source.
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    if fused.triton is not None:
+        pytest.skip("Triton is installed: kernel_works compares the forms on the device")
+    replace_triton(monkeypatch, fused, "score_kernel")
+    monkeypatch.setattr(fused, "LANES", 16)  # several blocks, which do not divide V
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_the_kernels_loss_and_gradients_equal_the_plain_forms(triton, monkeypatch, dtype, tokens):
+    hidden, weight, targets = problem(tokens=tokens, ignored=0.2, dtype=dtype)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    found = []
+    for takes_kernels in (True, False):
+        monkeypatch.setattr(loss, "takes_kernels", lambda *_: takes_kernels)  # noqa: B023
+        nats, correct = linear_cross_entropy(hidden, weight, targets)
+        found.append((nats, correct, *torch.autograd.grad(nats, (hidden, weight))))
+    torch.testing.assert_close(*found, **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_scores_each_token_as_the_plain_form_whatever_its_logits(triton, dtype):
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[0, [7, 40]] = 9  # the first of equal logits is the prediction
+    logits[1, [7, 40]] = 9
+    logits[2, :30] = -torch.inf
+    logits[3] *= 1e4
+    logits[4, 50], logits[5, 50] = torch.inf, torch.nan
+    targets = torch.tensor([7, 40, 52, 3, 4, 5])
+    plain, kernel, without = (
+        (logits.clone(), targets, torch.empty(6), torch.empty(6, dtype=torch.bool))
+        for _ in range(3)
+    )
+    loss.score_in_place(*plain, True)
+    fused.score(*kernel, True)
+    fused.score(*without, False)
+    torch.testing.assert_close(kernel, plain, equal_nan=True)
+    assert kernel[3].tolist() == [True, False, False, False, False, False]
+    torch.testing.assert_close(without, (logits, *kernel[1:]), equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_trial_on_a_device_finds_a_kernel_that_differs(triton, monkeypatch, dtype):
+    cpu, right = torch.device("cpu"), fused.score
+    assert loss.differing_scores(cpu, dtype) == []
+    for wrong in range(3):  # nats, correct, the gradient
+
+        def score(logits, targets, nats, correct, needs_grad, wrong=wrong):
+            right(logits, targets, nats, correct, needs_grad)
+            (nats, correct, logits)[wrong][-1:].zero_()
+
+        monkeypatch.setattr(fused, "score", score)
+        assert loss.differing_scores(cpu, dtype) == ["score"]

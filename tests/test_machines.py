@@ -1,6 +1,7 @@
 """Tests of other systems: Windows, network file systems, narrow terminals, log files."""
 
 import ast
+import ctypes
 import errno
 import os
 import subprocess
@@ -20,10 +21,11 @@ from progress_bar import progress_bar
 from run import base as run_base
 from run import device as run_device
 from run.base import Base
-from run.device import decoded_rows, pick_device, prepare
+from run.device import decoded_rows, free_memory_gb, pick_device, prepare
 from run.folder import OWNER, lock
 from run.fp16 import overflows, settle_fp16
 from tests import toys
+from tests.campaign.harness import run
 from tests.scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,6 +151,14 @@ def test_a_progress_bar_in_a_log_file_writes_whole_lines(capfd):
     assert len(lines) >= 4 and all(line.startswith("x:") and "\r" not in line for line in lines)
 
 
+def test_a_bar_in_a_log_file_appears_after_its_delay_however_often_it_is_drawn(capfd):
+    with progress_bar(total=4, desc="x", delay=5, mininterval=0) as bar:
+        for passed, drawn in ((4.9, 0), (5.1, 1)):
+            bar._time = lambda passed=passed: bar.start_t + passed
+            bar.refresh()
+            assert len(capfd.readouterr().err.splitlines()) == drawn
+
+
 # fp16, on GPUs without bf16 units
 
 
@@ -183,13 +193,41 @@ def test_fp16_that_was_requested_and_overflows_is_refused_before_the_run_has_a_f
     overflowing, flags, tmp_path
 ):
     asked = ["--model", overflowing, *flags[2:4], "--device", "cpu", "--precision", "fp16"]
-    done = script("train.py", [*asked, "--out", tmp_path / "run"])
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
-    assert "not finite" in done.stderr and "--precision bf16" in done.stderr
+    ended = run(asked, tmp_path / "run")
+    assert ended.code == 2 and "not finite" in ended.two_line_error()
+    assert "--precision bf16" in ended.err
     assert not (tmp_path / "run").exists()
 
 
 # Memory and devices
+
+
+RAGGED = """
+import ctypes, torch
+from run.device import prepare
+
+class Malloc(ctypes.Structure):  # struct mallinfo2 of glibc
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+prepare(torch.device("cpu"))
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Malloc
+weight, used = torch.ones(256, 256, dtype=torch.bfloat16), []
+for tokens in range(100, 400):
+    torch.zeros(tokens, 256, dtype=torch.bfloat16) @ weight
+    used.append(libc.mallinfo2().used)
+print(used[-1] - used[199])
+"""
+
+
+def test_products_of_ever_new_token_counts_do_not_fill_a_cpus_memory():
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("malloc does not say what is in use")
+    clean = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    environment = clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    grown = subprocess.check_output([sys.executable, "-c", RAGGED], env=environment, text=True)
+    assert int(grown) < 5e6  # bytes; 55 million on a CPU whose products are compiled by shape
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -236,6 +274,12 @@ def test_a_base_that_does_not_fit_into_memory_is_refused_in_two_lines(tmp_path, 
     with pytest.raises(BadOption, match="do not fit into the memory") as caught:
         base.load()
     assert "--device cpu" in caught.value.remedy
+
+
+def test_the_free_memory_of_a_machine_is_reported_in_units_of_1024_bytes(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemFree: 7 kB\nMemAvailable: 2000000 kB\n", "utf-8")
+    monkeypatch.setattr(run_device, "Path", lambda _: tmp_path / "meminfo")
+    assert free_memory_gb(torch.device("cpu")) == 2.048
 
 
 @pytest.mark.parametrize("free_gb, rows", [(130, 512), (20, 512), (15, 256), (1.3, 32), (0.5, 32)])

@@ -189,6 +189,22 @@ def test_a_run_is_refused_only_if_it_cannot_fit_in_spite_of_the_estimates_error(
         check_memory(card(need * 0.89), schedule, recompute=False)
 
 
+def test_compiled_layers_keep_each_dropped_input_and_are_never_advised_to_be_recomputed(card):
+    memory, tokens = card(1.0), sum(LENGTHS)
+    kept = [
+        replace(memory, compiled=c).of_a_step(tokens, 9, recompute=False) for c in (False, True)
+    ]
+    inputs = BIG.num_hidden_layers * 3 * BIG.hidden_size * 2  # of k_proj, v_proj and o_proj, bf16
+    assert kept[1].activations - kept[0].activations == tokens * inputs
+    for lora in (LoRAConfig(dropout=0.0), LoRAConfig(dora=True)):  # kept by plain layers as well
+        plain = replace(memory, lora=lora)
+        assert plain.layer_bytes() == replace(plain, compiled=True).layer_bytes()
+    with pytest.raises(BadOption) as refused:
+        check_memory(replace(memory, compiled=True), schedule_of(LENGTHS, 16), recompute=False)
+    assert "--batch-size" in refused.value.remedy
+    assert "--checkpoint-activations" not in refused.value.remedy
+
+
 def test_on_a_cpu_the_estimate_is_only_printed(monkeypatch):
     monkeypatch.setattr(run_memory, "free_memory_gb", lambda device: 0.1)
     memory = memory_model(BIG, LoRAConfig())

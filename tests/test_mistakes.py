@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.generative import numeric_equal
-from evaluation.mistakes import KINDS, TOPICS, classify, has_wrong_step, topics
+from evaluation.mistakes import (
+    KINDS,
+    TOPICS,
+    classify,
+    corrected_answers,
+    has_wrong_step,
+    topics,
+)
 from evaluation.numerals import numbers_in
 from evaluation.steps import operations, read_steps, reasoning_steps
 from tests.published import COMPLETE, GSM8K, SHARED
@@ -366,3 +373,9 @@ def test_a_slip_inserted_into_a_gold_step_is_found():
             )
     share, least = (0.95, 200) if COMPLETE else (0.9, 60)  # few rows vary more
     assert tried > least and found >= share * tried
+
+
+def test_an_answer_follows_a_wrong_step_only_if_it_is_less_than_1_from_its_result():
+    (step,) = read_steps("5 + 7 = 10")
+    for answer, corrected in ((10, 12), (Fraction("10.9"), 12), (11, 11), (9, 9)):
+        assert corrected_answers("", [step], Fraction(answer)) == {Fraction(corrected)}

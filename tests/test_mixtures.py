@@ -5,6 +5,7 @@ import random
 import shutil
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from data.mixture import (
     check_rounding,
     encode_mixture,
     load_mixture,
+    mixture_identity,
     parse_spec,
     source_names,
 )
@@ -205,6 +207,15 @@ def test_row_ids_and_ids_differ_between_sources(sources, checkpoint):
     assert min(e.row_id for e in parts[1].train + parts[1].validation) == 200
     ids = [p.id for part in parts for p in (*part.train_problems, *part.held_out)]
     assert len(set(ids)) == 300 and f"{sources[1]}/train.jsonl:1" in ids
+    tests = [p.id for part in parts for p in part.test_problems]
+    assert len(set(tests)) == len(tests) and f"{sources[1]}/test.jsonl:1" in tests
+
+
+def test_rows_beyond_the_limit_are_no_part_of_what_a_run_is_of(sources):
+    (part,) = load_mixture([str(sources[0])])
+    cut = replace(part, source=replace(part.source, train=part.source.train[:10]))
+    assert mixture_identity([cut], 10) == mixture_identity([part], 10)
+    assert mixture_identity([part], 10) != mixture_identity([part], 11)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5])

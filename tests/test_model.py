@@ -306,6 +306,15 @@ def test_a_config_that_is_not_a_json_object_is_refused(folder, text):
     assert "config.json" in cause_of_refusal(folder)
 
 
+def test_an_epsilon_that_a_config_omits_is_the_default_of_transformers(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    del config["rms_norm_eps"]
+    path.write_text(json.dumps(config), "utf-8")
+    transformers = pytest.importorskip("transformers")
+    assert read_config(folder).rms_norm_eps == transformers.Qwen2Config().rms_norm_eps
+
+
 def test_the_configs_of_transformers_4_and_5_are_read_alike(tmp_path):
     old = toys.write_checkpoint(tmp_path / "old")
     new = toys.write_checkpoint(tmp_path / "new", new_config=True)

@@ -1,7 +1,9 @@
 """Tests of tasks with choices; the reference is lm-evaluation-harness itself, or a plain loop."""
 
+import itertools
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from data import multiple_choice
 from data.chat import ChatFormat
 from data.multiple_choice import CHOICE_TASKS, load, parse_arc, parse_hellaswag, parse_mmlu
+from data.rows import Problem
 from errors import BadData, BadRun
 from evaluation import choices as scoring
 from evaluation.choices import (
@@ -311,3 +314,11 @@ def test_choices_are_judged_by_likelihood_and_by_text_where_answers_are_generate
     assert (judge.name, judge.headline, judge.generated) == ("choices", "acc_norm", False)
     assert judge_of(load("mmlu").test).headline == "acc"
     assert judge_of(problems, generated=True) is TEXT
+
+
+def test_the_seconds_of_the_questions_of_a_batch_add_up_to_its_own(monkeypatch):
+    monkeypatch.setattr(scoring, "encode", lambda p, chat: scoring.Question(p.id, [1], [[1]]))
+    monkeypatch.setattr(scoring, "log_likelihoods", lambda model, group: [[0.0]] * len(group))
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    found = score(None, None, [Problem(str(i), ()) for i in range(5)], batch_size=2)
+    assert [s.seconds for s in found] == [0.5, 0.5, 0.5, 0.5, 1.0]

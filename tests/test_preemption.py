@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ import torch
 import evaluation.answers
 import evaluation.teacher_forced
 import train
+from run import distributed
 from run.device import conditions
 from tests.campaign.harness import (
     SHORT,
     counting_micro_batches,
     finish,
     results,
+    resume_with_ranks,
     run,
     start_ranks,
     steps_logged,
@@ -40,24 +43,76 @@ def signalled_at_the_first_call_of(module, name: str, number: int = signal.SIGTE
     return fault
 
 
-@pytest.mark.parametrize(
-    "flags, module, name, sessions",
-    [
-        # Of 2 validations with 4 batches each; the last batch of all ends the run.
-        ([], evaluation.teacher_forced, "flat_batch", 7),
-        (["--stop-on", "exact-match", "--max-new-tokens", 3], evaluation.answers, "Completion", 13),
-    ],
-)
-def test_a_run_stopped_in_every_validation_comes_to_an_end_with_the_same_results(
-    tiny, tmp_path, flags, module, name, sessions
-):
-    command = [*tiny, *ONE_EPOCH, *flags]
-    fault, codes = signalled_at_the_first_call_of(module, name), []
+def test_a_run_stopped_in_every_validation_comes_to_an_end_with_the_same_results(tiny, tmp_path):
+    """In every batch and every answer of two validations; the last of all ends the run."""
+    command = [*tiny, *ONE_EPOCH, "--validation-share", 0.1, "--stop-on", "exact-match"]
+    command += ["--exact-match-problems", 2, "--max-new-tokens", 3]
+
+    def fault():
+        signalled_at_the_first_call_of(evaluation.teacher_forced, "flat_batch")()
+        signalled_at_the_first_call_of(evaluation.answers, "Completion")()
+
+    codes = []
     while not codes or codes[-1] == 143:
         codes.append(run(command, tmp_path / "stopped", fault=fault).code)
         assert len(codes) <= 20
-    assert codes == [143] * sessions + [0]
+    assert codes == [143] * 9 + [0]  # 3 batches and 2 answers, twice
     finish(command, tmp_path / "whole")
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
+def test_two_ranks_stop_in_a_validation_if_one_is_signalled_and_resume_with_equal_results(
+    tiny, tmp_path
+):
+    """In the second batch, then in the first answer; the first rank sees it in the next batch."""
+    posted, batches = tmp_path / "posted", tmp_path / "batches"
+    batches.touch()
+
+    def wait_until(condition):
+        while not condition():
+            time.sleep(0.01)
+
+    def signalled(module, name):
+        def fault():
+            signalled_at_the_first_call_of(module, name)()
+            function, post = getattr(module, name), distributed.Notice.post
+
+            def waiting(*args, **options):
+                wait_until(lambda: batches.stat().st_size >= 2)
+                return function(*args, **options)
+
+            setattr(module, name, waiting)
+            distributed.Notice.post = lambda self: (post(self), posted.touch())
+
+        return fault
+
+    def first():
+        distributed.LOOK_SECONDS = 0
+        flat_batch = evaluation.teacher_forced.flat_batch
+
+        def counted(*args):
+            with batches.open("a") as file:
+                file.write(".")
+            wait_until(lambda: batches.stat().st_size != 2 or posted.exists())
+            return flat_batch(*args)
+
+        evaluation.teacher_forced.flat_batch = counted
+
+    command = [*tiny, *ONE_EPOCH, "--batch-size", 1, "--grad-accum", 4]
+    command += ["--stop-on", "exact-match", "--max-new-tokens", 3]
+    for module, name, measured in (
+        (evaluation.teacher_forced, "flat_batch", 2),
+        (evaluation.answers, "Completion", 4),  # all: none is measured twice
+    ):
+        ranks = start_ranks(
+            command, tmp_path / "stopped", fault=signalled(module, name), first=first
+        )
+        ended = [rank.wait() for rank in ranks]
+        assert [e.code for e in ended] == [75, 143], ended
+        assert "stop requested on another rank: stopped after step 0" in ended[0].out
+        assert batches.stat().st_size == measured
+    for out in ("stopped", "whole"):
+        resume_with_ranks(command, tmp_path / out)
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
 
 

@@ -1,6 +1,12 @@
 """Ranks: how a step's rows are dealt to them, and how often they exchange something."""
 
+import contextlib
+import copy
+import time
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
@@ -10,6 +16,8 @@ from safetensors.torch import load_file
 import train
 from data.batches import deal
 from run import distributed
+from run.folder import Progress
+from run.stopping import Stop, StopRequested
 
 LENGTHS = st.lists(st.integers(1, 2000), min_size=1, max_size=60)
 
@@ -69,15 +77,40 @@ def test_ranks_wait_for_each_other_longer_than_a_validation_takes(monkeypatch):
     joined = {}
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: joined.update(k, backend=a[0]))
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "rendezvous", lambda *a, **k: iter([("store", 1, 2)]))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
     for kind, backend in (("cpu", "gloo"), ("cuda", "nccl")):
         device = torch.device(kind, 1) if kind == "cuda" else torch.device(kind)
-        assert distributed.join(device) == distributed.World(1, 2, device)
+        world = distributed.join(device)
+        assert (world.rank, world.size, world.device, world.notice.store) == (1, 2, device, "store")
         assert joined["backend"] == backend and joined["timeout"].total_seconds() >= 3600
     assert joined["device_id"] == torch.device("cuda", 1)
+
+
+def test_a_rank_asks_for_stop_requests_of_others_at_most_once_a_second(monkeypatch):
+    asked, clock = [], [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    notice = distributed.Notice(SimpleNamespace(check=lambda keys: asked.append(keys) or True))
+    stop = Stop(notice=notice)
+    for clock[0], is_due in ((5.0, True), (5.5, False), (5.9, False), (6.0, True), (6.9, False)):
+        with pytest.raises(StopRequested) if is_due else contextlib.nullcontext():
+            stop.poll()
+    assert asked == [["stop"]] * 2
+
+
+def test_what_each_rank_has_measured_of_a_validation_is_kept_for_all_of_them():
+    ranks = [Progress(), Progress()]
+    for session in (1, 2):
+        for rank, progress in enumerate(ranks):
+            progress.part_of_validation("rows", 4, rank, 2).extend([[rank, session]] * (rank + 1))
+        measured = [copy.deepcopy(progress.validating) for progress in ranks]
+        for progress in ranks:
+            progress.merge_validating(copy.deepcopy(measured))
+        assert ranks[0] == ranks[1]
+    assert ranks[0].part_of_validation("rows", 4, 0, 2) == [[0, 1], [0, 2]]
+    assert ranks[0].part_of_validation("rows", 4, 1, 2) == [[1, 1], [1, 1], [1, 2], [1, 2]]
+    assert ranks[0].part_of_validation("rows", 4, 0, 3) == []
 
 
 def test_only_the_first_rank_replaces_the_report_of_a_finished_run(

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from errors import BadRun, run_script
 from report import figures, write_report
 from report.__main__ import main
+from report.figures import each_and_mean
 from report.page import Table, fenced, inert, to_html, to_markdown
 from report.records import RunRecord, Share, read_run
 from report.sections import command, more_epochs, report_blocks
@@ -661,3 +663,11 @@ def test_among_equal_exact_matches_the_lower_loss_is_best_as_in_training(tmp_pat
     lines = [{"step": s, "val_loss": v, "val_exact_match": 0.5} for s, v in ((1, 0.9), (2, 0.8))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_run(tmp_path).best.step == 2
+
+
+def test_the_mean_curve_holds_the_mean_of_as_many_steps_on_both_sides():
+    points = [(step, float(step**2)) for step in range(200)]
+    _, mean = each_and_mean(points)
+    assert mean.label == "mean of 5 steps" and len(mean.points) > 50
+    for step, value in mean.points:
+        assert value == fmean(v for at, v in points if abs(at - step) <= 2)

@@ -14,7 +14,7 @@ from data.rows import parse_row
 from data.turns import BadRow, Notes
 from errors import BadData
 from tests import toys
-from tests.scripts import script
+from tests.campaign.harness import finish, run
 from tests.templates import QWEN2_5
 
 QUESTION, ANSWER = "What is 1+1?", "#### 2"
@@ -275,20 +275,19 @@ def test_a_valid_file_is_the_test_file_where_there_is_no_other(tmp_path):
 def test_context_is_shown_and_encoded_but_not_supervised(tmp_path):
     row = {"messages": [TURNS[0], {"role": "assistant", "content": "3", "weight": 0}, *TURNS]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    shown = script(
-        "train.py", ["--model", "demo", "--data", tmp_path / "a.jsonl", "--show-example"]
-    )
-    assert "assistant\n3<|im_end|>" in shown.stdout and f"[[{ANSWER}<|im_end|>]]" in shown.stdout
+    flags = ["--model", "demo", "--data", tmp_path / "a.jsonl", "--show-example"]
+    shown = run(flags, tmp_path / "run").out
+    assert "assistant\n3<|im_end|>" in shown and f"[[{ANSWER}<|im_end|>]]" in shown
 
 
 def test_tool_calls_are_supervised_if_the_template_lays_them_out_and_otherwise_refused(tmp_path):
     base = toys.write_checkpoint(tmp_path / "base", hidden=32, intermediate=48)
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TOOL_TURNS, "tools": [TOOL]}) + "\n")
     flags = ["--model", base, "--data", tmp_path / "a.jsonl", "--show-example"]
-    refused = script("train.py", flags)
-    assert refused.returncode == 2 and "lays out tool calls" in refused.stderr, refused.stderr
+    refused = run(flags, tmp_path / "run")
+    assert refused.code == 2 and "lays out tool calls" in refused.two_line_error()
     (base / "chat_template.jinja").write_text(QWEN2_5)
-    shown = script("train.py", flags).stdout
+    shown = run(flags, tmp_path / "run").out
     assert (
         '[[<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>]]' in shown
     )
@@ -302,12 +301,11 @@ def test_two_data_options_are_two_sources_and_a_renamed_file_resumes(tmp_path):
         (folder / "train.jsonl").rename(tmp_path / f"{name}.jsonl")
     flags = ["--model", base, "--precision", "fp32", "--rank", 2, "--max-steps", 2]
     both = ["--data", tmp_path / "a.jsonl", "--data", tmp_path / "b.jsonl"]
-    done = script("train.py", [*flags, *both, "--out", tmp_path / "both"])
+    finish([*flags, *both], tmp_path / "both")
     audit = json.loads((tmp_path / "both" / "audit.json").read_text())
-    assert done.returncode == 0 and len(audit["sources"]) == 2, done.stderr
+    assert len(audit["sources"]) == 2
 
-    alone = [*flags, "--out", tmp_path / "alone", "--data"]
-    assert script("train.py", [*alone, tmp_path / "a.jsonl"]).returncode == 0
+    finish([*flags, "--data", tmp_path / "a.jsonl"], tmp_path / "alone")
     (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
-    again = script("train.py", [*alone, tmp_path / "c.jsonl"])
-    assert again.returncode == 0 and "all 2 steps done" in again.stdout, again.stderr
+    again = finish([*flags, "--data", tmp_path / "c.jsonl"], tmp_path / "alone")
+    assert "all 2 steps done" in again.out

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from evaluation import answers as generation
 from evaluation import choices as scoring
 from evaluation.generative import had_format
 from evaluation.golds import gold_value
-from evaluation.rejection import correct_solutions
+from evaluation.rejection import correct_solutions, keep
 from evaluation.statistics import Paired, corrected, in_words, wilson_interval
 from report.records import read_run
 from tests import hub_stub, toys
@@ -144,6 +145,16 @@ def test_correct_distinct_whole_answers_are_kept_and_end_like_gold_ones():
     answers = [row["messages"][-1]["content"] for row in rows]
     assert answers == ["It is 7.\n#### 7", "3+4=7\n#### 7", "so\n#### $7\n#### 7"]
     assert all(had_format(answer) for answer in answers) and {row["id"] for row in rows} == {"t:1"}
+
+
+def test_only_whole_answers_count_as_left_out_for_a_wrong_step(tmp_path, capsys):
+    p, right_by_a_wrong_step = problem("3 + 4?", "3+4=7\n#### 7", "t:1"), "3+4=8, so 7\n#### 7"
+    given = [completion(right_by_a_wrong_step, "t:1", n) for n in range(3)]
+    given[2] = replace(given[2], cut_off=True)
+    keep(tmp_path / "own.jsonl", [p], {"t:1": given})
+    assert "2 correct answers are left out: the arithmetic of a step is wrong" in (
+        capsys.readouterr().out
+    )
 
 
 def test_kept_answers_are_in_a_form_that_can_be_scored_whatever_the_form_of_the_golds():

@@ -42,18 +42,13 @@ def test_row_ids_do_not_depend_on_how_many_rows_are_encoded_together(checkpoint,
     assert len(left_out) == 37 - len(kept) > 0
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate"])
-def test_a_script_does_not_import_what_only_some_runs_need(script):
+def test_the_scripts_and_the_data_package_do_not_import_what_only_some_runs_need():
     unneeded = "{'matplotlib', 'pyarrow', 'huggingface_hub', 'transformers', 'peft'}"
-    code = f"import sys, {script}; print(*sorted({unneeded} & sys.modules.keys()))"
+    names = "ChatFormat, Schedule, encode_problems, flat_batch, load_source, split_problems"
+    code = f"import sys, train, evaluate; from data import {names}; "
+    code += f"print(*sorted({unneeded} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
-
-
-def test_the_public_names_of_the_data_package_are_imported_without_pyarrow():
-    names = "ChatFormat, Schedule, encode_problems, flat_batch, load_source, split_problems"
-    code = f"import sys; from data import {names}; sys.exit('pyarrow' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_parts_of_the_startup_time_add_up_to_the_whole():

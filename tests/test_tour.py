@@ -112,6 +112,9 @@ def test_a_task_with_its_own_scorer_is_added_in_two_files(changed):
     validated = run("train.py", *SHORT, *short, "--data", "sorting", "--stop-on", "exact-match",
                     "--exact-match-problems", 4)  # fmt: skip
     assert "answers correct" in validated
-    measure = ["evaluate.py", *short, "--adapter", "out/tiny/best", "--limit", 4]
-    assert "answers correct, same-words" in run(*measure)
-    assert "judged as sorting, by same-words" in run(*measure, "--split", "validation")
+    measure = [*short, "--adapter", "out/tiny/best", "--limit", 4]
+    both = "import sys, evaluate; evaluate.main(sys.argv[1:]);"
+    both += "evaluate.main([*sys.argv[1:], '--split', 'validation'])"
+    first, second = run("-c", both, *measure).split("judged as sorting, by same-words")[1:]
+    assert "answers correct, same-words" in first
+    assert "answers correct, same-words" in second

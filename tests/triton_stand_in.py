@@ -44,7 +44,7 @@ class Kernel:
         self.function = function
 
     def __getitem__(self, grid):
-        def launch(*arguments, **constants):
+        def launch(*arguments, num_warps=4, **constants):
             pointers = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments]
             for program in itertools.product(*map(range, grid)):
                 LANGUAGE.program_id = lambda axis, program=program: Index(program[axis])
@@ -54,8 +54,11 @@ class Kernel:
 
 
 LANGUAGE = SimpleNamespace(
-    arange=torch.arange, where=torch.where, exp=torch.exp, sqrt=torch.sqrt, load=load, store=store,
-    sum=lambda x, axis: x.sum(axis), int64=None, float32=torch.float32, constexpr=int,
+    arange=torch.arange, where=torch.where, exp=torch.exp, log=torch.log, sqrt=torch.sqrt,
+    maximum=torch.maximum, max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+    full=lambda shape, value, dtype: torch.full(shape, value, dtype=dtype),
+    zeros=lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+    load=load, store=store, int64=None, float32=torch.float32, constexpr=int,
 )  # fmt: skip
 TRITON = SimpleNamespace(
     cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()

@@ -401,12 +401,14 @@ def copy(source: Path, to: Path) -> Path:
 # Ranks
 
 
-def start_ranks(flags: list, out: Path, fault: Fault | None = None) -> list[Child]:
-    """Start two ranks; only the second has the `fault`."""
+def start_ranks(
+    flags: list, out: Path, fault: Fault | None = None, first: Fault | None = None
+) -> list[Child]:
+    """Start two ranks; the second has the `fault`, the first that of its own."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(toys.free_port())}
     return [
         start(
-            flags, out, fault=fault if rank else None, log=out.with_name(f"{out.name}-log-{rank}"),
+            flags, out, fault=fault if rank else first, log=out.with_name(f"{out.name}-log-{rank}"),
             env=world | {"RANK": str(rank)},
         )
         for rank in range(2)
