@@ -13,6 +13,14 @@ import sys
 from pathlib import Path
 
 SCRIPTS = {"train": "train", "evaluate": "evaluate", "export": "run.export", "report": "report"}
+HELP = """usage: {name} COMMAND [options]
+
+  train      fine-tune a base with LoRA: {name} train --demo
+  evaluate   measure base and tuned model on the same problems, ask, or chat
+  export     write an adapter merged, portable or as GGUF
+  report     write the report of a run again
+
+{name} COMMAND --help lists a command's options; {name} train --version names the version."""
 
 
 def main() -> None:
@@ -23,7 +31,9 @@ def main() -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         sys.argv[0] = f"{name} {script}"  # what messages call this program
         runpy.run_module(SCRIPTS[script], run_name="__main__")
+    elif sys.argv[1:] in (["-h"], ["--help"]):
+        print(HELP.format(name=name))
     else:
         print(f"error: give one of {', '.join(SCRIPTS)}", file=sys.stderr)
-        print(f"  such as {name} train --demo", file=sys.stderr)
+        print(f"  {name} --help explains them", file=sys.stderr)
         sys.exit(2)

@@ -83,10 +83,10 @@ class EvalConfig:
     )  # fmt: skip
     limit: int | None = option(None, "use only the first N problems of each task", least=1)
     shots: int = option(
-        0, "solved problems shown first, drawn for each problem as in lm-evaluation-harness",
+        0, "solved problems shown before each one, drawn as by lm-evaluation-harness",
         least=0,
     )  # fmt: skip
-    same_shots: bool = option(False, "show the same --shots training rows, the first, to all")
+    same_shots: bool = option(False, "show the first --shots training rows before all problems")
 
     cot: bool = option(False, "ask for a chain of thought, zero-shot, as plain text")
     samples: int = option(1, "answers per problem; several give majority votes", least=1)
@@ -106,11 +106,11 @@ class EvalConfig:
         None, "file of a chat template to use instead of the adapter's or the base's", path="file"
     )
 
-    fresh: bool = option(
-        False, "measure anew in another folder if there is a result, or answers by other code"
-    )
     out: str | None = option(
         None, "folder for the results (default: the adapter's run folder)", path="new"
+    )
+    fresh: bool = option(
+        False, "use a new folder if there is a result already, or answers by other code"
     )
     keep_correct: str | None = option(
         None,
@@ -130,10 +130,10 @@ class EvalConfig:
     )
     precision: str = option("auto", "dtype of the base", choices=("auto", *DTYPES))
     base_precision: str | None = option(
-        None, "hold the base's layers in this (default: as in training)",
+        None, "how to hold the base's layers (default: as in training)",
         choices=("full", "nf4", "int8"),
     )  # fmt: skip
-    shard: bool = option(False, "spread the base over ranks, which the first computes with")
+    shard: bool = option(False, "spread the base over ranks; the first one computes")
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
 
     @property
@@ -384,8 +384,8 @@ def print_start(config: EvalConfig, base: Base, evaluations: list[Evaluation]) -
     validations = Run.of_adapter(config.adapter).validation_count()
     if config.split == "validation" and validations:
         print(
-            f"these problems chose the adapter, the best of {validations} validations, which"
-            " flatters its figures here; --split test has other problems"
+            f"the adapter was chosen by these problems, as the best of {validations} validations,"
+            " so its figures here are optimistic; --split test has other problems"
         )
     print("\n".join(base.lines()))
     if config.temperature and not config.top_k and config.top_p == 1:

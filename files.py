@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from errors import BadOption, UserError, is_passing
 
 MANIFEST = "manifest.json"
-# Answers of file systems and systems on which a folder cannot be synced: CIFS, FUSE, Windows.
+# Errors of fsync where a folder cannot be synced: on CIFS, some FUSE mounts, Windows.
 FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
                       errno.EACCES, errno.EPERM)  # fmt: skip
 ODD_KINDS = ((stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"),
@@ -195,10 +195,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a whole JSON file, as `write_file` does."""
     write_file(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
+    """A JSON value as the bytes of a file: indented, in UTF-8."""
     return json.dumps(value, indent=2).encode() + b"\n"
 
 

@@ -1,4 +1,8 @@
-"""Progress bars: on a terminal they move; in a log file they leave one line per half minute."""
+"""Progress bars: on a terminal they move; in a log file they leave one line per half minute.
+
+A bar inside another one, such as a validation's in that of the steps, takes its line until it ends:
+a notebook shows a cell's output as a terminal does, but cannot move the cursor up a line.
+"""
 
 import sys
 from collections.abc import Iterable
@@ -10,7 +14,7 @@ from tqdm import tqdm
 def progress_bar(items: Iterable | None = None, **options: Any) -> tqdm:
     """tqdm, but off a terminal it is quieter: work of under 5 seconds prints nothing."""
     if sys.stderr.isatty():
-        return tqdm(items, **options)
+        return tqdm(items, **{"position": 0, **options})
     quiet = {"mininterval": 30, "delay": 5, "ascii": True, "ncols": 78}
     return _LogBar(items, **{**quiet, "file": _WholeLines(sys.stderr), **options})
 

@@ -19,6 +19,11 @@ from typing import Any, TextIO
 DRAWING = re.compile(r"\r|(?:\x1b\[A)+|")
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """`97.5 %` for 0.975."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def printable(text: str, keep: str = "") -> str:
     """`text` with invisible characters as their escapes, except for those in `keep`.
 
@@ -88,7 +93,7 @@ def open_screens() -> None:
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if not isinstance(stream, Screen):
             with contextlib.suppress(AttributeError, ValueError, OSError):
-                stream.reconfigure(errors="backslashreplace")  # a terminal need not know them all
+                stream.reconfigure(errors="backslashreplace")  # for characters that it lacks
             setattr(sys, name, Screen(stream, bars=name == "stderr"))
 
 

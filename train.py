@@ -86,8 +86,8 @@ class TrainConfig:
     revision: str | None = option(None, "branch, tag or commit of the base on the Hub")
     data: tuple[str, ...] = option(
         ("gsm8k",),
-        f"tasks ({', '.join(TASKS)}), folders, .jsonl or .parquet files, Hub datasets; NAME:2 takes"
-        " its rows twice an epoch",
+        f"tasks ({', '.join(TASKS)}), files or folders of rows, Hub datasets; NAME:2 takes its rows"
+        " twice an epoch",
     )
     columns: tuple[str, ...] = option((), "rename columns: question=problem,answer=text")
     data_revision: str | None = option(None, "branch, tag or commit of the data on the Hub")
@@ -157,9 +157,9 @@ class TrainConfig:
     checkpoint_activations: bool = option(
         False, "keep each layer's input only and recompute the rest: less memory, slower"
     )
-    compile: bool = option(False, "torch.compile the layers, after a trial of their gradients")
+    compile: bool = option(False, "compile the layers, after checking their gradients")
     cuda_graphs: bool = option(
-        False, "launch the network of a training step at once; not tried on a GPU yet"
+        False, "launch a training step as CUDA graphs; not tried on a GPU yet"
     )
     price_per_hour: float | None = option(
         None, "price of the machine in dollars, for the report", least=0
@@ -174,7 +174,8 @@ class TrainConfig:
         False, "measure one step, print what the run would take, write nothing, and exit"
     )
     fresh: bool = option(
-        False, "train anew in OUT-2, -3, ... if OUT holds a finished run, or one of other code"
+        False,
+        "use a new folder, OUT-2, ..., if OUT holds a finished run or one of other code",
     )
     track: str | None = option(
         None, "show the log in this tracker too; its package must be installed", choices=TRACKERS
@@ -189,7 +190,7 @@ GROUPS = {  # title -> first option, example
     "validation": ("validation_share", "--stop-on exact-match"),
     "machine": ("precision", "--max-minutes 55 --track tensorboard"),
 }
-HELP = """Fine-tune Qwen2 with low-rank adapters.
+HELP = """Fine-tune Qwen2, Qwen2.5 or Qwen3 with low-rank adapters.
 
 examples:
   %(prog)s --demo

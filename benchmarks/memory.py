@@ -17,25 +17,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import LORA, Ours, trust_if_counting, write_result
+from benchmarks.sizes import SIZES
 from data.batches import Schedule
 from data.encode import IGNORE, Example
 from errors import BadOption, run_script
-from model.qwen2 import Qwen2, Qwen2Config
+from model.qwen2 import Qwen2
 from run.device import DTYPES, describe, pick_precision
 from run.memory import MemoryModel
 from run.options import option, parse
 
-SIZES = {  # Qwen2's and Qwen2.5's
-    "0.5B": Qwen2Config(896, 4864, 24, 14, 2, 151936),
-    "1.5B": Qwen2Config(1536, 8960, 28, 12, 2, 151936),
-    "3B": Qwen2Config(2048, 11008, 36, 16, 2, 151936),
-    "7B": Qwen2Config(3584, 18944, 28, 28, 4, 152064, tie_word_embeddings=False),
-}
+QWEN = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B")
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    sizes: tuple[str, ...] = option(tuple(SIZES), "sizes of the base")
+    sizes: tuple[str, ...] = option(QWEN, f"sizes of the base: {', '.join(SIZES)}")
     batch_size: int = option(16, "examples in a micro-batch", least=1)
     length: int = option(200, "mean tokens of an example; half of them are supervised", least=4)
     precision: str = option("auto", "dtype of the base", choices=("auto", "bf16", "fp16", "fp32"))
@@ -57,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # as run.device.prepare does
     precision, _ = pick_precision(config.precision, device)
     print(f"{describe(device)}, {precision}")
-    print(f"{'base':<6}{'tokens':>8}{'recomputed':>12}{'estimate':>10}{'peak':>8}   difference")
+    print(f"{'base':<14}{'tokens':>8}{'recomputed':>12}{'estimate':>10}{'peak':>8}   difference")
     ways = [False] if config.compile else [False, True]  # recomputed
     found = [
         line for size in config.sizes for recompute in ways
@@ -86,10 +82,10 @@ def compare(
             torch.cuda.reset_peak_memory_stats()
             ours.step(step)
     except torch.OutOfMemoryError:
-        print(f"{size:<6}{step.token_count:>8,}{recompute!s:>12}{memory.gb:>10.2f}   -")
+        print(f"{size:<14}{step.token_count:>8,}{recompute!s:>12}{memory.gb:>10.2f}   -")
         return None
     peak = torch.cuda.max_memory_allocated()
-    print(f"{size:<6}{step.token_count:>8,}{recompute!s:>12}{memory.gb:>10.2f}"
+    print(f"{size:<14}{step.token_count:>8,}{recompute!s:>12}{memory.gb:>10.2f}"
           f"{peak / 1e9:>8.2f}   {memory.gb * 1e9 / peak - 1:+.1%}   {memory}")  # fmt: skip
     return {"size": size, "tokens": step.token_count, "recompute": recompute,
             "estimate": memory.gb, "peak": peak / 1e9}  # fmt: skip

@@ -10,6 +10,7 @@ from data.encode import Example
 from data.mixture import EncodedSource
 from data.rows import Problem
 from data.split import count_repeated, count_shared, mask_numbers, normalize
+from terminal import percent
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ def audit(
 
 def audit_lines(a: Audit) -> list[str]:
     """The audit as lines of at most 80 columns."""
-    share = a.supervised_count / max(1, a.tokens["total"])
+    share = percent(a.supervised_count / max(1, a.tokens["total"]), 0)
     per = "in all rows" if a.sources else "per epoch"
     lines = [
         f"rows        {_splits(a.rows)}",
         "lengths     " + ", ".join(f"{k} {v:,}" for k, v in a.tokens.items() if k != "total"),
-        f"tokens      {a.tokens['total']:,} {per}, {a.supervised_count:,} supervised ({share:.0%})",
+        f"tokens      {a.tokens['total']:,} {per}, {a.supervised_count:,} supervised ({share})",
         f"left out    {len(a.left_out)} rows",
         *(f"            {reason}" for reason in a.left_out[:3]),  # audit.json has them all
     ]

@@ -86,20 +86,24 @@ class Schedule:
 
     @property
     def source_rows(self) -> tuple[SourceRows, ...]:
+        """The rows of each source; all rows as one source if there is only one."""
         count = len(self.examples)
         return self.sources or (SourceRows(count, per_epoch=count),)
 
     @property
     def examples_per_step(self) -> int:
+        """Sequences of an optimizer step, over all micro-batches and ranks."""
         return self.batch_size * self.grad_accum * self.ranks
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last one may have fewer sequences."""
         rows = sum(source.per_epoch for source in self.source_rows)
         return -(-rows // self.examples_per_step)  # rounded up
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
         steps = self.epoch_start(self.epochs)
         return min(steps, self.max_steps or steps)
 

@@ -49,10 +49,12 @@ class WorkedStep:
 
     @property
     def expression(self) -> str:
+        """The step as in a solution, such as `3*4`."""
         return f"{self.left}{self.operator}{self.right}"
 
     @property
     def result(self) -> int:
+        """Its value, a positive integer."""
         value = OPERATORS[self.operator](self.left, self.right)
         assert value == int(value) > 0, self
         return int(value)
@@ -74,6 +76,7 @@ class Story:
 
     @property
     def answer(self) -> int:
+        """The number that the last step gives."""
         return self.steps[-1].result
 
     def solution(self) -> str:

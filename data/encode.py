@@ -28,6 +28,7 @@ class Example:
 
     @property
     def supervised_count(self) -> int:
+        """How many tokens have a target."""
         return int((self.targets != IGNORE).sum())
 
 

@@ -74,16 +74,17 @@ def source_names(data: str | Sequence[str]) -> list[str]:
 
 
 def check_rounding(audit: Mapping[str, Any]) -> None:
-    """Raise BadRun if rounding changes the schedule of a run that was saved before rounding.
+    """Raise BadRun if a run of an earlier version would now take other rows.
 
-    Such a run took the rows of a source by exact fractions. `audit` is its audit.json.
+    Earlier versions did not round the number of rows that an epoch takes from a source. `audit` is
+    the run's audit.json.
     """
     for name, source in audit.get("sources", {}).items():
         weight, count = source["weight"], source["rows"]["train"]
         if Decimal(str(weight)) * count % 1 != 0:
             raise BadRun(
-                f"this run takes {weight:g} x {count} rows of {name} in an epoch by exact"
-                " fractions, which are now rounded",
+                f"an epoch of this run takes {weight:g} x {count} rows of {name}, which is not a"
+                " whole number and is now rounded",
                 "start a new run in another --out, or resume with the version that started it",
             )
 

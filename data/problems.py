@@ -28,7 +28,7 @@ class Message(NamedTuple):
 class Choices:
     """A multiple-choice question as lm-evaluation-harness asks it, in plain text."""
 
-    context: str  # which a space and one of the options continue
+    context: str  # followed by a space and one of the options
     options: tuple[str, ...]
     gold: int  # index of the correct option
     head: str = ""  # precedes the context and any solved questions before it
@@ -54,6 +54,7 @@ class Problem:
 
     @property
     def answer(self) -> str:
+        """The gold answer: the text of the last message."""
         return self.messages[-1].content
 
     @property

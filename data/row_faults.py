@@ -96,12 +96,13 @@ def suggestion(row: dict) -> str:
 
 
 def suggested(row: dict, names: tuple[str, ...]) -> str | None:
-    """The first of `names` that a row has as a column of text, in any case, as it is spelled."""
+    """The first of `names` that a row has as a column of text, in any case; None if it has none."""
     own = {str(n).casefold(): n for n, v in row.items() if isinstance(v, str) and not is_blank(v)}
     return next((own[name] for name in names if name in own), None)
 
 
 def remedy_for_non_object(row: object) -> str:
+    """What to do about a row that is not a JSON object; "" if nothing is known."""
     if isinstance(row, list) and row and isinstance(row[0], dict):
         return 'write each conversation as an object: {"messages": [...]}'
     if isinstance(row, str) and from_json(row) is not row:

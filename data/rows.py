@@ -182,7 +182,7 @@ def parse_row(
 def find_format(row: dict, columns: Columns = NOT_RENAMED) -> str:
     """The key in `ROW_FORMATS` of a row's format; BadRow if it is in several or in none.
 
-    If columns are missing, it is the format of which the row has most columns.
+    If columns are missing, it is the format that the row has the most columns of.
     """
     renamed = {name for name, other in columns.items() if other} - set(ADDED_COLUMNS)
     candidates = {
@@ -313,7 +313,7 @@ def _tools(row: dict, columns: Columns, used: set[str]) -> tuple[dict[str, Any],
 def _system(
     row: dict, columns: Columns, messages: tuple[Message, ...], used: set[str], notes: Notes
 ) -> tuple[Message, ...]:
-    """The system turn in a column of its own; () if there is none, or an equal one already."""
+    """The system turn of a separate column; () if there is none, or if `messages` has it."""
     given = [columns["system"]] if "system" in columns else SYSTEM_COLUMNS
     found = {n: row[n] for n in given if n and columns.get(n) != "" and not is_blank(row.get(n))}
     used.update(found)

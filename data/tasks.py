@@ -50,7 +50,7 @@ def load_source(name: str, revision: str | None = None, columns: Columns = NOT_R
 
     `columns` maps a row format's columns to the names they have in custom data. Raises BadData for
     a source that does not exist or cannot be read, BadOption for `columns` of a built-in task.
-    The `revision` "" is that of a run whose source was no repository: the Hub is not asked for it.
+    The `revision` "" means that the source of the run was not a repository on the Hub.
     """
     if name in TASKS:
         if columns:

@@ -37,7 +37,7 @@ STOPS = {  # by prompt: texts that end an answer
     "few-shot": ("Question:", "</s>", "<|im_end|>"),
     "chain-of-thought": ("Q:", "</s>", "<|im_end|>"),
 }
-STOP_WINDOW = 12  # tokens: the longest stop is never spread over more
+STOP_WINDOW = 12  # the most tokens that one of these stops can consist of
 SEED_STRIDE = 2**40  # between the seeds of two turns, so that their uniform draws differ
 NOTHING = Problem("", ())  # fills the places of conversations that are not asked in a round
 
@@ -263,7 +263,7 @@ def exact_matches(
     """How many of `problems` the model answers correctly, without dropout.
 
     `judge` is that of generated answers; `poll` is called after each token, and may raise to stop.
-    `done` holds [id, whether it is correct] of problems answered before, and gets the others.
+    `done` holds [id, whether it is correct] of problems answered before; the others are added.
     """
     gold, done = {p.id: p.answer for p in problems}, [] if done is None else done
     model.eval()

@@ -225,10 +225,12 @@ def likeliest(scores: list[float]) -> int | None:
 
 
 def acc(scores: list[float], choices: Choices) -> bool:
+    """Whether the option with the highest log-likelihood is the gold one."""
     return likeliest(scores) == choices.gold
 
 
 def acc_norm(scores: list[float], choices: Choices) -> bool:
+    """The same, with each sum divided by the number of characters of its option."""
     return acc([s / len(option) for s, option in zip(scores, choices.options)], choices)
 
 

@@ -10,8 +10,8 @@ and in how they compare it:
     openai            openai/grade-school-math: after the first `#### `; equal text without commas
 
 The last three compare texts. They take a gold that ends in `#### N` as their sources define it. A
-gold in another form, such as `####18` or `The answer is: 18`, is given to them as `#### 18`. The
-completion needs `#### 18` for strict-match and openai all the same.
+gold in another form, such as `####18` or `The answer is: 18`, is given to them as `#### 18`. Even
+then, strict-match and openai accept only completions with `#### 18`.
 
 Only ours accepts `#### 18.00` for 18, and U+2212 as a minus sign. Only flexible-extract takes `...`
 for an answer, and `10-3` for -3. Only openai rejects `#### 18.`. All scorers take time linear in
@@ -70,9 +70,11 @@ class Judge:
 
     @property
     def headline(self) -> str:
+        """The name of the scorer that decides whether an answer is correct."""
         return next(iter(self.scorers))
 
     def is_correct(self, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:
+        """Whether the first scorer accepts `answer`."""
         return self.score(self.headline, answer, gold, cut_off=cut_off)
 
     def score(self, name: str, answer: Any, gold: Any, *, cut_off: bool = False) -> bool:

@@ -35,7 +35,7 @@ _TOKENS = {
     "+": rf"\+|(?i:plus){_OPERAND}",
     "?": r"[=<>!]+[=<>]+|[-=]+>",
     "-": rf"[-–−](?!\s)|(?i:minus){_OPERAND}",  # may be a sign
-    "_": r"[-–−]",  # is none
+    "_": r"[-–−]",  # cannot be a sign
     "%": r"\\?%",
     "=": r"[=≈]|\\approx",
     "b": r"\\[()\[\]\\]|[\n.,;:!?\"“”'’`|<>—•#]",  # a break between expressions

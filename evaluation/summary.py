@@ -33,6 +33,7 @@ from evaluation.statistics import (
     wilson_interval,
 )
 from evaluation.steps import operations, reasoning_steps
+from terminal import percent
 
 TRANSCRIPTS = 5  # of each kind in a result
 
@@ -212,8 +213,8 @@ def models_table(result: dict[str, Any]) -> str:
         row("tokens per second", (per_second(m["tokens"], m["seconds"], 0) for m in columns))
     if first.get("loss") is not None:
         row("loss, nats per token", (f"{m['loss']:.4f}" for m in columns))
-        row("token accuracy (teacher-forced)", (f"{m['token_accuracy']:.1%}" for m in columns))
-        row("gold answers of these two", (str(m.get("loss_problems", n)) for m in columns))
+        row("token accuracy (teacher-forced)", (percent(m["token_accuracy"]) for m in columns))
+        row("both on gold answers", (str(m.get("loss_problems", n)) for m in columns))
     for kind in first.get("mistakes", ()):
         if any(m["mistakes"].get(kind) for m in columns):  # most kinds are rare
             row(f"classified as {kind}", (str(m["mistakes"].get(kind, "-")) for m in columns))
@@ -287,10 +288,12 @@ def wrapped(text: str, indent: str = "  ") -> str:
 
 
 def in_columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows as lines: a label of 33 characters, and cells of 22."""
     return "\n".join(f"{row[0]:<33}" + "".join(f"{cell:>22}" for cell in row[1:]) for row in rows)
 
 
 def per_second(count: int, seconds: float, decimals: int) -> str:
+    """`count / seconds` with this many decimals."""
     return f"{count / max(seconds, 1e-9):.{decimals}f}"
 
 

@@ -37,5 +37,5 @@ def remove_casts(adapters: list[LoRALinear], model: nn.Module, inputs: Any, outp
 
 
 def _dtype(base_layer: nn.Linear) -> torch.dtype:
-    """Of its weight, which a quantized layer would dequantize if it were asked for it."""
+    """The dtype of the layer's weight, without dequantizing the weight of a quantized layer."""
     return getattr(base_layer, "dtype", None) or base_layer.weight.dtype

@@ -59,6 +59,7 @@ class DoRALinear(LoRALinear):
         return squares.clamp_min(MIN_SQUARE).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (T, in) to (T, out)."""
         y = self.base_layer(x)  # (T, out)
         if not self.enabled or self.merged:
             return y

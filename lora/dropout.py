@@ -57,6 +57,7 @@ class KeyedDropout(nn.Module):
         return signed >= self.threshold - 2 ** (BITS - 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drop values of x (T, C) in training, and scale the others by 1 / (1 - p)."""
         if not self.drops(x):
             return x
         if self.fused:

@@ -64,6 +64,7 @@ class LoRALinear(nn.Module):
         self.cast: tuple[Tensor, Tensor] | None = None  # A and B in the base's dtype: see cast.py
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (T, in) to (T, out)."""
         y = self.base_layer(x)  # (T, out)
         if not self.enabled or self.merged:
             return y

@@ -35,7 +35,7 @@ def lora_config(options: Mapping[str, Any]) -> LoRAConfig:
     problems = [f"--rank {bad!r}: not a whole number above 0, or given twice" for bad in bad_ranks]
     problems += [f"--alpha {bad!r}: not a number above 0, or given twice" for bad in bad_alphas]
     if problems:
-        raise BadOption(listed(problems), "write --rank 8 or --rank 8,q_proj=16; --alpha likewise")
+        raise BadOption(listed(problems), "write 8 or 8,q_proj=16")
     asked = LoRAConfig(
         r=r, alpha=alpha, dropout=options["dropout"], targets=tuple(options["targets"]),
         rslora=options["rslora"], dora=options["dora"], ranks=ranks, alphas=alphas,

@@ -167,7 +167,7 @@ class AdapterFolder:
                 yield Fault(f"{keys[matrix]} is {found}, not {shape}", remedy)
 
     def _selection_problems(self, names: set[str], model: nn.Module) -> Iterator[Fault]:
-        """Layers without tensors that the config selects, and the reverse."""
+        """Selected layers without tensors, and tensors of layers that are not selected."""
         adaptable = nn.Linear | nn.Embedding
         modules = (name for name, m in model.named_modules() if isinstance(m, adaptable))
         selected = {name for name in modules if self.settings.selects(name)}

@@ -215,12 +215,12 @@ def kernel_error(
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """By PyTorch's variable-length flash kernel: half precision, on Ampere GPUs and newer.
+    """Attention by PyTorch's variable-length flash kernel: half precision, Ampere GPUs and newer.
 
     (T, H, D), (T, G, D), (T, G, D) -> (T, H, D); `offsets (examples + 1,)` are the boundaries of
-    the examples, the longest of which has `longest` tokens. It is the internal function that
-    `torch.nn.attention.varlen` wraps in Python, forward and backward, which costs the host more
-    than the rest of attention.
+    the examples, and `longest` is the number of tokens of the longest one. It is the internal
+    function that `torch.nn.attention.varlen` wraps in Python, forward and backward, which costs
+    the host more than the rest of attention.
     """
     y, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, offsets, offsets, longest, longest,
@@ -230,7 +230,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
 
 
 def attend_efficient(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """By the kernel of PyTorch's memory-efficient attention: any dtype, on CUDA GPUs from 2014 on.
+    """Attention by PyTorch's memory-efficient kernel: any dtype, CUDA GPUs from 2014 on.
 
     Arguments and result are those of `attend_varlen`. The kernel needs as many key as query heads.
     It is the internal function that scaled_dot_product_attention calls for nested tensors.
@@ -247,7 +247,7 @@ CAUSAL_FROM_TOP_LEFT = 1  # sdp::CustomMaskType: the first query of an example s
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """By one call on examples padded to the longest: any device.
+    """Attention by one call on examples padded to the longest: any device.
 
     Arguments and result are those of `attend_varlen`. The padding comes after each example, where
     no causal query sees it, so it needs no mask.
@@ -266,7 +266,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """By `attend_blockwise` in fp32 on each example: any device, slow, and the host waits.
+    """Attention by `attend_blockwise` in fp32, example by example: any device, slow, host waits.
 
     Arguments and result are those of `attend_varlen`.
     """

@@ -220,7 +220,7 @@ class AttentionAfter:
 def shared_prefix(model: Qwen2, prompts: list[list[int]]) -> KVCache | None:
     """A prefilled cache of the tokens that all prompts begin with; None if it would save little."""
     distinct = {tuple(prompt) for prompt in prompts}
-    # What the first and the last in lexicographic order share, all the others share too.
+    # The common prefix of the first and last in lexicographic order is common to all.
     first, last = min(distinct), max(distinct)
     shortest = min(len(prompt) for prompt in distinct)
     equal = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), shortest)
@@ -233,7 +233,7 @@ def shared_prefix(model: Qwen2, prompts: list[list[int]]) -> KVCache | None:
 
 
 def send(numbers: Sequence, device: torch.device) -> Tensor:
-    """Numbers, or rows of them, on `device`; a GPU copies from pinned memory asynchronously."""
+    """A tensor of `numbers` on `device`; the copy to a GPU is asynchronous."""
     x = torch.tensor(numbers)
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
@@ -245,7 +245,7 @@ def _aligned(slots: int) -> int:
 def attend_slots(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention over the slots where `mask (B, 1, 1, S)` is True, at least one for each query.
 
-    If q, k and v have the same dtype, the mask may also be what is added to the scores, in it.
+    The mask may also be a bias that is added to the scores, if it has the dtype of q, k and v.
     (B, G, Q, D), (B, G, S, D), (B, G, S, D) -> (B, G, Q, D). Any mask that broadcasts to
     (B, G, Q, S) is allowed, and `q` and `k` may be wider than `v`.
     """

@@ -28,7 +28,7 @@ SHIPPED = {"demo": Path(__file__).parent / "demo"}  # base models included in th
 PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja", "additional_chat_templates/*.jinja", "*.safetensors",
             "*.safetensors.index.json"]  # fmt: skip
-# Largest accepted sizes. Layers are built before the weights are checked, so few are allowed.
+# Largest accepted sizes. Layers are built before the weights are checked: their number is limited.
 MAX_LAYERS, MAX_SIZE = 2**9, 2**24
 
 # Weight files that may be in a checkpoint's folder and are not read.

@@ -215,6 +215,7 @@ def least_allowed(p: Tensor, decoding: Decoding) -> Tensor:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
+    """fp64, or fp32 on a device without it."""
     return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no fp64
 
 

@@ -32,7 +32,7 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class Keyed(Protocol):
-    """A module that reads other `keys (T,)`, int32, in each micro-batch, as keyed dropout does."""
+    """A module whose `keys (T,)`, int32, change with each micro-batch, such as keyed dropout."""
 
     keys: Tensor | None
 
@@ -77,7 +77,7 @@ class GraphedForward:
     ) -> Tensor:
         training = self.model.training and torch.is_grad_enabled() and cache is None
         if self.unfinished and training:
-            self.give_up("a step was broken off, as when memory runs out")
+            self.give_up("a step was interrupted, for example because memory ran out")
         if self.given_up or not training:
             return self.plain(tokens, positions, lengths, cache)
         self.unfinished = True
@@ -108,7 +108,8 @@ class GraphedForward:
         """Use `graph` if it agrees with the plain pass; if not, give up all graphs.
 
         `found` are the graph's hidden states (T, C) and then its gradients, `expected` those of the
-        plain pass. If one of these is not finite, as when fp16 overflows, nothing is decided.
+        plain pass. If one of these is not finite, for example because fp16 overflowed,
+        nothing is decided.
         """
         pairs = zip(found, expected)
         norms = [n for a, b in pairs for n in ((a - b).float().norm(), b.float().norm())]

@@ -84,6 +84,7 @@ def holds_nan_or_infinity(tensor: Tensor) -> Tensor:
 
 
 def not_finite_error(folder: Path, dtype: torch.dtype, names: list[str]) -> BadCheckpoint:
+    """The error for tensors `names` that are not finite in `dtype`."""
     problems = listed(f"{name} holds NaN or infinity" for name in names)
     return BadCheckpoint(
         f"{folder}, read as {str(dtype).removeprefix('torch.')}: {problems}",

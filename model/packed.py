@@ -47,6 +47,7 @@ class PackedWeights:
 
 
 def can_pack(weight: Tensor) -> bool:
+    """Whether this machine has packed kernels for `weight`: bf16 on a CPU."""
     return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works()
 
 

@@ -48,6 +48,7 @@ class QuantizedLinear(nn.Linear):
 
     @property  # nn.Linear declares an attribute that can be set
     def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight (out, in), computed anew at each access."""
         return dequantize(self.codes, self.absmax, self.dtype)  # (out, in)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Qwen2Config:
 
     @property
     def head_size(self) -> int:
+        """D, the size of a query, key or value head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property

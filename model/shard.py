@@ -46,7 +46,7 @@ def own_part(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor, which holds this rank's part."""
+    """Whether it is a DTensor, of which each rank holds its part."""
     return hasattr(parameter, "placements")
 
 

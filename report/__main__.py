@@ -17,6 +17,8 @@ from run.options import option, parse
 
 @dataclass(frozen=True)
 class ReportConfig:
+    """The options."""
+
     run: str = option(
         "", "run folder, such as out/qwen2-0.5b-instruct-gsm8k; --run may be omitted", path="any"
     )

@@ -59,6 +59,7 @@ def in_short(e: EvaluationRecord) -> Iterator[Block]:
 
 
 def setup(e: EvaluationRecord) -> str:
+    """How the evaluation was made, in sentences."""
     models = " and ".join(e.models)
     if e.has_choices:
         return (
@@ -67,7 +68,7 @@ def setup(e: EvaluationRecord) -> str:
         )
     sampled = f"{e.samples} samples at temperature {e.temperature:g}"
     longest = show.count(e.max_new_tokens) or page.MISSING
-    chosen = " These rows chose the adapter among all validations, which flatters it."
+    chosen = " The adapter was chosen by these rows, so the figures are optimistic."
     return (
         f"{e.problems:,} problems, answered by {models} with the same prompts:"
         f" {sampled if e.temperature else 'greedy decoding'}, at most {longest} new tokens per"
@@ -149,7 +150,7 @@ def answer_values(m: ModelResult, problems: int) -> dict[str, str | None]:
         "tokens per second": show.count(per_second),
         "loss, nats per supervised token": show.nats(m.loss),
         "token accuracy (teacher-forced)": show.share(m.token_accuracy),
-        "references of these two": show.count(m.loss_problems),
+        "reference answers measured for both": show.count(m.loss_problems),
         "nats of the correct choice": show.nats(m.right_choice_nats),
     }
 

@@ -100,7 +100,7 @@ def over_steps(title: str, unit: str, curves: Iterable[Curve], scale: str) -> st
         points = [(x(step), y(value), step, value) for step, value in sample(curve.points)]
         path = " ".join(f"{across:.1f},{down:.1f}" for across, down, *_ in points)
         drawn.append(f'<polyline class="{curve.kind}" points="{path}"/>')
-        kind = curve.kind if len(points) < 40 else f"{curve.kind} unseen"  # apart from its title
+        kind = curve.kind if len(points) < 40 else f"{curve.kind} unseen"  # has a title only
         for across, down, step, value in points:
             drawn.append(dot(across, down, kind, f"step {step:,.6g}: {value:,.4g}"))
     legend = {curve.label: curve.kind for curve in curves if len(curves) > 1}
@@ -137,23 +137,28 @@ def shares(title: str, unit: str, models: dict[str, dict[str, Share | None]]) ->
 
 
 def sample(points: Sequence) -> Sequence:
+    """At most MOST_POINTS of the points, evenly spaced."""
     return points[:: -(-len(points) // MOST_POINTS) or 1]
 
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    """A straight line of SVG, of the CSS class `kind`."""
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 def dot(x: float, y: float, kind: str, about: str) -> str:
+    """A circle of SVG that shows `about` when pointed at."""
     title = tag("title", about)
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>'
 
 
 def text(x: float, y: float, content: str, anchor: str) -> str:
+    """A text of SVG; `anchor` is the part of it at (x, y): start, middle or end."""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(content)}</text>'
 
 
 def figure(title: str, unit: str, legend: dict[str, str], height: float, drawn: list[str]) -> str:
+    """An HTML figure: the drawn SVG elements, with a title, unit and legend."""
     keys = "".join(tag("span", label, f"key {kind}") for label, kind in legend.items())
     caption = f"<figcaption>{tag('b', title)} {tag('span', unit)}{keys}</figcaption>"
     drawing = tag("title", title) + "".join(drawn)

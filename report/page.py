@@ -58,6 +58,7 @@ class Table:
 
     @property
     def html(self) -> str:
+        """The table as HTML; "" if no row is filled."""
         if not self.filled:
             return ""
         header, *rows = self.filled
@@ -73,6 +74,7 @@ class Table:
 
     @property
     def markdown(self) -> str:
+        """The table as Markdown; "" if no row is filled."""
         lines = [f"| {' | '.join(map(inert, row))} |" for row in self.filled]
         if not lines:
             return ""
@@ -103,6 +105,7 @@ def to_html(title: str, blocks: Iterable[Block]) -> str:
 
 
 def to_markdown(blocks: Iterable[Block]) -> str:
+    """The blocks as one Markdown file."""
     return "\n\n".join(filter(None, (block.markdown for block in blocks))) + "\n"
 
 

@@ -136,6 +136,7 @@ class EvaluationRecord:
 
     @property
     def title(self) -> str:
+        """The task, its split and the prompt, for people."""
         return ", ".join(filter(None, (self.task, self.split, self.prompt))) or self.name
 
     @property
@@ -198,6 +199,7 @@ class RunRecord:
         return [(step, value) for step, value in found if None not in (step, value)]
 
     def values(self, key: str) -> list[float]:
+        """The values of a log's series, without their steps."""
         return [value for _, value in self.series(key)]
 
     @property
@@ -344,4 +346,5 @@ field_types = cache(get_type_hints)
 
 
 def mapping(value: Any) -> dict[str, Any]:
+    """`value` if it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}

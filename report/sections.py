@@ -28,7 +28,8 @@ TEACHER_FORCED = (
 LOSSES = (
     "Losses are in nats per supervised token. For training, first and last are means over 1 % of"
     " the steps; over the last tenth, they are the means of its two halves. A validation at"
-    " step 0 measures the base model. They chose the best adapter, which flatters its figure."
+    " step 0 measures the base model. The best adapter was chosen by its validation, so that figure"
+    " is optimistic."
 )
 MORE_EPOCHS = {  # direction of what is minimized: answer
     "rising": "Unlikely: the {} has passed its minimum",
@@ -129,9 +130,9 @@ def cards(run: RunRecord) -> Iterator[tuple[str | None, ...]]:
     seconds = run.progress.seconds
     paid = show.cost(seconds, run.price_per_hour) or "price per hour not given"
     time = show.duration(seconds) if seconds else "not known yet"
-    yield "Training time", time, f"{len(run.steps):,} steps logged; {paid}"
+    yield "Training time", time, f"{len(run.steps):,} steps; {paid}"
     if memory := run.values("peak_memory_gb"):
-        yield "Peak memory", f"{max(memory):.1f} GB", "the most in use at once"
+        yield "Peak memory", f"{max(memory):.1f} GB", "during training"
 
 
 # Results and training.
@@ -147,7 +148,7 @@ def results(run: RunRecord) -> Iterator[Block]:
         yield page.paragraph(f"Unfinished evaluations, with answers so far: {names}.")
     if run.outdated:
         names = ", ".join(run.outdated)
-        yield page.paragraph(f"Not shown, as best/ has another adapter since: {names}.")
+        yield page.paragraph(f"Not shown, because best/ holds another adapter now: {names}.")
     if not run.evaluations:
         yield page.paragraph("This folder has no finished evaluation.")
 

@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from report.records import Share
+from terminal import percent
 
 
 def known(formatter: Callable[..., str]) -> Callable[..., str | None]:
+    """`formatter`, but None for None."""
     return lambda value, *more: None if value is None else formatter(value, *more)
 
 
 nats = known(lambda value: f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3g}")
 count = known("{:,.0f}".format)
 two_digits = known("{:.2f}".format)
-share = known(lambda value, digits=1: f"{100 * value:.{digits}f} %")
+share = known(percent)
 
 
 def value(x: Any) -> str:
@@ -42,6 +44,7 @@ def from_to(shares: Sequence[float]) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
+    """`+1.0` or `−1.0`, with a true minus sign."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
@@ -56,6 +59,7 @@ def duration(seconds: float) -> str:
 
 
 def cost(seconds: float | None, price_per_hour: float | None) -> str | None:
+    """The price of this time in dollars; None if either is not known."""
     if price_per_hour is None or seconds is None:
         return None
     dollars = price_per_hour * seconds / 3600

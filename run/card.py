@@ -15,7 +15,7 @@ from files import read_json, write_file
 from lora.config import LoRAConfig
 from lora.peft_format import CONFIG, read_adapter_config
 from run.folder import Run, adapter_sha256
-from terminal import printable
+from terminal import percent, printable
 from typed import fits
 
 DATASETS = {  # of the built-in tasks
@@ -189,8 +189,8 @@ def _results(run: Run, adapter: Path) -> str:
                 continue
             base, tuned = (sum(models[name]["outcomes"]) / n for name in ("base", "tuned"))
             lines.append(
-                f"- {printable(_without_folder(settings['data']))}: {base:.1%} of {n:,}"
-                f" problems before, {tuned:.1%} after ({result['in_words']})"
+                f"- {printable(_without_folder(settings['data']))}: {percent(base)} of {n:,}"
+                f" problems before, {percent(tuned)} after ({result['in_words']})"
             )
         except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             continue  # the result of another version: the card does without it

@@ -21,6 +21,7 @@ from run.card import readers
 from run.folder import Progress, Run
 from run.identity import NOT_BIT_FOR_BIT
 from run.options import changed_options, command, in_two_columns
+from terminal import percent
 
 MEASURED = 5  # steps after which the time left is stated
 
@@ -44,12 +45,18 @@ def print_start(
 
 def print_sizes(trainable: int, total: int, schedule: Schedule) -> None:
     """How many parameters are trained, and how many sequences and steps there are."""
-    print(f"trainable {trainable:,} of {total:,} ({100 * trainable / total:.2f} %)")
-    print(
-        f"{schedule.batch_size} sequences x {schedule.grad_accum} micro-batches x"
-        f" {schedule.ranks} ranks = {schedule.examples_per_step} a step;"
-        f" {schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all"
+    print(f"trainable   {trainable:,} of {total:,} parameters ({percent(trainable / total, 2)})")
+    factors = (
+        _counted(schedule.batch_size, "sequence", "sequences"),
+        _counted(schedule.grad_accum, "micro-batch", "micro-batches"),
+        _counted(schedule.ranks, "rank", "ranks"),
     )
+    print(f"batch       {schedule.examples_per_step:,} = {' x '.join(factors)}")
+    print(f"steps       {schedule.total_steps:,}, {schedule.steps_per_epoch:,} per epoch")
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def print_plan(
@@ -80,6 +87,7 @@ def duration(seconds: float) -> str:
 
 
 def print_audit(audit: Audit) -> None:
+    """Print the statistics of the training data."""
     print("\n".join(audit_lines(audit)))
 
 
@@ -133,6 +141,7 @@ class Display:
 
     @property
     def steps_left(self) -> int:
+        """Steps until the last validation."""
         return max(self.validate_at) - self.progress.cursor
 
     def time_left(self) -> str:
@@ -153,10 +162,10 @@ class Display:
 def validation_line(step: int, found: Mapping[str, Any], is_best: bool) -> str:
     """One validation; further figures, such as the loss of each source, on lines below."""
     line = f"step {step:>5}  val loss {found['val_loss']:.4f}"
-    line += f"  token accuracy (teacher-forced) {found['val_token_accuracy']:.1%}"
+    line += f"  token accuracy (teacher-forced) {percent(found['val_token_accuracy'])}"
     line += "  best" if is_best else ""
     if "val_exact_match" in found:
-        line += f"\n{'':12}answers correct {found['val_exact_match']:.1%}"
+        line += f"\n{'':12}answers correct {percent(found['val_exact_match'])}"
     for source, loss in found.get("val_loss_by_source", {}).items():
         line += f"\n{'':12}val loss {loss:.4f}  {source[-45:]}"
     return line
@@ -171,7 +180,7 @@ def print_changes(changes: Sequence[str]) -> None:
 
 def print_end(progress: Progress, run: Run) -> None:
     """What the run reached, where the adapter is, and what to type next."""
-    print(f"done: {progress.stopped}, in {duration(progress.seconds)}")
+    print(f"finished in {duration(progress.seconds)}: {progress.stopped}")
     if progress.skipped:
         print(f"{progress.skipped} steps were skipped: see skipped_rows in {run.log_file}")
     if progress.best_loss is None:
@@ -180,7 +189,8 @@ def print_end(progress: Progress, run: Run) -> None:
     print(f"best of {run.validation_count()} validations: at step {progress.best_step}, validation"
           f" loss {progress.best_loss:.4f} nats per token")  # fmt: skip
     if progress.best_exact_match is not None:
-        print(f"  {progress.best_exact_match:.1%} of the held-out sample answered correctly")
+        share = percent(progress.best_exact_match)
+        print(f"  {share} of the held-out sample answered correctly")
     if progress.best_step == 0:
         print("no validation was better than the one before the first step:\n"
               "  training did not help")  # fmt: skip

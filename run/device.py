@@ -214,7 +214,8 @@ def describe(device: torch.device) -> str:
     """The device for people, such as "NVIDIA L4" or "x86_64 cpu, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} {device.type}, {threads} thread{'s' * (threads != 1)}"
 
 
 def conditions(device: torch.device) -> dict[str, Any]:

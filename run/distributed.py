@@ -25,10 +25,10 @@ from run.stopping import StopRequested
 
 T = TypeVar("T")
 
-# How long a rank waits for another one that is alive. The longest work between two exchanges is to
-# answer for an exact-match validation: 1,319 answers take ten minutes on two CPU cores. NCCL's
-# default of ten minutes would end such a run. A rank that dies closes its connections, which the
-# others see at once with Gloo.
+# How long a rank waits for another one that is alive. The longest work between two exchanges is
+# generating the answers of an exact-match validation: 1,319 take ten minutes on two CPU cores, and
+# NCCL's default timeout of ten minutes would end such a run. The death of a rank closes its
+# connections; with Gloo, the others notice that at once.
 PATIENCE = timedelta(hours=1)
 LOOK_SECONDS = 1.0  # between two looks for a stop request of another rank
 LOST = ("gloo", "Gloo", "NCCL", "Connection", "Broken pipe")  # in what a lost connection raises

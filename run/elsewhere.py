@@ -66,7 +66,7 @@ NAMES = {  # option here -> names elsewhere
     "system": ("default_system", "system_prompt", "system_message"),
     "chat_template": ("template", "chat_template_path", "prompt_template"),
 }  # fmt: skip
-ADVICE = {  # what to do -> names elsewhere: no option here is the same
+ADVICE = {  # what to do -> options elsewhere that have no equivalent here
     "use --base-precision nf4 or int8; --precision sets the dtype that it is computed in":
         ("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "qlora", "use_4bit",
          "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bits",

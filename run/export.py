@@ -41,6 +41,7 @@ from run.device import DTYPES
 from run.folder import Run, check_place
 from run.gguf_file import gguf_package, read_gguf, write_gguf
 from run.options import option, parse
+from terminal import percent
 
 # Files of the base that belong to the merged checkpoint. Other files in the base's folder,
 # such as other weights, are not copied.
@@ -218,7 +219,7 @@ def write_merged(source: ExportInput, model: Qwen2, folder: Path) -> tuple[str, 
     card = merged_card(name, source.lora, run, run.progress(), adapter)
     (folder / "README.md").write_text(card, "utf-8")
     hint = "\n  --dtype fp32 loses next to nothing, at twice the size" if lost > 0.01 else ""
-    return f"rounding to {config.dtype} lost {lost:.1%} of the adapter's change{hint}", state
+    return f"rounding to {config.dtype} lost {percent(lost)} of the adapter's change{hint}", state
 
 
 def save_weights(state: dict[str, Tensor], folder: Path) -> None:

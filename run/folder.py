@@ -96,7 +96,7 @@ class Progress:
     ) -> list[list[Any]]:
         """A rank's figures of a part of the validation in progress; new ones are appended.
 
-        Batches of another size, or dealt to more ranks, have other rows: their list is empty.
+        The list is empty if batches have another size now, or are dealt to another number of ranks.
         """
         return self.validating.setdefault(f"{part}, {rank} of {ranks} x {batch_size}", [])
 
@@ -195,6 +195,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The folder's own name, also for a path such as `.`."""
         return self.folder.resolve().name
 
     @property

@@ -87,7 +87,7 @@ def _git_describe() -> str | None:
 def is_same_program(record: Mapping[str, Any]) -> bool:
     """Whether `record`, which holds what `program` returned, was written by the code that runs now.
 
-    Versions before this record are other code.
+    Versions that did not record their code count as other code.
     """
     return record.get("program_sha256") == program()["program_sha256"]
 
@@ -105,7 +105,7 @@ def check_result(what: str, record: Mapping[str, Any]) -> None:
         return
     raise BadRun(
         f"{what} by other code: {program_text(record)}; the code is now {program_text(program())}",
-        "add --fresh to do it anew with this code in a numbered folder, or go back to the other"
+        "add --fresh to repeat it with this code in a new folder, or go back to the other"
         " code to keep this result",
     )
 
@@ -135,7 +135,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[st
         elif content not in different:
             free |= places
         elif different & places:
-            free.add(content)  # the places tell people more than the hash
+            free.add(content)  # the names of the places say more to people than the hash
     if _sequences(old) == _sequences(new):
         free.update(STEP)
     text = {key: f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(different)}

@@ -44,6 +44,7 @@ class Memory:
 
     @property
     def gb(self) -> float:
+        """The sum, in GB of 10^9 bytes."""
         return sum(astuple(self)) / 1e9
 
     def __str__(self) -> str:
@@ -98,9 +99,8 @@ class MemoryModel:
         if self.device.type == "cpu":  # where queries and keys are fp32
             attention = (H + G) * D * (4 + b)
         else:  # the variable-length kernel needs no keys and values for each query head
-            is_half = self.device.type == "cuda" and self.dtype in HALF_PRECISION
-            varlen = is_half and torch.cuda.get_device_capability(self.device) >= (8, 0)
-            attention = 2 * (H + (G if varlen else H)) * D * b + 4 * H
+            keys = G if has_varlen_kernel(self.device, self.dtype) else H
+            attention = 2 * (H + keys) * D * b + 4 * H
         return norms + attention + 2 * config.intermediate_size * b + self.adapter_bytes()
 
     def adapter_bytes(self) -> float:
@@ -129,6 +129,13 @@ class MemoryModel:
         if self.device.type == "cuda":
             copies = 0  # a Triton kernel holds no probabilities
         return supervised * 2 * C * b + V * (chunk * b + block * 4 * copies)
+
+
+def has_varlen_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one call computes the attention of a micro-batch; assumed of a GPU that is absent."""
+    if device.type != "cuda" or dtype not in HALF_PRECISION:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def largest_micro_batch(schedule: Schedule, halved: int = 0) -> tuple[int, int]:

@@ -11,7 +11,6 @@ import math
 import re
 import shlex
 import sys
-import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from run.identity import program
 from typed import fits
 
 T = TypeVar("T")
+METAVARS = {str: "TEXT", int: "N", float: "X", "any": "NAME", "new": "PATH", "file": "FILE"}
 FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -112,8 +112,6 @@ def parse(
         parser.add_argument(_flag(name), action="store_true", help=f"short for {flags}")
         if _flag(name) in argv:
             parser.set_defaults(**values)
-            said = f"--{name} is short for {flags}"
-            print(textwrap.fill(said, 80, subsequent_indent="  ", break_on_hyphens=False))
     if path := _config_file(argv):
         parser.set_defaults(**read_options(cls, path))  # flags override them
     given = vars(parser.parse_args(argv))
@@ -247,7 +245,7 @@ def _is_switch(kind: Any) -> bool:
 
 def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-    note = "" if default in (None, "") else f" (default: {default})".replace("%", "%%")
+    note = "" if default in (None, "", False) else f" (default: {default})".replace("%", "%%")
     argument = {"help": field.metadata["help"] + note, "default": field.default}
     if _is_switch(kind):
         return argument | {"action": argparse.BooleanOptionalAction}
@@ -256,7 +254,7 @@ def _argument(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     if typing.get_args(kind):  # X | None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     choices = field.metadata["choices"]
-    metavar = "|".join(choices) if choices else kind.__name__.upper()
+    metavar = "|".join(choices) if choices else METAVARS[field.metadata["path"] or kind]
     return argument | {"type": kind, "choices": choices, "metavar": metavar}
 
 

@@ -97,6 +97,7 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
+        """75 for a time limit, or the shell's code for a signal: 128 plus its number."""
         return TIME_IS_UP if self.signal is None else 128 + self.signal
 
     @property

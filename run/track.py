@@ -38,6 +38,7 @@ class RunLog(JsonLines):
         atexit.register(self.close)  # a run that fails is shown up to its last step
 
     def write(self, **values: Any) -> None:
+        """Write one line to the log, and its numbers to the tracker."""
         super().write(**values)
         self._try(self.send, scalars(values), values["step"])
 

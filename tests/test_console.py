@@ -19,7 +19,7 @@ from evaluation.summary import (
     tasks_table,
 )
 from run import console
-from run.console import Display, duration, print_plan
+from run.console import Display, duration, print_plan, print_sizes
 from run.folder import Progress, Run
 from tests import toys
 
@@ -49,6 +49,18 @@ def test_a_plan_counts_the_tokens_of_every_step_and_scales_the_measured_time(cap
     said = capsys.readouterr().out
     assert f" {tokens:,} tokens, about {duration(tokens / 10 * 2.0)} " in said
     assert f"{max_steps or 14} steps" in said
+
+
+@pytest.mark.parametrize("grad_accum, ranks, factors", [
+    (1, 1, "1 micro-batch x 1 rank"), (2, 1024, "2 micro-batches x 1,024 ranks"),
+])  # fmt: skip
+def test_the_sequences_of_a_step_are_printed_as_a_product(capsys, grad_accum, ranks, factors):
+    sizes = {"batch_size": 4, "grad_accum": grad_accum, "ranks": ranks}
+    schedule = Schedule(toys.some_examples(25), **sizes, epochs=10**6, seed=0)
+    print_sizes(10**9, 10**11, schedule)
+    said = capsys.readouterr().out
+    assert f"batch       {4 * grad_accum * ranks:,} = 4 sequences x {factors}\n" in said
+    assert "(1.00 %)" in said and max(map(len, said.splitlines())) <= 80
 
 
 def test_a_dry_run_that_runs_out_of_memory_says_so_in_two_lines(at_home, monkeypatch, capsys):

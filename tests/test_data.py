@@ -424,7 +424,7 @@ def test_the_printed_audit_reports_rows_left_out_and_duplicates_in_80_columns():
     examples = [toys.example(0, 9, 3)]
     found = audit(train=rows, validation=rows[:1], test=[], examples=examples, left_out=left_out)
     text = "\n".join(audit_lines(found))
-    assert "3 train, 1 validation, 0 test" in text and "9 per epoch, 3 supervised (33%)" in text
+    assert "3 train, 1 validation, 0 test" in text and "9 per epoch, 3 supervised (33 %)" in text
     assert "left out    75 rows\n            train.jsonl:0: question is missing\n" in text
     assert "within train: 1 exact" in text and "train and validation: 1 exact" in text
     assert max(map(len, text.splitlines())) <= 80

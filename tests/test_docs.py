@@ -1,12 +1,18 @@
 """What the documents tell a reader to type exists, and what they quote is what the program says."""
 
 import ast
+import contextlib
 import json
+import os
 import re
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import sizes
 from evaluate import EvalConfig
 from report.__main__ import ReportConfig
 from run.export import ExportConfig
@@ -35,6 +41,9 @@ COMMANDS = {
     "python evaluate.py --demo": DEMO,
     ".venv/bin/pip install -c constraints.txt -e '.[test]'": ".ci/run",
     ".venv/bin/python -m pytest": ".ci/run",
+    "!pip install -q safetensors tokenizers huggingface-hub": "a test below compares the names",
+    "!pip install -q pyarrow tqdm filelock": "a test below compares the names",
+    "!python train.py --epochs 3": TRAINED_FROM_HUB,
 }
 FLAGS = {  # how a script is called in the documents -> its flags
     "train.py": known_flags(TrainConfig, ["demo"]),
@@ -43,7 +52,7 @@ FLAGS = {  # how a script is called in the documents -> its flags
     "python -m report": known_flags(ReportConfig),
 }
 SHOWN_AS_CHANGES = {"--label-smoothing"}  # by the tour's diffs
-OF_OTHERS = {"--fix"}  # options of other programs, quoted without these programs' names
+OF_OTHERS = {"--fix", "--options"}  # of other programs, quoted without these programs' names
 
 
 def shell_lines(text: str) -> list[str]:
@@ -88,8 +97,33 @@ def test_the_notebook_installs_what_the_package_needs_except_the_pytorch_that_is
     project = (HOUSE / "pyproject.toml").read_text("utf-8")
     dependencies = re.search(r"^dependencies = \[(.*?)^\]", project, re.M | re.S)[1]
     needed = set(re.findall(r'"([\w-]+)', dependencies))
-    (line,) = [span for span in code(README) if span.startswith("pip install --no-deps")]
-    assert set(line.rpartition("pip install ")[2].split()) == needed - {"torch", "numpy"}
+    lines = [line for line in shell_lines(README) if line.startswith("!pip install -q ")]
+    installed = {name for line in lines for name in line.split()[3:]}
+    assert installed == needed - {"torch", "numpy"}
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="a cell's output is a terminal of Unix")
+def test_in_a_notebook_cell_the_notebooks_command_writes_whole_lines_and_bars_of_80_columns(
+    tmp_path,
+):
+    import fcntl
+    import termios
+
+    (typed,) = [line for line in shell_lines(README) if line.startswith("!python ")]
+    script, *_ = typed.removeprefix("!python ").split()
+    ours, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # as IPython sets it
+    flags = f"--demo --limit 60 --max-steps 4 --out {tmp_path / 'run'}".split()
+    with subprocess.Popen([sys.executable, script, *flags], cwd=HOUSE, stdout=its, stderr=its):
+        os.close(its)
+        drawn = b""
+        with contextlib.suppress(OSError):  # where Linux ends a terminal
+            while part := os.read(ours, 4096):
+                drawn += part
+    os.close(ours)
+    text = drawn.decode().replace(str(tmp_path), "").replace(str(HOUSE), "")
+    assert "validate: " in text and "evaluate.py --adapter" in text
+    assert "\x1b" not in text and max(map(len, re.split(r"[\r\n]+", text))) <= 80
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -178,3 +212,12 @@ def test_the_figures_of_the_real_run_are_those_of_its_result():
     changed = f"{d['fixed']} problems fixed, {d['broke']} broken"
     interval = f"between −{-d['low_points']:.1f} and +{d['high_points']:.1f}"
     assert changed in page and interval in page and f"All {n:,} test problems" in page
+
+
+def test_the_memory_of_each_size_in_the_documents_is_the_estimate_of_the_program():
+    table = sizes.table()
+    assert table in TEXTS["docs/scaling.md"]
+    gb = {name: re.search(rf"^\| Qwen2.5-{name} \| (.*) \|", table, re.M)[1].split(" | ")
+          for name in ("0.5B", "7B")}  # fmt: skip
+    said = f"{gb['0.5B'][0]} GB of a GPU's memory with 0.5B, and {gb['7B'][0]} GB with 7B, or"
+    assert f"{said} {gb['7B'][-1]} GB" in README

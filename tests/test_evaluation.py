@@ -241,9 +241,9 @@ def test_rows_that_chose_the_adapter_are_named_as_such(tuned, tmp_path, capsys):
     for split in ("validation", "test"):
         evaluate.main([*flags, "--split", split])
         said.append(capsys.readouterr().out)
-    assert "chose the adapter, the best of 3 validations" in said[0]
-    assert "chose the adapter" not in said[1]
-    assert "These rows chose the adapter" in (run / "report.md").read_text()
+    assert "by these problems, as the best of 3 validations" in said[0]
+    assert "by these problems" not in said[1]
+    assert "The adapter was chosen by these rows" in (run / "report.md").read_text()
 
 
 def test_the_majority_of_the_samples_is_the_outcome():

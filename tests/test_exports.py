@@ -248,7 +248,7 @@ def test_the_card_of_a_local_base_gets_the_results_of_evaluations_too(base):
     card.refresh_card(run)
     text = (run.best / "README.md").read_text()
     assert (
-        "- sums, test: 25.0% of 4 problems before, 75.0% after" in text
+        "- sums, test: 25.0 % of 4 problems before, 75.0 % after" in text
         and str(base.parent) not in text
     )
 
@@ -269,7 +269,7 @@ def test_a_card_reports_only_evaluations_of_exactly_this_adapter(base):
     save_adapter(model, run.best, LoRAConfig(r=4, alpha=8), base=str(base), revision=None)
     a_result(run)
     card.refresh_card(run)
-    line = "- GSM8K, test: 25.0% of 4 problems before, 75.0% after (+50.0 points, 95 % between"
+    line = "- GSM8K, test: 25.0 % of 4 problems before, 75.0 % after (+50.0 points, 95 % between"
     assert line in (run.best / "README.md").read_text()
     weights = run.best / WEIGHTS
     weights.write_bytes(weights.read_bytes() + b"x")

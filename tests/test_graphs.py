@@ -231,7 +231,7 @@ def test_a_step_that_runs_out_of_memory_ends_the_use_of_graphs(monkeypatch, caps
     assert model.forward.graphs
     steps(model, optimizer, 1)
     assert model.forward.given_up and not model.forward.graphs
-    assert "CUDA graphs are not used: a step was broken off" in capsys.readouterr().out
+    assert "CUDA graphs are not used: a step was interrupted" in capsys.readouterr().out
 
 
 def test_an_overflow_decides_nothing_about_a_graph():

@@ -113,7 +113,7 @@ def test_a_finished_run_of_the_same_code_is_answered_and_one_of_other_code_is_re
     short, finished, tmp_path
 ):
     out = copy(finished, tmp_path / "run")
-    assert "done: " in finish(short, out).out
+    assert "finished in " in finish(short, out).out
     before = without_owner(out)
     ended = run(short, out, fault=edited_program(tmp_path / "code"))
     assert ended.code == 2 and "was finished by other code" in ended.two_line_error()

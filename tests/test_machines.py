@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -157,6 +158,24 @@ def test_a_bar_in_a_log_file_appears_after_its_delay_however_often_it_is_drawn(c
             bar._time = lambda passed=passed: bar.start_t + passed
             bar.refresh()
             assert len(capfd.readouterr().err.splitlines()) == drawn
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_inside_each_other_share_one_line_for_a_notebook_cannot_move_the_cursor(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    with progress_bar(total=2, desc="outer", mininterval=0) as outer:
+        outer.update()
+        for _ in progress_bar(range(3), desc="inner", mininterval=0, leave=False):
+            outer.write("a line", file=screen)
+    drawn = screen.getvalue()
+    assert "inner: 100%" in drawn and "outer:  50%" in drawn
+    assert "\x1b" not in drawn and drawn.count("\n") == 3 + 1  # the lines, and the end
 
 
 # fp16, on GPUs without bf16 units

@@ -652,9 +652,11 @@ def test_only_evaluations_of_the_adapter_in_best_are_shown(fresh_run):
     (fresh_run / "evaluation/test-1/result.json").unlink()
     text = markdown(fresh_run)
     assert row(text, "Answer accuracy (generated), Sums, test, chat")[0] == "25.0 → 50.0 %"
-    assert "→ 75.0" not in text and "Not shown, as best/ has another adapter since: old." in text
+    assert (
+        "→ 75.0" not in text and "Not shown, because best/ holds another adapter now: old." in text
+    )
     (fresh_run / "best/adapter_model.safetensors").write_text("a later one")
-    assert "not measured" in markdown(fresh_run) and "since: new, old." in markdown(fresh_run)
+    assert "not measured" in markdown(fresh_run) and "now: new, old." in markdown(fresh_run)
 
 
 def test_among_equal_exact_matches_the_lower_loss_is_best_as_in_training(tmp_path):

@@ -162,7 +162,7 @@ def test_help_names_every_option_with_its_default(capsys):
         assert flag in text and " ".join(field.metadata["help"].split()) in text
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else default
-        assert shown in (None, "") or f"(default: {shown})" in text
+        assert shown in (None, "", False) or f"(default: {shown})" in text
     assert "(default: None)" not in text
 
 
@@ -215,6 +215,13 @@ def test_commands_are_printed_as_the_program_was_started(
     monkeypatch.setattr(sys, "orig_argv", original)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert command(script) == expected
+
+
+def test_the_help_of_an_installed_package_names_its_commands(monkeypatch, capsys):
+    monkeypatch.setattr(cli.sys, "argv", ["plain-lora", "--help"])
+    cli.main()
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.split("\n\n")[1].splitlines()] == [*cli.SCRIPTS]
 
 
 @pytest.mark.parametrize("name", cli.SCRIPTS)

@@ -4,6 +4,7 @@ Legend: T tokens, C hidden size, V vocabulary size.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
+from benchmarks.sizes import SIZES
 from data.chat import ChatFormat
 from data.rows import Message
 from errors import BadCheckpoint, BadData
@@ -23,7 +25,7 @@ from model.attention import FlatAttention, attend_each
 from model.checkpoint import read_config
 from model.generate import Decoding, generate
 from model.load import load_model
-from model.qwen2 import Qwen2
+from model.qwen2 import Qwen2, Qwen2Config
 from run import export
 from run.base import Base
 from tests import toys
@@ -31,30 +33,29 @@ from tests.templates import QWEN3
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "vocab_size", "tie_word_embeddings")  # fmt: skip
-# Published sizes -> the values of NAMES, head_dim of a Qwen3, and the number of parameters.
-SIZES = {
-    "Qwen2-0.5B": (896, 4864, 24, 14, 2, 151936, True, None, 494_032_768),
-    "Qwen2-1.5B": (1536, 8960, 28, 12, 2, 151936, True, None, 1_543_714_304),
-    "Qwen2.5-3B": (2048, 11008, 36, 16, 2, 151936, True, None, 3_085_938_688),
-    "Qwen2-7B": (3584, 18944, 28, 28, 4, 152064, False, None, 7_615_616_512),
-    "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False, None, 14_770_033_664),
-    "Qwen2.5-32B": (5120, 27648, 64, 40, 8, 152064, False, None, 32_763_876_352),
-    "Qwen2-72B": (8192, 29568, 80, 64, 8, 152064, False, None, 72_706_203_648),
-    "Qwen3-0.6B": (1024, 3072, 28, 16, 8, 151936, True, 128, 596_049_920),
-    "Qwen3-1.7B": (2048, 6144, 28, 16, 8, 151936, True, 128, 1_720_574_976),
-    "Qwen3-4B": (2560, 9728, 36, 32, 8, 151936, True, 128, 4_022_468_096),
-    "Qwen3-8B": (4096, 12288, 36, 32, 8, 151936, False, 128, 8_190_735_360),
-    "Qwen3-14B": (5120, 17408, 40, 40, 8, 151936, False, 128, 14_768_307_200),
-    "Qwen3-32B": (5120, 25600, 64, 64, 8, 151936, False, 128, 32_762_123_264),
+PARAMETERS = {
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
 }
 
 
-def write_config(folder: Path, *values, head_dim: int | None) -> dict:
+def write_config(folder: Path, sizes: Qwen2Config) -> dict:
     """A `config.json` of these sizes; returns it."""
-    kind = "qwen2" if head_dim is None else "qwen3"
-    raw = {"model_type": kind} | dict(zip(NAMES, values, strict=True))
-    if head_dim is not None:
-        raw["head_dim"] = head_dim
+    raw = {"model_type": "qwen3" if sizes.is_qwen3 else "qwen2"}
+    raw |= {name: getattr(sizes, name) for name in NAMES}
+    if sizes.is_qwen3:
+        raw["head_dim"] = sizes.head_dim
     toys.write_json(folder / "config.json", raw)
     return raw
 
@@ -65,17 +66,17 @@ def without_weights(monkeypatch):
     monkeypatch.setattr(checkpoint, "has_own_head", lambda folder: False)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_published_size_has_its_parameters_and_the_shapes_of_transformers(
     tmp_path, name, monkeypatch, without_weights
 ):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    *values, head_dim, count = SIZES[name]
-    raw = write_config(tmp_path, *values, head_dim=head_dim)
+    sizes = SIZES[name]
+    raw = write_config(tmp_path, sizes)
     with torch.device("meta"):
         whole = Qwen2(read_config(tmp_path))
-        assert sum(p.numel() for p in whole.parameters()) == count
+        assert sum(p.numel() for p in whole.parameters()) == PARAMETERS[name]
         toys.write_json(tmp_path / "config.json", raw | {"num_hidden_layers": 1})
         ours = Qwen2(read_config(tmp_path))
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
@@ -85,7 +86,7 @@ def test_a_published_size_has_its_parameters_and_the_shapes_of_transformers(
         monkeypatch.setattr(FlatAttention, "__call__", each)  # `meta` cannot try other kernels
         inject(ours, LoRAConfig(targets=("all-linear",), dropout=0.0))
         hidden = ours(torch.zeros(5, dtype=torch.int64), torch.arange(5), [3, 2])
-    assert hidden.shape == (5, values[0])
+    assert hidden.shape == (5, sizes.hidden_size)
 
 
 # Qwen3
@@ -212,7 +213,7 @@ def test_a_qwen3_trains_and_is_evaluated_by_the_same_commands(tmp_path, arithmet
 def test_a_qwen3_that_is_not_dense_or_is_another_variant_is_refused(
     tmp_path, changes, said, without_weights
 ):
-    write_config(tmp_path, *SIZES["Qwen3-0.6B"][:7], head_dim=32)
+    write_config(tmp_path, replace(SIZES["Qwen3-0.6B"], head_dim=32))
     toys.change_json(tmp_path / "config.json", num_attention_heads=4, num_key_value_heads=2)
     assert read_config(tmp_path).head_size == 32
     toys.change_json(tmp_path / "config.json", **changes)

@@ -260,7 +260,8 @@ def test_two_ranks_train_as_one_does(tmp_path, toy):
     two = read_log(tmp_path / "two" / "metrics.jsonl")
     for key in ("step", "train_loss", "val_loss", "learning_rate", "train_token_accuracy"):
         assert series(two, key) == pytest.approx(series(one, key), rel=1e-6)
-    assert "2 micro-batches x 2 ranks = 8 a step" in outputs[0] and "a step" not in outputs[1]
+    assert "batch       8 = 2 sequences x 2 micro-batches x 2 ranks\n" in outputs[0]
+    assert "batch  " not in outputs[1]
 
 
 # What a run writes and prints
@@ -311,8 +312,8 @@ def test_a_run_prints_derived_numbers_at_its_start_and_the_next_command_at_its_e
     text = capsys.readouterr().out
     trained = 2 * 8 * ((64 + 64) + (64 + 32) + (64 + 32) + (64 + 64))  # layers, r, q k v o
     base = sum(t.numel() for t in load_file(Path(toy[1]) / "model.safetensors").values())
-    assert f"trainable {trained:,} of {base:,}" in text
-    assert "16 sequences x 1 micro-batches x 1 ranks = 16 a step" in text
+    assert f"trainable   {trained:,} of {base:,} parameters" in text
+    assert "batch       16 = 16 sequences x 1 micro-batch x 1 rank\n" in text
     assert "learning rate 0.0002" in text and "duplicates  train and test: 0 exact" in text
     assert f"evaluate.py --adapter {tmp_path / 'run' / 'best'}" in text
 
