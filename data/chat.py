@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data.problems import Message
-from data.template import END, START, ChatTemplate
+from data.template import CONFIG, COPY_AGAIN, END, START, ChatTemplate
 from errors import BadCheckpoint, listed
 from files import read_json
 
@@ -70,6 +70,7 @@ class ChatFormat:
         """
         tokenizer = read_tokenizer(folder, embedding_rows)
         _control_ids(tokenizer)  # without them, no template helps
+        _check_added_tokens(folder, tokenizer)
         added = tokenizer.get_added_tokens_decoder().values()
         special = dict.fromkeys((START, END, *(token.content for token in added if token.special)))
         template = ChatTemplate.find(
@@ -172,6 +173,32 @@ def read_tokenizer(folder: Path, embedding_rows: int | None = None) -> Tokenizer
     return tokenizer
 
 
+def _check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise BadCheckpoint if `tokenizer_config.json` adds tokens that `tokenizer.json` lacks.
+
+    transformers adds them, so the model was trained with one id where there would be several here.
+    """
+    path = folder / CONFIG
+    declared = read_json(path, BadCheckpoint, COPY_AGAIN) if path.exists() else {}
+    declared = declared.get("added_tokens_decoder")
+    if declared is None and (path := folder / "added_tokens.json").exists():  # an older form
+        encoder = read_json(path, BadCheckpoint, COPY_AGAIN)
+        declared = {str(number): {"content": token} for token, number in encoder.items()}
+    tokens = {
+        number: token.get("content")
+        for number, token in (declared.items() if isinstance(declared, dict) else ())
+        if isinstance(token, dict) and isinstance(token.get("content"), str)
+    }
+    added = {str(i): token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+    lacking = [token for number, token in tokens.items() if added.get(number) != token]
+    if lacking:
+        raise BadCheckpoint(
+            f"{path} adds tokens that tokenizer.json does not have: {listed(lacking, 3)}",
+            "write both files again with transformers: AutoTokenizer.from_pretrained"
+            f"('{folder}').save_pretrained('{folder}')",
+        )
+
+
 def _control_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     start, end = (tokenizer.token_to_id(token) for token in (START, END))
     if start is None or end is None:
@@ -201,6 +228,8 @@ def _foreign(value: object) -> Iterator[str]:
         )
         if value.get("type", "BPE") not in COMPONENTS and not adds_nothing:
             yield f"part {value['type']}"
+        if value.get("dropout"):
+            yield f"random merges (dropout {value['dropout']})"
         if value.get("Regex", WORDS) != WORDS:
             yield f"pattern {value['Regex']}"
         value = [part for key, part in value.items() if key not in ("vocab", "merges")]

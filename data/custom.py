@@ -28,13 +28,15 @@ from errors import BadData, BadOption, listed
 from hub import fetch
 
 SPLITS = {  # word in the name of a file or folder -> split
-    "train": "train", "test": "test",
+    "train": "train", "training": "train", "test": "test", "testing": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "eval": "validation", "evaluation": "validation",
 }  # fmt: skip
 VALIDATION = tuple(word for word, split in SPLITS.items() if split == "validation")
 PATTERNS = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", ".gz")]
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+)?")
+GIVE_FILES = "add one, or give the files themselves: --data FILE,FILE"
 PACKED = (".gz",)  # of files of rows that are texts
 LIKELY = (".jsonl", ".parquet")  # files of other kinds are only looked at if none of these fits
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
@@ -83,6 +85,14 @@ def load_path(path: Path, columns: Columns = NOT_RENAMED) -> Source:
     source = Source(str(path))
     if not path.is_dir():
         return _read(source, {"train": [path]}, columns)
+    if (main := path / "refs" / "main").is_file():  # a repository's folder in the Hub's cache
+        path = path / "snapshots" / main.read_text("utf-8", "replace").strip()
+    gone = [f.name for f in path.glob("*") if f.is_symlink() and not f.exists()]
+    if gone := [name for name in gone if row_suffix(name)]:
+        raise BadData(
+            f"{path} holds links to files that are not there: {listed(sorted(gone), 3)}",
+            "copy the files to this machine, or delete the links",
+        )
     names = [file.name for file in path.glob("*") if file.is_file()]
     chosen = _exactly_named(names)
     if not chosen:
@@ -90,7 +100,7 @@ def load_path(path: Path, columns: Columns = NOT_RENAMED) -> Source:
         names = [file.relative_to(path).as_posix() for file in found]
         cause, remedy = _other_folder(names)
         try:
-            chosen = choose_files(names, str(path), remedy or "add one, or give the file itself")
+            chosen = choose_files(names, str(path), remedy or GIVE_FILES)
         except BadData:
             if not cause:
                 raise
@@ -157,18 +167,21 @@ def _by_configuration(data: list[PurePosixPath]) -> Found:
         ending = path.name[len(_stem(path.name)) :]
         label, folder = _stem(SHARD.sub("", path.name)), path.parent
         split = _split_in(label)
-        if split is None and folder.name in SPLITS:  # such as main/train/0000.parquet
-            label, split, folder = folder.name, SPLITS[folder.name], folder.parent
+        if split is None and folder.name.lower() in SPLITS:  # such as main/train/0000.parquet
+            label, split, folder = folder.name, SPLITS[folder.name.lower()], folder.parent
         splits = found.setdefault(str(folder), {})
         splits.setdefault(split or "none", {}).setdefault(label + ending, []).append(str(path))
     return found
 
 
 def _only_file(data: list[PurePosixPath]) -> Found:
-    """A single file without a split in its name is the training file."""
-    found = _by_configuration(data) if len(data) == 1 else {}
+    """A single file without a split in its name, or its shards, is the training file."""
+    found = _by_configuration(data)
+    labels = [label for splits in found.values() for names in splits.values() for label in names]
     return {
-        folder: {"train": splits["none"]} for folder, splits in found.items() if "none" in splits
+        folder: {"train": splits["none"]}
+        for folder, splits in found.items()
+        if "none" in splits and len(labels) == 1
     }
 
 
@@ -215,13 +228,13 @@ def _other_folder(names: list[str]) -> tuple[str, str]:
 
 
 def _split_in(label: str) -> str | None:
-    words = [SPLITS[word] for word in re.split(r"[-_.]", label) if word in SPLITS]
+    words = [SPLITS[word] for word in re.split(r"[-_. ]", label.lower()) if word in SPLITS]
     return words[0] if len(words) == 1 else None
 
 
 def _only_label(labels: dict[str, list[str]], split: str, place: str) -> list[str]:
     """The files of a split; BadData if they have several labels, such as train_sft, train_gen."""
-    exact = [label for label in labels if label.partition(".")[0] in SPLITS]
+    exact = [label for label in labels if label.lower().partition(".")[0] in SPLITS]
     if len(labels) > 1 and len(exact) != 1:
         raise BadData(
             f"{place} has several candidates for its {split} file: {listed(labels)}",
@@ -245,7 +258,7 @@ def _read(
             source.bad += bad
     names = []
     for split, (first, *more) in files.items():
-        words = {first.parent.name, *re.split(r"[-_.]", first.name)}
+        words = {first.parent.name.lower(), *re.split(r"[-_. ]", first.name.lower())}
         used_as = " as test" if split == "test" and words & set(VALIDATION) else ""
         names.append(first.name + (f" and {len(more)} more" if more else "") + used_as)
     parts = [parser.note(), f"files: {', '.join(names)}"]

@@ -8,12 +8,13 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.turns import BadRow
+from data.turns import JSON_NOTATION, PYTHON, BadRow, unique_keys
 from errors import BadData
 
 Rows = Iterator[tuple[int, Any]]
@@ -26,6 +27,7 @@ BAD_LINES_ALLOWED = 0.01  # fraction; with more, the file is tried as a whole
 SUFFIXES = (".jsonl", ".parquet", ".json", ".csv", ".tsv")  # texts also with .gz
 FIRST_BYTES = 4096  # bytes by which a file's kind is known
 UTF8_BOM = b"\xef\xbb\xbf"  # some editors write it
+JSON_STARTS = (b'{"', b"[{", b"[\n", b"{\n")
 UNPACK = "unpack it, and give the file or folder that was packed"
 CONVERT = "convert it to .jsonl, one row per problem"
 TO_UTF8 = "save it as UTF-8 in an editor, or with: iconv -f {} -t UTF-8 OLD > NEW"
@@ -46,7 +48,8 @@ FOREIGN = (  # first bytes, the kind of file that has them, remedy
     (b"PAR1", "a parquet file", "rename it so that it ends in .parquet"),
     (b"ARROW1", "an Arrow file", f"write it as JSON lines: {FROM_ARROW}"),
     (b"\xff\xff\xff\xff", "an Arrow stream, as datasets.save_to_disk writes it",
-     f"write it as JSON lines: {FROM_ARROW}"),
+     "write it as JSON lines: python -c \"from datasets import Dataset;"
+     " Dataset.from_file('FILE').to_json('train.jsonl')\""),
     (b"FEA1", "a Feather file", CONVERT),
     (b"\xd0\xcf\x11\xe0", "an Excel workbook", "save the sheet as CSV UTF-8"),
     (b"SQLite format 3", "an SQLite database", CONVERT),
@@ -83,7 +86,13 @@ def read_rows(path: Path) -> Rows:
     suffix, packed = row_suffix(path.name), path.suffix.lower() == ".gz"
     try:
         with path.open("rb") as file:
-            _refuse_foreign(path, file.read(FIRST_BYTES), suffix, packed=packed)
+            head = file.read(FIRST_BYTES)
+        _refuse_foreign(path, head, suffix, packed=packed)
+        if suffix is None and head.removeprefix(UTF8_BOM).lstrip()[:2] in JSON_STARTS:
+            raise BadData(
+                f"{path} holds JSON, but its name ends in none of {', '.join(SUFFIXES)}",
+                "rename it so that it ends in .jsonl",
+            )
         if suffix is None:
             ending = "".join(path.suffixes[-2:]).lower()
             remedy = OTHER_KINDS.get(ending) or OTHER_KINDS.get(path.suffix.lower()) or CONVERT
@@ -158,10 +167,12 @@ def _read_json(path: Path, data: bytes) -> Rows:
     broken_array = None
     if data.lstrip()[:1] == b"[":
         try:
-            whole = json.loads(data)
+            whole = json.loads(data, object_pairs_hook=unique_keys)
             if isinstance(whole, list):
                 yield from enumerate(whole, 1)
                 return
+        except BadRow as fault:
+            raise BadData(f"{path}: {fault}", fault.remedy) from None
         except (ValueError, RecursionError) as error:
             broken_array = error
     lines = [(n, line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()]
@@ -182,7 +193,9 @@ def _read_json(path: Path, data: bytes) -> Rows:
 def _row_of_line(line: bytes) -> Any:
     """The JSON value on a line, or a BadRow that says why it is not JSON, with a remedy."""
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=unique_keys)
+    except BadRow as fault:
+        return fault
     except (ValueError, RecursionError) as error:
         return BadRow(f"not JSON in UTF-8 ({str(error)[:60]})", _line_remedy(line, error))
 
@@ -198,8 +211,8 @@ def _line_remedy(line: bytes, error: Exception) -> str:
             "remove the comma after each row: sed 's/,[[:space:]]*$//' OLD > NEW; or make the file"
             " one array, with [ before the first row and ] instead of the last comma"
         )
-    if line.startswith((b"{'", b"[{'")):
-        return "these rows are in Python's notation: write them with json.dumps(row)"
+    if PYTHON.match(line):
+        return JSON_NOTATION
     if line.replace(b" ", b"").endswith((b",}", b",]", b",]}")):
         return "remove the comma before the closing bracket: JSON does not allow it"
     if "Extra data" in str(error) and line.startswith(b"{"):
@@ -273,8 +286,8 @@ def _delimiter(path: Path, text: str) -> str:
     """What separates the cells of a header: in many countries, Excel writes semicolons."""
     if row_suffix(path.name) == ".tsv":
         return "\t"
-    header = text.partition("\n")[0]
-    return max((",", ";", "\t"), key=header.count)
+    header = re.sub('"[^"]*"', "", text.partition("\n")[0])  # without the names in quotes
+    return max((",", ";", "\t", "|"), key=header.count)
 
 
 def _table_rows(path: Path, cells: Iterator[list[str]]) -> Rows:
@@ -284,16 +297,24 @@ def _table_rows(path: Path, cells: Iterator[list[str]]) -> Rows:
             f"{path}: several columns are named {repeated[0] or 'nothing'}", "rename one of them"
         )
     for number, row in enumerate(cells, 1):
+        if not any(cell.strip() for cell in row):
+            continue  # an empty line, or one of separators alone, is not a row
         if len(row) == len(names):
             yield number, dict(zip(names, row))
-        elif any(row):  # an empty line is not a row
-            yield (
-                number,
-                BadRow(
-                    f"it has {len(row)} cells, but the header has {len(names)}",
-                    "put quotes around texts that contain commas or line breaks",
-                ),
-            )
+            continue
+        remedy = "put quotes around texts that contain commas or line breaks"
+        if len(row) < len(names):
+            remedy = "write every cell, also the empty ones at the end of a line; else " + remedy
+        yield number, BadRow(f"it has {len(row)} cells, but the header has {len(names)}", remedy)
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the keys of objects that are null: all objects of a parquet column have the
+    same keys, so the arguments of one tool's call have those of all tools.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _read_parquet(path: Path) -> Rows:
@@ -309,7 +330,7 @@ def _read_parquet(path: Path) -> Rows:
                 for row in batch.to_pylist() if size <= limit else ():
                     size += len(str(row)) + ROW_OVERHEAD
                     number += 1
-                    yield number, row
+                    yield number, _without_nulls(row)
                 if size > limit:
                     raise ValueError("its rows are far larger than the file")
     except (pyarrow.ArrowException, ValueError) as error:  # ValueError: also text that is not UTF-8

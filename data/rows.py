@@ -16,6 +16,7 @@ Bad rows are never repaired: each is left out and reported, and if they are more
 reading it is an error.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +33,8 @@ from data.problems import (
     fingerprint,
 )
 from data.row_faults import (
-    PREFERENCE_REMEDY,
+    PREFERENCE,
+    preference_remedy,
     refuse_other_data,
     remedy_for_non_object,
     suggestion,
@@ -40,6 +42,9 @@ from data.row_faults import (
 )
 from data.row_files import is_table, read_rows
 from data.turns import (
+    CONTROL,
+    ROLE_KEYS,
+    SUPERVISION,
     BadRow,
     Notes,
     check_order,
@@ -90,12 +95,17 @@ NOT_RENAMED: Columns = MappingProxyType({})
 # refused, unless they are renamed or mapped to nothing. PAIR_COLUMNS only count in rows that are a
 # question and an answer.
 CONVERSATION_COLUMNS = (
-    *SYSTEM_COLUMNS, "history", "tools", "functions", "tool_calls", "documents", "image", "images",
-    "video", "videos", "audio", "audios", "reasoning_content", "chat_template_kwargs",
+    *SYSTEM_COLUMNS, "history", "tools", "functions", "tool_calls", "documents",
+    "reasoning_content", "chat_template_kwargs",
 )  # fmt: skip
 PAIR_COLUMNS = ("instruction", "input", "context", "passage", "choices", "options", "reasoning",
                 "thinking")  # fmt: skip
-PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages")
+MEDIA = re.compile(r"(?:image|video|audio)s?(?:_(?:path|url|file|bytes)s?)?")
+# Columns of a row that say whether it is trained on, or which of its turns are.
+ROW_MARKS = dict.fromkeys(SUPERVISION, ("false", "0", "0.0")) | dict.fromkeys(
+    ("label", "kto_tag"), ("false",)
+)
+TURN_MARKS = re.compile(r"(?:loss_?|train_?)?masks?|mask_history|train_on_\w+")
 BAD_ROWS_ALLOWED = 0.01  # fraction of a file; if more are bad, the file is not what it should be
 
 
@@ -155,6 +165,7 @@ def parse_row(
     _refuse_columns(row, columns, used, is_pair=is_pair)
     check_order(messages)
     messages = up_to_the_last_supervised(messages, notes)
+    notes.control.update({t.strip() for m in messages for t in CONTROL.findall(m.content)})
 
     category = row.get("category")  # only used for counts: a bad one does not make the row bad
     category = category if isinstance(category, str) and category.strip() else None
@@ -227,7 +238,7 @@ def _conversation(
     if row_format in TURNS:
         return read_turns(values[row_format], names[row_format], notes), False
     if row_format == "prompt/completion":
-        both = {name: from_json(value) for name, value in values.items()}
+        both = {name: _turns_in(value) for name, value in values.items()}
         if any(isinstance(value, list) for value in both.values()):
             return _prompt_completion(notes=notes, **both), False
     values = {k: v for k, v in values.items() if not (_is_optional(row_format, k) and is_blank(v))}
@@ -236,13 +247,22 @@ def _conversation(
     except BadRow as fault:
         if any(is_blank(value) for value in values.values()):
             fault.remedy = suggestion(row) or fault.remedy
-        elif any(isinstance(value, list | dict) for value in values.values()):
+        elif all(isinstance(value, list | dict) for value in values.values()):
             fault.remedy = (
                 "write one row per problem, as pandas does with to_json(orient='records',"
                 " lines=True)"
             )
         raise
     return (Message("user", "\n\n".join(question)), Message("assistant", answer)), True
+
+
+def _turns_in(value: object) -> object:
+    """The list of turns in a text that holds one; any other value, JSON too, as it is."""
+    turns = from_json(value)
+    is_turns = isinstance(turns, list) and all(
+        isinstance(turn, dict) and turn.keys() & set(ROLE_KEYS) for turn in turns
+    )
+    return turns if is_turns and turns else value
 
 
 def _prompt_completion(prompt: object, completion: object, notes: Notes) -> tuple[Message, ...]:
@@ -283,7 +303,8 @@ def _tools(row: dict, columns: Columns, used: set[str]) -> tuple[dict[str, Any],
     """The descriptions of tools in the column "tools", which may be JSON in a text."""
     name = columns.get("tools", "tools")
     value = from_json(row.get(name)) if name else None
-    if not isinstance(value, list) or not value or not all(isinstance(t, dict) for t in value):
+    value = [from_json(tool) for tool in value] if isinstance(value, list) else None
+    if not value or not all(isinstance(tool, dict) for tool in value):
         return None  # what it holds otherwise is refused with the other columns
     used.add(name)
     return tuple(value)
@@ -318,23 +339,31 @@ def _refuse_columns(row: dict, columns: Columns, used: set[str], *, is_pair: boo
         return name not in used | dropped and not is_blank(from_json(row.get(name)))
 
     names = CONVERSATION_COLUMNS + (PAIR_COLUMNS if is_pair else ())
+    names = [*names, *(name for name in row if MEDIA.fullmatch(name))]
     if found := [name for name in names if says(name)]:
-        without = ",".join(f"{name}=" for name in found)
         raise BadRow(
             f"its {' and '.join(found)} would change the conversation, and cannot be read",
-            way_in(row, found) + f"to train without it: --columns {without}",
+            way_in(row, found) + f"to train without it: --columns {_as_dropped(found)}",
         )
-    preferred = set(PREFERENCE_COLUMNS) & used
-    if not preferred and (found := [name for name in PREFERENCE_COLUMNS if says(name)]):
+    preferred = {name for name in used if PREFERENCE.fullmatch(name)}
+    found = [name for name in row if PREFERENCE.fullmatch(name) and says(name)]
+    if found and not preferred:
         raise BadRow(
             f"its column {found[0]} makes it preference data",
-            f"{PREFERENCE_REMEDY} give --columns {','.join(f'{name}=' for name in found)}",
+            preference_remedy(row, f"give --columns {_as_dropped(found)}"),
         )
-    if row.get("label") is False and says("label"):
+    marks = [n for n, no in ROW_MARKS.items() if says(n) and str(row[n]).casefold() in no]
+    masks = [n for n in row if TURN_MARKS.fullmatch(n) and says(n)]
+    if found := marks + [n for n in masks if not isinstance(from_json(row[n]), str)]:
         raise BadRow(
-            "its label is false: in KTO's format, that marks an answer not to learn",
-            "leave these rows out; if label means something else, --columns label=",
+            f"its {found[0]} is {str(row[found[0]])[:30]}, which marks what is not to be learned",
+            'leave rows out that are not to be learned, and write "weight": 0 on turns that are'
+            f" context; if it means something else: --columns {_as_dropped(found)}",
         )
+
+
+def _as_dropped(names: list[str]) -> str:
+    return ",".join(f"{name}=" for name in names)
 
 
 def _as_renamed(names: list[str]) -> str:

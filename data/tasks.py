@@ -1,6 +1,7 @@
 """The built-in tasks, by name. Any other `--data` is custom data."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,11 @@ class BuiltIn:
     # The task's own scorers by name, the headline first; None: its answers decide how it is judged.
     scorers: Mapping[str, Scorer] | None = None
 
+
+HUB_URL = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com)/|hf://)datasets/"
+    r"([\w.-]+/[\w.-]+).*"
+)
 
 TASKS = {
     "gsm8k": BuiltIn(gsm8k.load),
@@ -56,6 +62,16 @@ def load_source(name: str, revision: str | None = None, columns: Columns = NOT_R
         return load_hub(name, revision, columns)
     path = Path(user_path("--data", name))
     if not os.path.exists(path):  # False, unlike pathlib's, for names that no file can have
+        if "://" in name:
+            found = HUB_URL.fullmatch(name)
+            raise BadData(
+                f"--data {name} is a URL, neither a file or folder nor a dataset on the Hub",
+                f"give its id: --data {found[1]}" if found else "download it, and give the file",
+            )
+        if os.path.islink(path):
+            raise BadData(
+                f"--data {name} is a link to a file that is not there", "copy the file itself"
+            )
         raise BadData(
             f"--data {name} is neither a task ({', '.join(TASKS)}) nor a file or folder, nor a"
             " dataset on the Hub (owner/name)",

@@ -12,6 +12,7 @@ be shown, so a row whose turns carry one that is not read is refused.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ LAID_OUT = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
 SUPERVISION = ("weight", "train", "training", "loss")
 NOT_CONVERSATION = ("id", "message_id", "turn_id", "index", "timestamp", "create_time",
                     "created_at", "source", "url", "lang", "language", "model")  # fmt: skip
+# Keys by other names that say what is trained on: refused, since 1 means the opposite in some.
+MARKS = re.compile(r"mask|train|loss|label|learn", re.IGNORECASE)
+# What ends or begins a turn, in a text that another trainer was to read without a chat template.
+CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id)\|>|</s>\s*\Z")
+PYTHON = re.compile(rb"\s*[\[{]+\s*'")  # the start of a list or dict as Python prints it
+JSON_NOTATION = "these rows are in Python's notation: write them with json.dumps(row)"
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEXT_ONLY = "only texts are read: leave these rows out"
 
@@ -60,6 +67,7 @@ class Notes:
     unused: set[str] = field(default_factory=set)  # columns
     unused_keys: set[str] = field(default_factory=set)  # of turns
     after_the_last: int = 0  # rows with turns after the last one that is trained on
+    control: Counter[str] = field(default_factory=Counter)  # control token -> rows with it in texts
 
     def lines(self) -> list[str]:
         """One for each kind of note."""
@@ -72,6 +80,11 @@ class Notes:
             lines.append(
                 f"{self.after_the_last:,} rows end with turns of weight 0, which are not read"
             )
+        lines += [
+            f"{count:,} rows hold {token} in a text, where it stays text: the chat template writes"
+            " the control tokens"
+            for token, count in self.control.items()
+        ]
         for what, names in (("columns", self.unused), ("keys of turns", self.unused_keys)):
             if names:
                 lines.append(f"{what} not used: {name_list(names)}")
@@ -89,21 +102,33 @@ def from_json(value: object) -> object:
     """The list or object in a text that holds one, as cells of CSV files do; else the value."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return json.loads(value, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError):
             pass
     return value
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; BadRow if a key is there twice, of which json.loads drops the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise BadRow(f"the key {key[:30]!r} is there twice in one object", "keep one of them")
+    return found
+
+
 def name_list(names: Iterable[object]) -> str:
     """Names of columns or keys, at most six in full."""
-    return printable(listed(sorted(str(name)[:30] for name in names)).replace(";", ","))
+    shown = sorted(str(name)[:30] or "one without a name" for name in names)
+    return printable(listed(shown).replace(";", ","))
 
 
 def read_turns(value: object, name: str, notes: Notes) -> tuple[Message, ...]:
     """The messages in a list of turns, in any order of roles; BadRow if one cannot be read."""
     value = from_json(value)
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        if isinstance(value, str) and PYTHON.match(value[:99].encode("utf-8", "replace")):
+            raise BadRow(f"{name} is not JSON", JSON_NOTATION)
         raise BadRow(
             f"{name} is not a list of objects",
             'write each turn as {"role": "user", "content": "..."}',
@@ -129,6 +154,8 @@ def check_order(messages: Sequence[Message]) -> None:
         remedy = "merge consecutive turns of one role, and end with the assistant's answer"
         if roles and roles[-1] == "user":
             remedy = "end each conversation with the assistant's answer: drop the last user turn"
+        if messages and messages[-1].role == "tool":
+            remedy = "end each conversation with the assistant's turn: drop the last tool turn"
         if "system" in roles[1:]:
             remedy = "a system turn can only be the first: move it, or make it a part of another"
         raise BadRow(
@@ -220,6 +247,8 @@ def _read_turn(turn: dict[str, Any], notes: Notes) -> Message:
         raise BadRow("a turn has both content and value", "keep one of them in each turn")
     rest = {k: v for k, v in turn.items() if not is_blank(v) and k not in ROLE_KEYS + CONTENT_KEYS}
     supervised = _pop_supervised(rest, role)
+    if "tool_calls" in rest:
+        rest["tool_calls"] = from_json(rest["tool_calls"])
     for key in [key for key in rest if key in NOT_CONVERSATION]:
         notes.unused_keys.add(key)
         del rest[key]
@@ -239,7 +268,7 @@ def _role(turn: dict[str, Any]) -> tuple[str, str]:
     found = [turn[key] for key in ROLE_KEYS if not is_blank(turn.get(key))]
     if len(found) > 1:
         raise BadRow("a turn has both role and from", "keep one of them in each turn")
-    if not found and not any(key in turn for key in CONTENT_KEYS):
+    if not found and not any(key in turn for key in ROLE_KEYS):
         raise BadRow(
             f"a turn has neither role and content nor from and value: it has {name_list(turn)}",
             'write each turn as {"role": "user", "content": "..."}',
@@ -289,6 +318,12 @@ def _refuse_extra(messages: tuple[Message, ...]) -> None:
             f"its turns carry {name_list(extra)} in a form that chat templates do not take",
             "write calls as tool_calls of the assistant's turn, in OpenAI's form, or leave rows"
             " with tool calls out",
+        )
+    if marks := {key for key in extra if MARKS.search(key)}:
+        raise BadRow(
+            f"its turns carry {name_list(marks)}, which is not read",
+            'if it says what is trained on, write "weight": 0 on turns of the assistant that are'
+            f" context, and 1 on those to learn; else remove {name_list(marks)} from the turns",
         )
     if extra:
         raise BadRow(

@@ -4,7 +4,8 @@ A gold answer states its number in one of these forms; the last one that holds a
 
     #### N              the rest of the line after the last `####`                    GSM8K
     \boxed{N}           the last box                                                  MATH
-    The answer is: N    the rest of the last line after "answer is" or "answer:"      MetaMath
+    The answer is: N    the sentence in the last line after "answer is" or "answer:"      MetaMath
+    <answer>N</answer>  between the last tags                                         R1
     N                   the whole text
 
 N may have a currency, a percent sign, Markdown or LaTeX around it, a unit (`18 apples`), a name
@@ -21,10 +22,13 @@ from errors import BadData
 from evaluation.numerals import numbers_in
 
 LONGEST = 200  # characters of a statement; a longer one is not a number and its unit
-_ANSWER_IS = re.compile(r"(?i:\banswer(?: is\b|\**:))[\s:]*|答案(?:是|为|[:：])[\s:：]*")
+_ANSWER_IS = re.compile(r"(?i:\banswer(?: is\b|\** ?:))[\s:]*|答案(?:是|为|[:：])[\s:：]*")
+_BOXES = (r"\boxed{", r"\boxed {", r"\fbox{")
+# The end of a sentence that holds a number: what follows a stated answer is not a part of it.
+_SENTENCE = re.compile(r"[0-9][^.!?\n]{0,60}[.!?](?=\s+[A-Z])")
 _REWRITTEN = [  # what `numbers_in` does not read -> what it reads
     (r"\\!|\\left|\\right|\{\}", ""),
-    (r"\{,\}", ","),
+    (r"\{,\}|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))", ","),
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed) ?\{([^{}\n]{0,200})\}", r" \1 "),
     (r"\\[dt]?frac ?\{([0-9]{1,20})\} ?\{([0-9]{1,20})\}", r" \1/\2"),
     (r"\\[dt]?frac ?([0-9])([0-9])", r" \1/\2"),
@@ -35,12 +39,14 @@ _REWRITTEN = [  # what `numbers_in` does not read -> what it reads
     (r"\b([cmk]?m|in|ft|yd|mi|inches|feet|yards|meters|miles|units) ?\^\{?[23]\}?", r"\1"),
 ]
 _REWRITTEN = [(re.compile(pattern), text) for pattern, text in _REWRITTEN]
+_ANOTHER = re.compile(r"[0-9].*(?:[,;&]|\b(?:and|or)\b)[\s\\]*[^\W\d_]")  # `5, y`, then `= 7`
 _COMPUTED = re.compile(r"[0-9.,\s+*/x×·÷()\u2212-]+")
 _BARE = re.compile(r"[^\w\s]{0,4}[0-9][0-9.,/ ]*[^\w\s]{0,4}(?:\s?\([^\W\d_]+\))?")
 _NUMBER = "\0"  # stands for the number in a statement that is searched for anything unclear
 _CHANGE_THE_VALUE = (  # words that change the value of a number or are part of it
-    "minus|negative|plus|times|over|squared|cubed|factorial|hal(?:f|ves)|thirds?|quarters?|fourths?"
-    "|fifths?|dozens?|score|hundreds?|thousands?|[mb]illions?|trillions?|bn|mn|pi|sqrt|log|ln|sin"
+    "not|none|twice|double|triple|minus|negative|plus|times|over|squared|cubed|factorial"
+    "|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|dozens?|score|hundreds?|thousands?"
+    "|[mb]illions?|trillions?|[mb]i?ln|bn|mn|lakhs?|crores?|pi|sqrt|log|ln|sin"
     "|cos|tan|mod|or|steps?|part|case|method|option"
 )
 _UNCLEAR = re.compile(
@@ -48,6 +54,7 @@ _UNCLEAR = re.compile(
     | [½¼¾⅐-⅞²³¹] | [零〇一二两三四五六七八九十百千万亿半]
     | (?<![^\W\d_])(?:{_CHANGE_THE_VALUE})(?![^\W\d_])
     | (?<![^\W\d_])(?![amglsh](?![^\W\d_]))[a-zα-ω](?![^\W\d_])  # 3x, but 3 m
+    | (?<={_NUMBER})\ ?(?-i:M)(?![^\W\d_])  # 5 m is a length, but 5M five millions
     | (?<![^\W\d_])- | -(?![^\W\d_])  # a hyphen joins words
     | /(?![^\W\d_]) | (?<=[^\s(])\+ | \+(?!{_NUMBER})""",
     re.VERBOSE | re.IGNORECASE,
@@ -98,16 +105,22 @@ def in_digits(number: Fraction) -> str:
 def _statements(gold_answer: str) -> Iterator[str]:
     """Texts that may state the answer, last first; the first that is a number is the answer."""
     found = []  # (position, statement)
+    gold_answer = gold_answer.rpartition("</think>")[2]
     at = gold_answer.rfind("####")
     if at >= 0:
         found.append((at, gold_answer[at + 4 :].strip().partition("\n")[0]))
-    at = gold_answer.rfind(r"\boxed{")
+    at = max(map(gold_answer.rfind, _BOXES))
     if at >= 0:
-        found.append((at, _braced(gold_answer[at + len(r"\boxed") :][: LONGEST + 2])))
+        found.append((at, _braced(gold_answer[gold_answer.find("{", at) :][: LONGEST + 2])))
+    at = gold_answer.rfind("<answer>")
+    if at >= 0:
+        found.append((at, gold_answer[at + 8 :].partition("</answer>")[0].strip()))
     start = gold_answer.rstrip().rfind("\n") + 1
     last = gold_answer[start:].rstrip()
     for answer_is in list(_ANSWER_IS.finditer(last))[-1:]:
-        found.append((start + answer_is.start(), last[answer_is.end() :]))
+        statement = last[answer_is.end() :]
+        end = _SENTENCE.search(statement[: LONGEST + 2])
+        found.append((start + answer_is.start(), statement[: end.end()] if end else statement))
     if _BARE.fullmatch(gold_answer.strip()[: LONGEST + 1]):
         found.append((0, gold_answer.strip()))
     return (statement for _, statement in sorted(found, reverse=True))
@@ -130,6 +143,8 @@ def _stated(statement: str) -> Fraction | None:
     for pattern, text in _REWRITTEN:
         statement = pattern.sub(text, statement)
     *before, result = [part for part in statement.split("=") if part.strip()] or [""]
+    if any(_ANOTHER.search(part) for part in before[1:]):
+        return None  # x = 5, y = 7
     if before and _COMPUTED.fullmatch(result) and _single(result) is None:
         result = before[-1]  # 42 = 6*7
     return None if re.search("[<>!≤≥≠]", statement) else _single(result)

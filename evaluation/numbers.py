@@ -63,7 +63,7 @@ _IS_PART = re.compile(r"(?i:\W*(?:an? )?(half|third|quarter)\W*)")
 
 def readings(text: str, *, cut_off: bool = False) -> Readings:
     """The values that a completion's answer may mean, the likeliest first; empty if it has none."""
-    text = _before_run_on(text)
+    text = _before_run_on(text.rpartition("</think>")[2])
     marked = _marked(text)
     found = marked or _boxed(text) or ()
     if found or cut_off or marked is not None:

@@ -35,8 +35,10 @@ OTHER_BASE = "give the base it was trained on with --model, or another adapter"
 INCOMPLETE = f"{OTHER_BASE}; if the base is right, the adapter is incomplete: copy it again"
 OTHER_CONFIG = f"correct {CONFIG}, or copy the one that was saved with these tensors"
 VISION = "it belongs to a vision-language model: give an adapter of a Qwen2 or Qwen2.5 text model"
+CLASSIFIER = "it belongs to a classifier or a reward model: give an adapter of a language model"
 ON_THE_HEAD = f"adapters of the embedding and the output head are not supported: {MERGE}"
 TRAINED = f"more than adapters was trained, or tokens were added: {MERGE}"
+OTHER_MATRICES = ("lora_a", "lora_b", "lora_down", "lora_up")
 OTHER_PROGRAM = "save it in PEFT's format with the program that trained it"
 ADAPTER_ONLY = "save only the adapter, with PEFT's model.save_pretrained(FOLDER)"
 UNUSED_ENTRY = f"correct the name in {CONFIG}, or delete the entry if no layer needs it"
@@ -235,7 +237,11 @@ def _unexpected(key: str) -> Fault:
     parts = key.split(".")
     if "language_model" in parts or "visual" in parts:
         remedy = VISION
-    elif any(part.startswith(("lora_a", "lora_b", "lora_down", "lora_up")) for part in parts):
+    elif {"score", "classifier", "v_head"} & set(parts):
+        remedy = CLASSIFIER
+    elif ("lora_" in key and parts[-1] == "bias") or parts[-1].startswith("trainable_tokens"):
+        remedy = TRAINED
+    elif parts[-1] == "alpha" or any(part.startswith(OTHER_MATRICES) for part in parts):
         remedy = OTHER_PROGRAM
     elif "lora_" in key and _is_table(key):
         remedy = ON_THE_HEAD

@@ -59,6 +59,7 @@ UNSUPPORTED = (
     "supported are LoRA and DoRA on linear layers, without trained biases or other features; "
     + MERGE
 )
+PROMPTS = "it has prompts, but no weights to merge: use it with PEFT, or train a LoRA adapter"
 UNKNOWN = (
     f"if the adapter does not use it, delete it from {CONFIG}; else {MERGE}, using the version of"
     " PEFT that saved it"
@@ -141,8 +142,8 @@ def read_settings(folder: Path, config: bytes) -> Settings:
         r=raw["r"],
         alpha=raw["lora_alpha"],
         dropout=raw.get("lora_dropout", 0.0),
-        rslora=raw.get("use_rslora", False),
-        dora=raw.get("use_dora", False),
+        rslora=raw.get("use_rslora") or False,
+        dora=raw.get("use_dora") or False,
         targets=() if _is_expression(targets) else _as_tuple(targets),
         excluded=() if isinstance(excluded, str) else tuple(excluded),
         has_expression=has_expression,
@@ -180,8 +181,10 @@ def plain_name(key: str) -> tuple[str, bool] | None:
 
 def _problems(raw: dict[str, Any]) -> list[Fault]:
     """Everything in the config that cannot be honored."""
-    if raw.get("peft_type") != "LORA":
-        return [Fault(f"peft_type is {raw.get('peft_type')!r}, not 'LORA'", UNSUPPORTED)]
+    if (kind := raw.get("peft_type")) != "LORA":
+        has_prompts = isinstance(kind, str) and kind.endswith(("PROMPT", "_TUNING", "CPT"))
+        remedy = PROMPTS if has_prompts and kind != "LN_TUNING" else UNSUPPORTED
+        return [Fault(f"peft_type is {kind!r}, not 'LORA'", remedy)]
     long = [field for field, value in raw.items() if isinstance(value, list | dict | str)
             and len(value) > LONGEST]  # fmt: skip
     if long:
@@ -202,7 +205,7 @@ def _problems(raw: dict[str, Any]) -> list[Fault]:
     wrong += [
         f"{field} is {raw[field]!r}"
         for field in ("use_rslora", "use_dora")
-        if not isinstance(raw.get(field, False), bool)
+        if not isinstance(raw.get(field) or False, bool)
     ]
     wrong += _selection_problems(raw)
     problems = [Fault(cause, f"correct {CONFIG}, or save the adapter again") for cause in wrong]
@@ -210,8 +213,8 @@ def _problems(raw: dict[str, Any]) -> list[Fault]:
         cause = f"alpha_pattern has {listed(map(repr, keys))}: an expression, which is not run"
         problems.append(Fault(cause, PLAIN_KEYS))
     for field, unused in UNUSED.items():
-        if field in raw and raw[field] not in unused:
-            is_convertible = str(raw[field]).startswith(CONVERTIBLE)
+        if raw.get(field) is not None and raw[field] not in unused:
+            is_convertible = str(raw[field]).casefold().startswith(CONVERTIBLE)
             remedy = CONVERT if is_convertible else UNSUPPORTED
             problems.append(Fault(f"{field} is {raw[field]!r}", remedy))
     known = UNUSED.keys() | READ | HARMLESS

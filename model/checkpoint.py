@@ -218,7 +218,7 @@ def _head_problems(sizes: dict[str, int], raw: dict) -> list[str]:
     if "head_dim" in sizes:
         if size % 2:
             return [f"head_dim is {size}, not even"]
-    elif hidden % heads or size % 2 or raw.get("head_dim", size) != size:
+    elif hidden % heads or size % 2 or (raw.get("head_dim") or size) != size:
         return [f"hidden_size {hidden} does not divide into {heads} heads of even size"]
     if heads % groups:
         return [f"{heads} query heads do not divide among {groups} key/value heads"]
@@ -252,6 +252,10 @@ def remarks(folder: Path, config: Qwen2Config) -> list[str]:
         lines.append(
             "the output embedding is the checkpoint's own lm_head.weight, although its config.json"
             " says that it is tied to the input embedding"
+        )
+    if raw.get("auto_map"):
+        lines.append(
+            f"its own code (auto_map) is not run: it is read as a plain {raw['model_type']}"
         )
     used = {path.name for path in tensor_files(folder).values()}
     others = {path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern)} - used

@@ -114,6 +114,8 @@ FILES = (
     Sign(WEIGHTS, ADAPTER, "{place} is an adapter, not a base model: it holds {file}",
          GIVE_ADAPTER.replace("/{inner}", "")),
     Sign(WEIGHTS, "*.gguf", "{place} is in GGUF, a format for inference: {file}", ORIGINAL),
+    Sign(WEIGHTS, "model-00001-of-00001.safetensors", NO_INDEX,
+         "if it holds all the weights, rename it to model.safetensors"),
     Sign(WEIGHTS, "model-*-of-*.safetensors", NO_INDEX,
          "copy model.safetensors.index.json from where the shards are from"),
     Sign(WEIGHTS, "pytorch_model*.bin", PICKLED, RESAVE),
@@ -225,6 +227,14 @@ TENSORS = (
     (
         re.compile(r"^(module|_orig_mod|_fsdp_wrapped_module|base_model|_forward_module)\."),
         "it was saved with a wrapper around the model: unwrap the model, then save_pretrained",
+    ),
+    (
+        re.compile(r"^(model\.)?(language_model|visual)\."),
+        "it is a vision-language model: give a Qwen2, Qwen2.5 or dense Qwen3 text model",
+    ),
+    (
+        re.compile(r"^[\w.]+\.(model\.(layers|embed_tokens|norm)|lm_head)\..* is not expected"),
+        "it was saved as a part of another model: save that part with its save_pretrained",
     ),
     (
         re.compile(r"^(layers\.|embed_tokens\.|norm\.)"),

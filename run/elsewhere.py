@@ -13,7 +13,7 @@ NAMES = {  # option here -> names elsewhere
     "revision": ("model_revision", "base_revision"),
     "data": ("dataset", "datasets", "dataset_name", "dataset_path", "dataset_dir", "data_path",
              "data_files", "data_file", "train_file", "train_files", "train_data",
-             "training_data", "task", "tasks"),
+             "training_data", "training_file", "task", "tasks"),
     "data_revision": ("dataset_revision",),
     "columns": ("column_mapping", "dataset_text_field", "prompt_column", "response_column",
                 "prompt_feature", "completion_feature"),
@@ -69,7 +69,8 @@ NAMES = {  # option here -> names elsewhere
 ADVICE = {  # what to do -> options elsewhere that have no equivalent here
     "use --base-precision nf4 or int8; --precision sets the dtype that it is computed in":
         ("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "qlora", "use_4bit",
-         "bnb_4bit_compute_dtype", "bits", "quant_bits"),
+         "bnb_4bit_compute_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bits",
+         "quant_bits", "quant_type", "quantization_method", "double_quant", "double_quantization"),
     "use --precision bf16": ("bf16", "bfloat16"),
     "use --precision fp16": ("fp16", "float16", "half"),
     "use --precision fp32": ("fp32", "float32"),
@@ -82,20 +83,40 @@ ADVICE = {  # what to do -> options elsewhere that have no equivalent here
         ("save_steps", "save_strategy", "save_total_limit", "save_interval"),
     "use --warmup: a fraction of all steps": ("warmup_steps", "num_warmup_steps"),
     "leave it out: micro-batches are flat, without padding":
-        ("packing", "sample_packing", "neat_packing", "group_by_length", "pad_to_max_length"),
+        ("packing", "sample_packing", "eval_sample_packing", "neat_packing", "group_by_length",
+         "pad_to_max_length", "pad_to_sequence_len"),
     "leave it out: every step is logged to metrics.jsonl in the run's folder":
         ("logging_steps", "logging_strategy", "log_interval", "wandb_project",
          "steps_per_report", "plot_loss"),
     "leave it out: only LoRA adapters are trained, on the assistant's answers":
         ("finetuning_type", "fine_tune_type", "train_type", "sft_type", "use_peft", "use_lora",
-         "stage", "do_train", "train"),
+         "tuner_type", "stage", "do_train", "train", "modules_to_save", "lora_modules_to_save",
+         "additional_target", "lora_bias", "full_finetune"),
     "leave it out: all layers get adapters, and --targets chooses the projections":
         ("num_layers", "lora_layers"),
     "use torchrun --nproc-per-node N train.py, with --shard to spread the base over the ranks":
-        ("deepspeed", "fsdp", "num_gpus", "num_processes", "nproc_per_node"),
+        ("deepspeed", "fsdp", "num_gpus", "n_gpu", "gpus", "num_processes", "nproc_per_node",
+         "nnodes", "local_rank"),
     "leave it out: the kind of attention follows from the device":
-        ("flash_attn", "attn_implementation", "use_flash_attention_2"),
-    "leave it out: the optimizer is AdamW": ("optim", "optimizer"),
+        ("flash_attn", "flash_attention", "attn_implementation", "use_flash_attention_2",
+         "xformers_attention"),
+    "leave it out: the optimizer is AdamW, with betas and epsilon of its own":
+        ("optim", "optimizer", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "beta1",
+         "beta2", "eps"),
+    "leave it out: the best adapter of a run is kept in best/":
+        ("load_best_model_at_end", "greater_is_better", "do_eval"),
+    "leave it out: a test or valid file in the folder of --data is found by its name":
+        ("eval_dataset", "eval_data_path", "eval_file", "validation_file", "test_file"),
+    "leave it out: it changes nothing here":
+        ("overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "num_workers",
+         "num_proc", "dataset_num_proc", "remove_unused_columns", "lazy_preprocess",
+         "ddp_timeout", "ddp_find_unused_parameters", "use_unsloth",
+         "use_liger_kernel", "enable_liger_kernel", "liger_kernel", "gradient_checkpointing_kwargs",
+         "use_reentrant", "model_type", "tokenizer_type", "fan_in_fan_out",
+         "lora_fan_in_fan_out"),
+    "leave it out: it is not supported":
+        ("neftune_noise_alpha", "label_smoothing", "label_smoothing_factor", "use_pissa",
+         "pissa_init", "push_to_hub", "hub_model_id", "streaming"),
     'leave it out: the assistant\'s turns are trained on, except for those with "weight": 0':
         ("train_on_inputs", "train_on_prompt", "completion_only_loss", "assistant_only_loss",
          "mask_prompt", "mask_history"),

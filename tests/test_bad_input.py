@@ -151,14 +151,15 @@ def test_a_folder_that_is_not_a_qwen2_checkpoint_is_refused(workspace, capsys, d
 
 
 def test_a_tokenizer_that_does_not_fit_its_base_is_refused(workspace, capsys):
+    path, text = workspace / "base" / "tokenizer.json", toys.trained_tokenizer()
+    path.write_text(text.replace("<|im_end|>", "<|end|>"))
+    assert "has no <|im_start|> or <|im_end|>" in refused(train.main, TRAIN, capsys)
+    path.write_text(text)
     shrink = change_tensors("model.safetensors", embed_tokens__weight=torch.zeros(299, 64))
     shrink(workspace / "base")
     toys.change_json(workspace / "base" / "config.json", vocab_size=299)  # the tokenizer has 300
     assert "tokenizer" in refused(train.main, TRAIN, capsys)
     assert "tokenizer" in refused(evaluate.main, "--model base --data data --device cpu", capsys)
-    text = toys.trained_tokenizer().replace("<|im_end|>", "<|end|>")
-    (workspace / "base" / "tokenizer.json").write_text(text)
-    assert "has no <|im_start|> or <|im_end|>" in refused(train.main, TRAIN, capsys)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import train
 from data.custom import choose_files, is_hub_id, load_path, parse_columns
 from data.rows import Message, parse_row
+from data.tasks import load_source
 from errors import BadData, BadOption
 from tests.hub_stub import COMMITS, python
 from tests.refusals import refused, training
@@ -121,6 +122,11 @@ LAYOUTS = {  # files -> training files and test files
     ),
     "alpaca_data.jsonl": ("alpaca_data.jsonl", None),
     "toy_train.jsonl toy_test.jsonl other.jsonl": ("toy_train.jsonl", "toy_test.jsonl"),
+    "Train.jsonl Eval.jsonl": ("Train.jsonl", "Eval.jsonl"),
+    "training.jsonl testing.jsonl": ("training.jsonl", "testing.jsonl"),
+    "data-00000-of-00002.jsonl data-00001-of-00002.jsonl": (
+        "data-00000-of-00002.jsonl data-00001-of-00002.jsonl", None,
+    ),
     "a/train.jsonl b/test.jsonl": ("a/train.jsonl", None),
     "train-0.parquet .cache/train.parquet": ("train-0.parquet", None),
 }  # fmt: skip
@@ -180,6 +186,30 @@ def test_all_shards_in_a_folder_are_read(tmp_path):
     source = load_path(tmp_path)
     assert [p.question for p in source.train] == [f"{i} + {n}?" for i in (0, 1) for n in range(3)]
     assert len({p.id for p in source.train}) == 6
+
+
+def test_in_a_folder_of_the_hubs_cache_the_main_snapshot_is_read(tmp_path):
+    for commit, rows in (("old", 1), ("new", 2)):
+        (tmp_path / "snapshots" / commit / "data").mkdir(parents=True)
+        file = tmp_path / "snapshots" / commit / "data" / "train-00000-of-00001.jsonl"
+        write(file, [{"question": "1+1?", "answer": "2"}] * rows)
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "main").write_text("new")
+    assert len(load_path(tmp_path).train) == 2
+
+
+def test_a_link_to_a_file_that_is_not_there_is_refused_by_its_name(tmp_path):
+    write(tmp_path / "train.jsonl", [{"question": "1+1?", "answer": "2"}])
+    (tmp_path / "test.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(BadData, match="links to files that are not there: test.jsonl"):
+        load_path(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["https://huggingface.co/datasets/", "hf://datasets/"])
+def test_a_url_is_refused_with_the_id_on_the_hub(start):
+    with pytest.raises(BadData) as refusal:
+        load_source(f"{start}owner/name/resolve/main/train.jsonl")
+    assert refusal.value.remedy == "give its id: --data owner/name"
 
 
 # From the Hub

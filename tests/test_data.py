@@ -229,7 +229,7 @@ BAD_ROWS = {
     "messages of words": ({"messages": ["hi"]}, "messages is not a list"),
     "no messages": ({"messages": []}, "alternate"),
     "bad role": ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot'"),
-    "no role": ({"messages": [{"content": "x"}]}, "role None"),
+    "no role": ({"messages": [{"content": "x"}]}, "a turn has neither role"),
     "no content": ({"messages": [{"role": "user"}]}, "content is missing"),
     "ends with the user": ({"messages": [{"role": "user", "content": "x"}]}, "alternate"),
     "two users": (

@@ -352,6 +352,7 @@ KEY_FAULTS = {
     "mlx-lm or torchtune": (
         r"lora_([AB])\.weight", lambda m: f"lora_{m[1].lower()}", "lora_a", "PEFT's format",
     ),
+    "a tensor of alpha": (r"q_proj\.lora_A\.weight", "q_proj.alpha", "alpha", "PEFT's format"),
     "a layer besides": (r"layers\.2", "layers.3", "layers.3.self_attn", "the base it was trained"),
 }  # fmt: skip
 
@@ -385,7 +386,12 @@ TENSOR_FAULTS = {
         lambda ts: {k: t for k, t in ts.items() if k != KEY}, f"{KEY} is missing", "copy it again",
     ),
     "a bias of B": (
-        lambda ts: ts | {KEY.replace("A.weight", "B.bias"): torch.ones(64)}, "B.bias is not", "",
+        lambda ts: ts | {KEY.replace("A.weight", "B.bias"): torch.ones(64)}, "B.bias is not",
+        "merge it with PEFT",
+    ),
+    "a classifier": (
+        lambda ts: ts | {"base_model.model.score.weight": torch.ones(2, 64)}, "score.weight is not",
+        "a classifier or a reward model",
     ),
     "NaN": (lambda ts: ts | {KEY: ts[KEY] * torch.nan}, "holds NaN", "train the adapter again"),
 }  # fmt: skip
@@ -468,6 +474,19 @@ def test_modules_trained_as_a_whole_are_refused_and_untrained_ones_ignored(tmp_p
 # Settings of other versions
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"])
+def test_trained_prompts_are_not_said_to_be_mergeable(folder, plain, kind):
+    toys.change_json(plain / CONFIG, peft_type=kind)
+    assert "no weights to merge" in refusal(folder, plain).remedy
+
+
+def test_tensors_in_fp8_are_read(folder, plain):
+    change_tensors(plain, lambda ts: {k: t.to(torch.float8_e4m3fn) for k, t in ts.items()})
+    rounded = logits(loaded(folder, plain))
+    change_tensors(plain, lambda ts: {k: t.float() for k, t in ts.items()})
+    assert torch.equal(logits(loaded(folder, plain)), rounded)
+
+
 IN_USE = [True, 1, 0, 0.5, "on", ["x"], {"a": 1}, [0]]
 
 
@@ -485,6 +504,15 @@ def test_a_setting_that_is_unknown_but_off_is_accepted(folder, plain, value):
     usual = logits(loaded(folder, plain))
     old = {"enable_lora": None, "merge_weights": False, "use_new_lora": value}
     toys.change_json(plain / CONFIG, **old)
+    assert torch.equal(logits(loaded(folder, plain)), usual)
+
+
+def test_a_known_setting_that_is_null_is_not_in_use(folder, plain):
+    from lora.peft_settings import HARMLESS, UNUSED
+
+    usual = logits(loaded(folder, plain))
+    optional = ("use_dora", "use_rslora", "rank_pattern", "exclude_modules", "modules_to_save")
+    toys.change_json(plain / CONFIG, **dict.fromkeys([*UNUSED, *HARMLESS, *optional]))
     assert torch.equal(logits(loaded(folder, plain)), usual)
 
 

@@ -133,6 +133,13 @@ def test_the_hub_caches_folder_of_a_repository_means_its_snapshot_of_main(folder
         assert "without a snapshot of main" in found.cause and "snapshots/aaaa" in found.remedy
 
 
+def test_a_head_size_of_null_is_absent_and_code_of_its_own_is_reported(folder):
+    before = read_config(folder)
+    toys.change_json(folder / "config.json", head_dim=None, auto_map={"AutoModel": "x.X"})
+    assert read_config(folder) == before
+    assert any("auto_map" in line for line in remarks(folder, before))
+
+
 def test_weights_that_are_not_read_are_named(folder):
     assert remarks(folder, read_config(folder)) == []
     for name in ("pytorch_model.bin", "old.safetensors", "x-q4.gguf"):
@@ -353,6 +360,24 @@ REFUSED = {
                 "vocabulary was resized"),
     "fp64": (tensors(model__norm__weight=torch.ones(64, dtype=torch.float64)), "is F64",
              "dtype='bfloat16'"),
+    "a vision-language model": (renamed(lambda n: n.replace("model.", "model.language_model.")),
+                                "language_model", "vision-language model"),
+    "a part of another model": (renamed(lambda n: "pi." + n), "pi.model.", "save that part"),
+    "one shard of one": (lambda f: (f / "model.safetensors").rename(
+                             f / "model-00001-of-00001.safetensors"), "no model", "rename it"),
+    # Tokenizers
+    "a token of the older file": (
+        lambda f: (toys.change_json(f / "tokenizer_config.json", added_tokens_decoder=None),
+                   (f / "added_tokens.json").write_text('{"<tool>": 300}')),
+        "tokens that tokenizer.json does not have: <tool>", "save_pretrained"),
+    "a token of the config alone": (
+        lambda f: toys.change_json(f / "tokenizer_config.json",
+                                   added_tokens_decoder={"300": {"content": "<tool>"}}),
+        "tokens that tokenizer.json does not have: <tool>", "save_pretrained"),
+    "a token under another id": (
+        lambda f: toys.change_json(f / "tokenizer_config.json",
+                                   added_tokens_decoder={"7": {"content": "<|im_end|>"}}),
+        "tokens that tokenizer.json does not have: <|im_end|>", "save_pretrained"),
     "half of it": (lambda f: change_tensors(f, lambda t: t.pop("model.norm.weight")),
                    "model.norm.weight is missing", "with all its files"),
 }  # fmt: skip

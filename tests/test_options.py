@@ -18,6 +18,8 @@ from tests import toys
         ("--per_device_train_batch_size", "--batch-size"), ("--output_dir", "--out"),
         ("--gradient_accumulation_steps", "--grad-accum"), ("--max_seq_length", "--max-length"),
         ("--lora-dropout", "--dropout"), ("--warmup_ratio", "--warmup"), ("--use_dora", "--dora"),
+        ("--dataloader_num_workers", "leave it out"), ("--training_file", "--data"),
+        ("--modules_to_save", "only LoRA adapters"), ("--adam_beta2", "AdamW"),
         ("--learning_rte", "--learning-rate"), ("--epoch", "--epochs"),
     ],
 )  # fmt: skip

@@ -45,6 +45,11 @@ def turns(**changes) -> dict:
         ({"instruction": QUESTION, "input": float("nan"), "output": ANSWER}, PAIR),
         ({"instruction": QUESTION, "input": None, "output": ANSWER}, PAIR),
         ({"messages": TURNS}, PAIR),
+        ({"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])}, PAIR),
+        ({"prompt": "[3, 1]", "completion": '[{"a": 1}]'},  # JSON, but no turns
+         (Message("user", "[3, 1]"), Message("assistant", '[{"a": 1}]'))),
+        ({"question": QUESTION, "answer": ANSWER, "label": 0, "mask": "<mask>",
+          "preferred_name": "Ann", "rejection_reason": "none"}, PAIR),
         ({"messages": json.dumps(TURNS)}, PAIR),  # as cells of CSV files have it
         ({"conversations": TURNS}, PAIR),
         ({"conversations": SHAREGPT}, PAIR),
@@ -111,6 +116,33 @@ def test_a_row_in_the_form_of_another_program_is_the_same_conversation(row, mess
         ({"input_ids": [1, 2], "labels": [1, 2]}, "token ids", "give the texts"),
         ({"text": "Once upon a time"}, "match no row format", "continued pretraining"),
         ({"role": "user", "content": "a"}, "a single turn", "one row per conversation"),
+        ({"conversation": [{"input": "a", "output": "b"}]}, "match no row",
+         "the turns of one"),
+        ({"data": ["a", "b"]}, "match no row format", "if data holds the turns"),
+        ({"role": "prompter", "text": "a"}, "a single turn", "one row per conversation"),
+        ({"Question": "a", "Answer": "b"}, "match no row",
+         "question=Question,answer=Answer"),
+        ({"text": "a", "label": "b"}, "match no row format", "question=text,answer=label"),
+        ({"question": "a", "answer": ["b"]}, "answer is list", "write answer as text"),
+        ({"messages": str(TURNS)}, "messages is not JSON", "Python's notation"),
+        ({"messages": [{"sender": "user", "content": "a"}]}, "it has content, sender", '"role"'),
+        (turns(loss_mask=0), "carry loss_mask", '"weight": 0'),
+        (turns(trainable=False), "carry trainable", '"weight": 0'),
+        ({"messages": TURNS, "train": False}, "train is False", "--columns train="),
+        ({"messages": TURNS, "weight": "0"}, "weight is 0", "--columns weight="),
+        ({"messages": TOOL_TURNS[:3]}, "do not alternate", "drop the last tool turn"),
+        ({"messages": TURNS, "loss_mask": [0, 1]}, "loss_mask is [0, 1]", "--columns loss_mask="),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "label is False",
+         "--columns label="),
+        ({"prompt": "a", "completion": "b", "response_rejected": "c"}, "response_rejected",
+         "--columns response_rejected="),
+        ({"messages": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]}, "preference data",
+         "as the last turn"),
+        ({"chosen": "a", "rejected": "b"}, "preference data", "as the last turn"),
+        ({"input": {"messages": TURNS[:1]}, "preferred_output": TURNS[1:]}, "preference data",
+         "as the last turn"),
+        ({"messages": TURNS, "image_path": "a.png"}, "its image_path", "--columns image_path="),
+        (json.dumps({"question": "a"}), "a str, not an object", "json.dumps once"),
         ("Once upon a time", "a str, not an object", "continued pretraining"),
     ],
 )  # fmt: skip
@@ -127,6 +159,20 @@ def test_columns_and_keys_that_cannot_change_a_conversation_are_listed_as_not_us
     assert notes.lines() == [
         "messages", "columns not used: source; url".replace(";", ","), "keys of turns not used: id"
     ]  # fmt: skip
+
+
+def test_texts_that_hold_control_tokens_are_counted():
+    notes = Notes()
+    row = {"prompt": "<|im_start|>user\na<|im_end|>\n", "completion": "b</s>"}
+    assert parse_row(row, "a:1", notes=notes).answer == "b</s>"
+    assert len(notes.control) == 3 and "1 rows hold </s> in a text" in " ".join(notes.lines())
+
+
+def test_tools_and_their_calls_may_be_json_in_texts():
+    turn = {**TOOL_TURNS[1], "tool_calls": json.dumps([CALL])}
+    row = {"messages": [TURNS[0], turn, *TOOL_TURNS[2:]], "tools": [json.dumps(TOOL)]}
+    whole = {"messages": TOOL_TURNS, "tools": [TOOL]}
+    assert parse_row(row, "a:1") == parse_row(whole, "a:1")
 
 
 # Files
@@ -146,6 +192,9 @@ CSV = "question,answer\r\n" + "".join(f'"{r["question"]}","{r["answer"]}"\r\n' f
         ("a.jsonl", json.dumps(ROWS).encode()),  # an array under the wrong name
         ("a.jsonl.gz", gzip.compress(LINES.encode())),
         ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
+        ("a.csv", CSV.replace("n,a", "n|a").replace('","', '"|"').encode()),
+        ("a.csv", CSV.replace('"\r', '",\r').replace("er\r", 'er,"x; y; z"\r').encode()),
+        ("a.csv", CSV.replace("\r\n", "\r\n,\r\n").encode()),  # rows of separators alone
         ("a.tsv", CSV.replace('","', '"\t"').replace("n,a", "n\ta").encode()),
     ],
 )
@@ -160,6 +209,21 @@ def test_every_kind_of_file_holds_the_same_problems(tmp_path, name, content):
     "name, content, cause, remedy",
     [
         ("a.jsonl", LINES.replace("}\n", "},\n").encode(), "rows are bad", "remove the comma"),
+        (
+            "a.jsonl",
+            b'{"question": "a", "question": "b", "answer": "c"}',
+            "'question' is there twice",
+            "keep one",
+        ),
+        (
+            "a.json",
+            b'[{"question": "b", "answer": "c", "answer": "d"}]',
+            "'answer' is there twice",
+            "keep one",
+        ),
+        ("a.ndjson", LINES.encode(), "holds JSON", "rename it"),
+        ("a.txt", LINES.encode(), "holds JSON", "rename it"),
+        ("a.csv", b"question,answer,x\na,b\n", "2 cells, but the header has 3", "every cell"),
         ("a.jsonl", LINES.encode("utf-16"), "UTF-16", "iconv -f UTF-16"),
         ("a.jsonl", gzip.compress(LINES.encode()), "compressed with gzip", "ends in .gz"),
         ("a.jsonl", b"PK\x03\x04rest", "a zip archive", "unpack it"),
@@ -178,6 +242,17 @@ def test_a_file_that_is_something_else_is_refused_for_what_it_is(
         load_path(tmp_path / name)
     assert cause in refused.value.cause and remedy in refused.value.remedy
     assert "--columns" not in refused.value.remedy
+
+
+def test_parquet_gives_no_keys_that_a_row_does_not_have(tmp_path):
+    rows = [
+        {"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [
+            {"function": {"name": name, "arguments": {name: 1}}}]}, TOOL_TURNS[2], TURNS[1]]}
+        for name in ("f", "g")
+    ]  # fmt: skip
+    (tmp_path / "a.parquet").write_bytes(toys.parquet(rows))
+    calls = [p.messages[1].extra["tool_calls"] for p in load_path(tmp_path / "a.parquet").train]
+    assert [call[0]["function"]["arguments"] for call in calls] == [{"f": 1}, {"g": 1}]
 
 
 def test_unpacking_an_archive_of_endless_rows_stops(tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ FINALS = r"""
 #### -$5 → -5 | #### .5 → 1/2 | #### 18\n#### 7 → 18 | #### 0\n7 → 0
 #### 18\n\nQuestion: 5 + 5?\nAnswer: 10\n#### 10 → 18 | #### none\n#### 7\n9 → 7 | #### \n7 → 7
 ####\n5 → 5 | #### Step 1\n2 → 2 | 1 #### Answer: 2 or 3 → | #### #### 18 5 → 18 | #### 1/0 →
+<think>#### 5</think>\nThe answer is 6. → 6 | <answer>6</answer> → 6
 #### → | → | none → | 5 → 5 | 5 6 → 6 | so 18. → 18 | It is $1,234.50! → 2469/2 | 5... → 5
 3 1/2 → 7/2 | half of 3 is 1 1/2. → 3/2 | #### Step 1: Add\nThe total is 7. → 7
 #### 1. Add the apples\n3 + 4 = 7\n#### 2. Done\nShe has 7. → 7 | #### The answer is 18 → 18
@@ -182,6 +183,13 @@ Answer: 12 → 12 | ## Answer: **12** → 12 | 答案是12。 → 12 | So $\boxe
 Paris → | 5 apples → | It holds 4*7=28 cups.\n28 → | \boxed{x+1} → | → | \boxed{7 →
 The answer is not clear.\nSo 5. → | The answer is (3, 4). → | 7 Up and more → | 10 Downing Street →
 Is 5 the answer? →
+#### x = 5, y = 7 → | #### Ann = 12, Bob = 42 → | #### x = 5 or x = 7 → | \boxed{x=5,\ y=7} →
+#### Total = 6*7 = 42 → 42 | #### $5M → | #### 5 M → | #### 5 m → 5 | #### 5 lakh → | #### 5 mln →
+#### not 18 → | #### twice 18 → | \boxed{1\,234} → 1234 | \fbox{18} → 18 | Answer : 18 → 18
+The answer is 15. Since 9 + 9 = 18, not more. → 15 | The answer is 18. I hope it is correct. → 18
+The answer is Rs. 18. → 18 | The answer is 1.5. So → 3/2 | <answer>18</answer> → 18
+<think>1</think><answer>\n18 apples\n</answer> → 18 | <answer>3 or 4</answer> →
+<think>#### 5</think>\nThe answer is 6. → 6 | <think>#### 5</think>\nParis →
 """
 
 
@@ -383,7 +391,7 @@ def test_a_gold_in_another_form_is_scored_like_one_that_ends_in_the_number(gold)
 
 
 @pytest.mark.parametrize(
-    "piece", ["####", "9", r"\boxed{", "{", "answer is ", "- ", "a.", r"\frac{1}{"]
+    "piece", ["####", "9", r"\boxed{", "{", "<answer>", "answer is ", "- ", "a.", r"\frac{1}{"]
 )
 def test_a_hostile_gold_answer_is_read_quickly(piece):
     text = piece * (1_000_000 // len(piece))
