@@ -120,6 +120,6 @@ ADVICE = {  # what to do -> options elsewhere that have no equivalent here
     'leave it out: the assistant\'s turns are trained on, except for those with "weight": 0':
         ("train_on_inputs", "train_on_prompt", "completion_only_loss", "assistant_only_loss",
          "mask_prompt", "mask_history"),
-    "give the options on the command line; config.json in the run's folder records them":
-        ("config", "config_file", "yaml"),
+    "use --config FILE, with the options as JSON, as in a run's config.json":
+        ("config_file", "yaml"),
 }  # fmt: skip
