@@ -13,7 +13,7 @@ from data.chat import ChatFormat
 from data.custom import load_path
 from evaluation.answers import answers
 from evaluation.generative import NUMBERS, SCORERS, Completion
-from evaluation.log import read_log
+from evaluation.log import resume_log
 from evaluation.summary import answer_metrics, result_text
 from model.load import load_model
 from terminal import Screen
@@ -44,11 +44,10 @@ TORN = [b'{"id": "torn', b"\0" * 50, b"\xff\x80\n", b"null\n", b"{}\n", b"[" * 9
 @pytest.mark.parametrize("end", TORN)
 def test_a_log_of_answers_is_read_up_to_where_it_is_torn(tmp_path, end):
     (tmp_path / "base.jsonl").write_bytes(GOOD * 3 + end)
-    assert read_log(tmp_path / "base.jsonl", Completion) == (
-        [completion("#### 7")] * 3,
-        3 * len(GOOD),
-    )
-    assert read_log(tmp_path / "none.jsonl", Completion) == ([], 0)
+    for name, whole in (("base", 3), ("none", 0)):
+        records, _ = resume_log(path := tmp_path / f"{name}.jsonl", Completion)
+        assert records == [completion("#### 7")] * whole
+        assert path.read_bytes() == GOOD * whole
 
 
 def test_answers_torn_off_a_log_are_generated_again(tuned, tmp_path):
