@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import sizes
 from evaluate import EvalConfig
+from evaluation.summary import difference
 from report.__main__ import ReportConfig
 from run.export import ExportConfig
 from run.options import known_flags
@@ -212,6 +213,22 @@ def test_the_figures_of_the_real_run_are_those_of_its_result():
     changed = f"{d['fixed']} problems fixed, {d['broke']} broken"
     interval = f"between −{-d['low_points']:.1f} and +{d['high_points']:.1f}"
     assert changed in page and interval in page and f"All {n:,} test problems" in page
+
+
+def test_the_figures_of_the_run_on_own_solutions_are_those_of_its_result():
+    human, own = (json.loads((HOUSE / f"docs/real-run/{name}.json").read_text("utf-8"))
+                  for name in ("result", "own"))  # fmt: skip
+    outcomes = {name: m["outcomes"] for name, m in human["models"].items()}
+    assert own["models"]["base"]["outcomes"] == outcomes["base"]
+    three = {"base": outcomes["base"], "human": outcomes["tuned"],
+             "own": own["models"]["tuned"]["outcomes"]}  # fmt: skip
+    page = TEXTS["docs/results.md"].replace("**", "").replace("−", "-")
+    shares = {k: f"{100 * sum(v) / len(v):.1f} %" for k, v in three.items()}
+    assert f"{shares['base']} → {shares['own']}" in README
+    for before, after in (("base", "own"), ("base", "human"), ("human", "own")):
+        d = difference(three[before], three[after], seed=0)["difference"]
+        points = "{difference_points:+.1f} ({low_points:+.1f} to {high_points:+.1f})".format(**d)
+        assert f"| {d['fixed']} | {d['broke']} | {points} | {d['p_value']:.2f} |" in page
 
 
 def test_the_memory_of_each_size_in_the_documents_is_the_estimate_of_the_program():
