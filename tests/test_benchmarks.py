@@ -87,7 +87,7 @@ def test_a_base_of_zeros_trains_as_any_other_and_occupies_no_disk(
     options = f"--data {arithmetic} --max-steps 1 --device cpu --precision fp32"
     flags = ["--tokenizer", str(checkpoint), "--options", options]
     assert by_shape.main(flags) == 0
-    assert f"of {count_of(sizes):,} (" in capsys.readouterr().out
+    assert f"of {count_of(sizes):,} parameters (" in capsys.readouterr().out
     shutil.copytree(checkpoint, tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").unlink()
     by_shape.write_zeros(sizes, tmp_path / "base")
