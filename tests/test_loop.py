@@ -107,6 +107,20 @@ def test_the_patience_that_was_used_up_stays_used_up_on_resuming(tiny, tmp_path)
     assert len(series(lines, "val_loss")) == 1 + 1 + 3  # the base's, a free one, none better
 
 
+def test_the_time_that_saving_takes_counts_towards_the_time_limit(tiny, tmp_path, monkeypatch):
+    found, late, plain = [], 0.0, time.perf_counter
+
+    def save_slowly(*_):
+        nonlocal late
+        late += 1000
+
+    monkeypatch.setattr(train, "save_checkpoint", save_slowly)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: plain() + late)
+    monkeypatch.setattr(Stop, "record", lambda _, seconds: found.append(seconds))
+    run(tmp_path / "run", tiny, "--max-steps", 1)
+    assert sum(seconds > 999 for seconds in found) == 1
+
+
 def test_a_hangup_under_nohup_stops_nothing(short, expected, tmp_path):
     def under_nohup():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

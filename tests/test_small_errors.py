@@ -197,6 +197,16 @@ def test_a_time_limit_never_interrupts_the_first_piece_of_work_but_a_signal_does
         stop.poll()
 
 
+def test_a_session_stops_when_twice_its_longest_work_no_longer_fits(monkeypatch):
+    monkeypatch.setattr("run.stopping.STARTED", 0.0)
+    stop = Stop(minutes=1)
+    stop.record(10)
+    stop.record(2)
+    for now, late in ((39.9, False), (40.1, True)):
+        monkeypatch.setattr("run.stopping.time.monotonic", lambda now=now: now)
+        assert stop.requested() == late
+
+
 def test_the_scatter_of_a_trend_is_the_standard_error_of_its_residuals():
     losses = [9, 8, 7, 6, 5.0, 4.1, 4.0, 3.5, 3.6, 3.0, 3.1, 2.2, 2.9, 2.0, 2.4]
     last = np.array(losses[-5:])

@@ -122,6 +122,18 @@ def test_tensorboard_shows_the_lines_of_the_log_once_also_after_a_kill(tmp_path)
     assert [(event.step, event.value) for event in events] == truth
 
 
+def test_tensorboard_hides_the_steps_after_the_one_from_which_a_run_resumes(tmp_path, monkeypatch):
+    begun = []
+    fake = ModuleType("torch.utils.tensorboard")
+    writer = ModuleType("writer")
+    writer.close = bool
+    fake.SummaryWriter = lambda folder, purge_step: begun.append(purge_step) or writer
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    for progress in (Progress(), Progress(step=5, log_bytes=100)):
+        track.start("tensorboard", Run(tmp_path), progress)
+    assert begun == [0, 6]
+
+
 def test_a_rank_that_does_not_log_starts_no_tracker(tmp_path, fake):
     log = track.RunLog(Run(tmp_path), Progress(), tracker="wandb", enabled=False)
     log.write(step=0, train_loss=1.0)
