@@ -184,11 +184,9 @@ def _check_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
     if declared is None and (path := folder / "added_tokens.json").exists():  # an older form
         encoder = read_json(path, BadCheckpoint, COPY_AGAIN)
         declared = {str(number): {"content": token} for token, number in encoder.items()}
-    tokens = {
-        number: token.get("content")
-        for number, token in (declared.items() if isinstance(declared, dict) else ())
-        if isinstance(token, dict) and isinstance(token.get("content"), str)
-    }
+    entries = declared.items() if isinstance(declared, dict) else ()
+    contents = {n: entry.get("content") for n, entry in entries if isinstance(entry, dict)}
+    tokens = {n: content for n, content in contents.items() if isinstance(content, str)}
     added = {str(i): token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
     lacking = [token for number, token in tokens.items() if added.get(number) != token]
     if lacking:

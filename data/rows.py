@@ -303,11 +303,12 @@ def _tools(row: dict, columns: Columns, used: set[str]) -> tuple[dict[str, Any],
     """The descriptions of tools in the column "tools", which may be JSON in a text."""
     name = columns.get("tools", "tools")
     value = from_json(row.get(name)) if name else None
-    value = [from_json(tool) for tool in value] if isinstance(value, list) else None
-    if not value or not all(isinstance(tool, dict) for tool in value):
+    given = [from_json(tool) for tool in value] if isinstance(value, list) else []
+    tools = tuple(tool for tool in given if isinstance(tool, dict))
+    if not tools or len(tools) < len(given):
         return None  # what it holds otherwise is refused with the other columns
     used.add(name)
-    return tuple(value)
+    return tools
 
 
 def _system(
