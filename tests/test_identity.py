@@ -37,6 +37,7 @@ from tests.campaign.harness import (
 )
 from tests.evaluations import COMMON, write_tuned
 from tests.refusals import snapshot
+from tests.scripts import copy_product
 from tests.toys import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def edited_program(folder: Path):
     """Not a fault of the run: its code is `folder`'s, in which train.py was edited."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "tests", "docs"))
+    copy_product(folder)
     with (folder / "train.py").open("a") as file:
         file.write("# edited\n")
 
@@ -65,7 +66,8 @@ def without_owner(folder: Path) -> dict:
 
 def test_the_program_is_the_products_own_code_and_nothing_else(tmp_path, monkeypatch):
     edited_program(tmp_path / "copy")
-    (tmp_path / "copy/tests").mkdir()
+    for name in ("tests", "benchmarks"):
+        (tmp_path / "copy" / name).mkdir()
 
     def found() -> str:
         identity.program.cache_clear()
@@ -87,7 +89,7 @@ def test_the_program_is_the_products_own_code_and_nothing_else(tmp_path, monkeyp
 
 
 def test_whoever_edits_the_loop_and_repeats_the_command_sees_the_edit_run(tiny, tmp_path):
-    shutil.copytree(ROOT, tmp_path / "code", ignore=shutil.ignore_patterns(".git", "tests", "docs"))
+    copy_product(tmp_path / "code")
 
     def train(*flags: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "train.py", *tiny, *SHORT, "--max-steps", "2", "--out", "../run"]

@@ -3,15 +3,15 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import copy_product
+
 HOUSE = Path(__file__).parents[1]
-NOT_COPIED = ("tests", "docs", "benchmarks", "out", "build", "*.egg-info", ".*", "__pycache__")
 CHANGES = {  # words of the heading -> files touched
     "learning-rate schedule": {"train.py"},
     "Label smoothing": {"model/loss.py", "train.py"},
@@ -51,7 +51,7 @@ def changed(tmp_path):
 
     def change(heading):
         code = tmp_path / "code"
-        shutil.copytree(HOUSE, code, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        copy_product(code)
         assert apply(diff(heading), code) == CHANGES[heading]
 
         def run(*argv):
