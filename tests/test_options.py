@@ -1,12 +1,14 @@
 """Tests of flags that other programs have: each is answered with the one here."""
 
+import dataclasses
+
 import pytest
 
 import evaluate
 import train
 from errors import BadOption
 from run.elsewhere import NAMES
-from run.options import changed_options, parse, to_json
+from run.options import changed_options, parse, to_json, value_problems
 from tests import toys
 
 
@@ -92,3 +94,12 @@ def test_a_dry_run_of_a_run_that_exists_measures_it_and_changes_no_file(tmp_path
     assert train.main([*flags.split(), "--dry-run"]) == 0
     assert "peak memory" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("config", [train.TrainConfig(), evaluate.EvalConfig()])
+def test_the_limit_of_an_option_is_excluded_above_and_included_otherwise(config):
+    for field in dataclasses.fields(config):
+        for name, allowed in (("least", True), ("above", False), ("below", False)):
+            if (limit := field.metadata[name]) is not None:
+                problems = value_problems(dataclasses.replace(config, **{field.name: limit}))
+                assert bool(problems) != allowed, field.name
