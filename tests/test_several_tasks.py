@@ -148,9 +148,10 @@ def test_correct_distinct_whole_answers_are_kept_and_end_like_gold_ones():
 
 
 def test_only_whole_answers_count_as_left_out_for_a_wrong_step(tmp_path, capsys):
-    p, right_by_a_wrong_step = problem("3 + 4?", "3+4=7\n#### 7", "t:1"), "3+4=8, so 7\n#### 7"
-    given = [completion(right_by_a_wrong_step, "t:1", n) for n in range(3)]
-    given[2] = replace(given[2], cut_off=True)
+    p, wrong_step = problem("3 + 4?", "3+4=7\n#### 7", "t:1"), "3+4=8, so 7\n#### 7"
+    texts = (wrong_step, f"Well, {wrong_step}", f"So {wrong_step}", f"So  {wrong_step}")
+    given = [completion(text, "t:1", n) for n, text in enumerate(texts)]  # the last two are equal
+    given[1] = replace(given[1], cut_off=True)
     keep(tmp_path / "own.jsonl", [p], {"t:1": given})
     assert "2 correct answers are left out: the arithmetic of a step is wrong" in (
         capsys.readouterr().out
