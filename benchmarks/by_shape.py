@@ -1,6 +1,6 @@
 """Whether a base of a published size trains on this machine: `train.py`, without the weights.
 
-    python benchmarks/by_shape.py --size 7B --tokenizer FOLDER --options "--data gsm8k
+    python benchmarks/by_shape.py --size Qwen2.5-7B --tokenizer FOLDER --options "--data gsm8k
         --max-steps 3 --base-precision nf4 --checkpoint-activations"
 
 The base is a checkpoint of zeros in a sparse file, which occupies no disk. The run is a real one,
@@ -33,7 +33,7 @@ from run.options import option, parse
 
 @dataclass(frozen=True)
 class ShapeConfig:
-    size: str = option("7B", "size of the base", choices=tuple(SIZES))
+    size: str = option("Qwen2.5-7B", "size of the base", choices=tuple(SIZES))
     tokenizer: str = option("Qwen/Qwen2-0.5B-Instruct", "base whose tokenizer it has", path="any")
     options: str = option("", "options of train.py, as one text; not --model and --out")
 

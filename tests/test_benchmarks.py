@@ -83,7 +83,7 @@ def test_a_base_of_zeros_trains_as_any_other_and_occupies_no_disk(
     checkpoint, arithmetic, tmp_path, monkeypatch, capsys
 ):
     sizes = Qwen2Config(64, 4096, 3, 4, 2, toys.TABLE)
-    monkeypatch.setitem(by_shape.SIZES, "7B", sizes)
+    monkeypatch.setitem(by_shape.SIZES, "Qwen2.5-7B", sizes)
     options = f"--data {arithmetic} --max-steps 1 --device cpu --precision fp32"
     flags = ["--tokenizer", str(checkpoint), "--options", options]
     assert by_shape.main(flags) == 0
