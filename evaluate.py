@@ -30,12 +30,7 @@ from evaluation.chat import talk
 from evaluation.measure import Models, measure
 from evaluation.rejection import check_new_file, check_tasks
 from evaluation.results import read_result
-from evaluation.summary import (
-    comparison_text,
-    result_text,
-    task_summary,
-    tasks_table,
-)
+from evaluation.summary import comparison_text, result_text, task_summary, tasks_table
 from evaluation.tasks import Selection, Task, find_tasks
 from files import write_json
 from lora.peft_folder import AdapterFolder
@@ -44,19 +39,9 @@ from model.checkpoint import read_sampling
 from model.generate import Decoding
 from report import write_report
 from run import distributed
-from run.base import (
-    Base,
-    check_base_of_adapter,
-    checked_adapter,
-    checkpoint_of_adapter,
-)
+from run.base import Base, check_base_of_adapter, checked_adapter, checkpoint_of_adapter
 from run.card import refresh_card
-from run.device import (
-    DTYPES,
-    decoded_rows,
-    out_of_memory_reported,
-    pick_device,
-)
+from run.device import DTYPES, decoded_rows, out_of_memory_reported, pick_device
 from run.evaluation_folder import begin, folder_of_settings, record_session
 from run.folder import Run, lock
 from run.options import changed_options, in_two_columns, option, parse

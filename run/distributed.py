@@ -7,9 +7,7 @@ Start several ranks with `torchrun --nproc-per-node 2 train.py ...`.
 
 import atexit
 import contextlib
-import math
 import os
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +19,7 @@ from torch import nn
 
 from errors import BadOption, TrainingFailed, listed
 from model.shard import Lockstep
-from run.stopping import StopRequested
+from run.stopping import Notice, StopRequested
 
 T = TypeVar("T")
 
@@ -30,7 +28,6 @@ T = TypeVar("T")
 # NCCL's default timeout of ten minutes would end such a run. The death of a rank closes its
 # connections; with Gloo, the others notice that at once.
 PATIENCE = timedelta(hours=1)
-LOOK_SECONDS = 1.0  # between two looks for a stop request of another rank
 LOST = ("gloo", "Gloo", "NCCL", "Connection", "Broken pipe")  # in what a lost connection raises
 
 
@@ -42,7 +39,7 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
     lockstep: Lockstep | None = None  # with a sharded base
-    notice: "Notice | None" = None  # of a stop request; None for a single rank
+    notice: Notice | None = None  # of a stop request; None for a single rank
 
     @property
     def is_main(self) -> bool:
@@ -111,27 +108,6 @@ class World:
             if self.lockstep:
                 self.lockstep.finish()
             yield
-
-
-class Notice:
-    """A stop request that every rank can see without waiting for another: a key in their store.
-
-    A signal may reach a single rank, while the others are in the middle of long work.
-    """
-
-    def __init__(self, store: dist.Store):
-        self.store, self.looked = store, -math.inf
-
-    def post(self) -> None:
-        self.store.set("stop", "requested")
-
-    def is_posted(self) -> bool:
-        """Whether a rank has posted it; the store is asked at most every `LOOK_SECONDS`."""
-        now = time.monotonic()
-        if now - self.looked < LOOK_SECONDS:
-            return False
-        self.looked = now
-        return self.store.check(["stop"])
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ schedulers expect: 128 plus the signal's number, or 75 ("temporary failure, try 
 time limit.
 """
 
+import math
 import signal
 import time
-from typing import Protocol
+from typing import Any
 
 STARTED = time.monotonic()  # of the process, apart from its imports before this one
 # SIGHUP: the terminal was closed. SIGUSR1: what Slurm can send some time before it ends a job.
@@ -16,18 +17,33 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows: two
 TIME_IS_UP = 75  # EX_TEMPFAIL of <sysexits.h>
 GRACE = 10.0  # seconds from a signal within which a step is finished; a longer one is given up
+LOOK_SECONDS = 1.0  # between two looks for a stop request of another rank
 
 
 class StopRequested(Exception):
     """Raised by `Stop.poll` inside work that can be repeated."""
 
 
-class Notice(Protocol):
-    """A stop request that other ranks can see."""
+class Notice:
+    """A stop request that every rank can see without waiting for another: a key in their store.
 
-    def post(self) -> None: ...
+    A signal may reach a single rank, while the others are in the middle of long work.
+    """
 
-    def is_posted(self) -> bool: ...
+    def __init__(self, store: Any):
+        """`store` is the `torch.distributed.Store` of the ranks."""
+        self.store, self.looked = store, -math.inf
+
+    def post(self) -> None:
+        self.store.set("stop", "requested")
+
+    def is_posted(self) -> bool:
+        """Whether a rank has posted it; the store is asked at most every `LOOK_SECONDS`."""
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return False
+        self.looked = now
+        return self.store.check(["stop"])
 
 
 class Stop:
@@ -38,7 +54,7 @@ class Stop:
         notice: where ranks see that another one has raised StopRequested; None for a single rank.
     """
 
-    def __init__(self, minutes: float | None = None, notice: "Notice | None" = None):
+    def __init__(self, minutes: float | None = None, notice: Notice | None = None):
         self.notice = notice
         self.signal: signal.Signals | None = None
         self.signal_time = 0.0

@@ -11,7 +11,7 @@ import torch
 import evaluation.answers
 import evaluation.teacher_forced
 import train
-from run import distributed
+from run import stopping
 from run.device import conditions
 from tests.campaign.harness import (
     SHORT,
@@ -75,19 +75,19 @@ def test_two_ranks_stop_in_a_validation_if_one_is_signalled_and_resume_with_equa
     def signalled(module, name):
         def fault():
             signalled_at_the_first_call_of(module, name)()
-            function, post = getattr(module, name), distributed.Notice.post
+            function, post = getattr(module, name), stopping.Notice.post
 
             def waiting(*args, **options):
                 wait_until(lambda: batches.stat().st_size >= 2)
                 return function(*args, **options)
 
             setattr(module, name, waiting)
-            distributed.Notice.post = lambda self: (post(self), posted.touch())
+            stopping.Notice.post = lambda self: (post(self), posted.touch())
 
         return fault
 
     def first():
-        distributed.LOOK_SECONDS = 0
+        stopping.LOOK_SECONDS = 0
         flat_batch = evaluation.teacher_forced.flat_batch
 
         def counted(*args):

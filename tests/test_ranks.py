@@ -17,7 +17,7 @@ import train
 from data.batches import deal
 from run import distributed
 from run.folder import Progress
-from run.stopping import Stop, StopRequested
+from run.stopping import Notice, Stop, StopRequested
 
 LENGTHS = st.lists(st.integers(1, 2000), min_size=1, max_size=60)
 
@@ -91,7 +91,7 @@ def test_ranks_wait_for_each_other_longer_than_a_validation_takes(monkeypatch):
 def test_a_rank_asks_for_stop_requests_of_others_at_most_once_a_second(monkeypatch):
     asked, clock = [], [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    notice = distributed.Notice(SimpleNamespace(check=lambda keys: asked.append(keys) or True))
+    notice = Notice(SimpleNamespace(check=lambda keys: asked.append(keys) or True))
     stop = Stop(notice=notice)
     for clock[0], is_due in ((5.0, True), (5.5, False), (5.9, False), (6.0, True), (6.9, False)):
         with pytest.raises(StopRequested) if is_due else contextlib.nullcontext():
